@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What an algorithm is: a row of the registry. Adding one means a new file in this folder that
+// defines such a row, and its line in algorithms.inc; Python, the tuner, the tests and the
+// documentation learn of it from there.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "problem.h"
+#include "threads.h"
+
+namespace jaxwin {
+
+struct Operands {
+  const float* x;
+  const float* w;
+  const float* bias;      // k per group, all groups; may be null
+  const float* residual;  // the layout of y; may be null
+  float* y;
+  Activation activation = Activation::kNone;
+
+  bool has_epilogue() const {
+    return bias != nullptr || residual != nullptr || activation != Activation::kNone;
+  }
+};
+
+// What a plan was made for: it fixes the workspace.
+struct Target {
+  const Kernels* kernels;
+  int64_t threads;
+};
+
+struct Execution {
+  Target target;
+  const Threads* pool;
+  float* workspace;
+};
+
+inline constexpr int kMaxParams = 8;
+using Params = std::array<int64_t, kMaxParams>;  // values in the order of Algorithm::params
+
+// One tunable, as data: the tuner builds its search space from these.
+struct ParamSpec {
+  const char* name;
+  const char* description;
+  std::vector<int64_t> values;  // worth trying; `check` decides what is valid
+};
+
+struct Algorithm {
+  const char* name;
+  const char* summary;
+  const char* source;  // paper and section
+  std::vector<ParamSpec> params;
+  // Empty where the algorithm can compute the problem, else why not. Constant time.
+  std::string (*rejects)(const Problem&);
+  // Always valid for a problem that is not rejected. Constant time.
+  Params (*defaults)(const Problem&, const Target&);
+  // Empty where the parameters are valid: they may come from anywhere.
+  std::string (*check)(const Problem&, const Target&, const Params&);
+  // Workspace in floats.
+  int64_t (*workspace)(const Problem&, const Target&, const Params&);
+  void (*run)(const Problem&, const Params&, const Operands&, const Execution&);
+  // Lower is better: the analytic order of preference, in modelled cycles.
+  double (*cost)(const Problem&, const Target&, const Params&);
+};
+
+// Data cache sizes in bytes.
+struct Caches {
+  int64_t l1, l2, l3;
+};
+const Caches& caches();
+
+// The number of threads that is worth waking for this much arithmetic.
+int64_t useful_threads(const Problem& p, int64_t threads);
+
+// Adds to y what 0 * w gives for window positions on padding and inserted zeros where w is not
+// finite: NaN, as in lax. For algorithms that skip those positions.
+void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
+
+}  // namespace jaxwin

@@ -1,0 +1,675 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "algorithms/gemm_driver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace jaxwin {
+namespace {
+
+constexpr int64_t kStripLimit = (1 << 20) / sizeof(float);  // per thread
+
+// Everything that follows from problem, parameters and machine: computed the same way when the
+// workspace is declared and when the convolution runs.
+struct Layout {
+  Problem p;  // collapsed
+  Lowering lowering;
+  int64_t mr, nv, kc, pack, full;
+  int64_t width;          // vector lanes
+  int64_t panel;          // features per panel, nv * width
+  int64_t panels;         // per group
+  int64_t reduction;      // c * window
+  int64_t out_rows;       // z * y
+  int64_t rows, cols;     // of one block: output rows, output pixels
+  int64_t row_blocks, col_blocks;
+  int64_t panel_split;    // tasks along the features
+  int64_t unit;           // window order: floats per input column, Kd * Kh * C
+  bool disjoint;          // window order: windows share no column
+  int64_t strip_row;      // floats of A per output row of a block
+  int64_t pixel_stride, a_step;
+  bool buffered;          // features are not contiguous in y
+  int64_t packed_floats, full_floats, strip_floats, buffer_floats;  // the last two per thread
+
+  int64_t thread_floats() const { return strip_floats + buffer_floats; }
+};
+
+int64_t strip_columns(const Problem& p, bool disjoint, int64_t pixels) {
+  if (disjoint) return pixels * p.win[2];
+  return (pixels - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+}
+
+Layout make_layout(const Problem& problem, const Target& t, const Params& params, Lowering lowering) {
+  Layout l;
+  l.p = collapse(problem);
+  const Problem& p = l.p;
+  l.lowering = lowering;
+  l.mr = params[kMr];
+  l.nv = params[kNv];
+  l.pack = params[kPack];
+  l.full = params[kFull];
+  l.width = t.kernels->width;
+  l.panel = l.nv * l.width;
+  l.panels = ceil_div(p.k, l.panel);
+  l.reduction = p.reduction();
+  l.kc = params[kKc] == 0 ? l.reduction : std::min(params[kKc], l.reduction);
+  l.out_rows = p.out[0] * p.out[1];
+  l.rows = l.full != 0 || params[kRows] == 0 ? l.out_rows : std::min(params[kRows], l.out_rows);
+  l.cols = l.full != 0 || params[kCols] == 0 ? p.out[2] : std::min(params[kCols], p.out[2]);
+  l.row_blocks = ceil_div(l.out_rows, l.rows);
+  l.col_blocks = ceil_div(p.out[2], l.cols);
+  l.unit = p.win[0] * p.win[1] * p.c;
+  const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+  l.disjoint = p.stride[2] >= span;
+  l.a_step = lowering == Lowering::kDirect ? p.x.c : 1;
+  l.strip_row = 0;
+  if (lowering == Lowering::kDirect) {
+    l.pixel_stride = p.stride[2] * p.x.sp[2];
+  } else if (lowering == Lowering::kWindow) {
+    l.pixel_stride = (l.disjoint ? p.win[2] : p.stride[2]) * l.unit;
+    l.strip_row = strip_columns(p, l.disjoint, l.cols) * l.unit;
+  } else {
+    l.pixel_stride = l.full != 0 ? l.reduction : l.kc;
+    l.strip_row = l.cols * l.pixel_stride;
+  }
+  l.buffered = p.y.k != 1;
+  const bool k_outer = lowering == Lowering::kColumns && l.full == 0;
+  l.packed_floats =
+      l.pack != 0 ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
+  const int64_t block_rows = l.full != 0 ? p.g * p.n * l.out_rows : l.rows;
+  const int64_t strip = l.strip_row == 0 ? 0 : round_up(l.strip_row * block_rows, 16);
+  l.full_floats = l.full != 0 ? strip : 0;
+  l.strip_floats = l.full != 0 ? 0 : strip;
+  const int64_t buffer_pixels = (l.full != 0 ? 1 : l.rows) * l.cols;
+  l.buffer_floats =
+      l.buffered ? round_up(buffer_pixels * (k_outer ? l.panels : 1) * l.panel, 16) : 0;
+  const int64_t blocks = p.g * p.n * l.row_blocks * l.col_blocks;
+  const int64_t wanted = useful_threads(problem, t.threads);
+  l.panel_split =
+      k_outer ? 1 : std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, blocks)), 1, l.panels);
+  return l;
+}
+
+// First output position at or after j0 (limit j1) whose input index o * s + offset is >= 0, and
+// first whose index is >= size.
+struct Range {
+  int64_t begin, end;
+};
+Range inside(int64_t j0, int64_t j1, int64_t s, int64_t offset, int64_t size) {
+  int64_t begin = j0;
+  if (begin * s + offset < 0) begin = ceil_div(-offset, s);
+  int64_t end = j1;
+  if (size - offset <= 0) {
+    end = j0;
+  } else {
+    end = std::min(j1, ceil_div(size - offset, s));
+  }
+  begin = std::clamp(begin, j0, j1);
+  return {begin, std::max(begin, end)};
+}
+
+// The input row that window row (z, y) of output row r reads, or null on padding.
+const float* input_row(const Problem& p, const float* x, int64_t r, int64_t z, int64_t y) {
+  const int64_t iz = (r / p.out[1]) * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
+  const int64_t iy = (r % p.out[1]) * p.stride[1] - p.pad[1] + y * p.rhs_dilation[1];
+  if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) return nullptr;
+  return x + iz * p.x.sp[0] + iy * p.x.sp[1];
+}
+
+void zero_columns(float* dst, int64_t ld, int64_t n, int64_t count) {
+  for (int64_t i = 0; i < n; ++i) std::memset(dst + i * ld, 0, count * sizeof(float));
+}
+
+// The strip of output row r, pixels [j0, j1): dst[column][window y][window z][channel], where a
+// column is an input column (or, for disjoint windows, pixel and window x).
+void fill_window_order(const Layout& l, const Kernels& k, const float* x, int64_t r, int64_t j0,
+                       int64_t j1, float* dst) {
+  const Problem& p = l.p;
+  const int64_t taps = p.win[0] * p.win[1];
+  if (!l.disjoint && p.c <= 4 && p.x.c == 1 && taps <= 64) {
+    const float* rows[64];
+    const int64_t columns = strip_columns(p, false, j1 - j0);
+    const int64_t offset = j0 * p.stride[2] - p.pad[2];
+    const Range in = inside(0, columns, 1, offset, p.in[2]);
+    for (int64_t y = 0, slot = 0; y < p.win[1]; ++y) {
+      for (int64_t z = 0; z < p.win[0]; ++z, ++slot) {
+        const float* row = input_row(p, x, r, z, y);
+        rows[slot] = row == nullptr ? nullptr : row + (in.begin + offset) * p.x.sp[2];
+      }
+    }
+    std::memset(dst, 0, in.begin * l.unit * sizeof(float));
+    k.interleave(dst + in.begin * l.unit, l.unit, rows, taps, p.x.sp[2], in.end - in.begin, p.c);
+    std::memset(dst + in.end * l.unit, 0, (columns - in.end) * l.unit * sizeof(float));
+    return;
+  }
+  for (int64_t y = 0, slot = 0; y < p.win[1]; ++y) {
+    for (int64_t z = 0; z < p.win[0]; ++z, ++slot) {
+      const float* row = input_row(p, x, r, z, y);
+      float* at = dst + slot * p.c;
+      if (!l.disjoint) {
+        const int64_t columns = strip_columns(p, false, j1 - j0);
+        const int64_t offset = j0 * p.stride[2] - p.pad[2];
+        const Range in = row == nullptr ? Range{columns, columns}
+                                        : inside(0, columns, 1, offset, p.in[2]);
+        zero_columns(at, l.unit, in.begin, p.c);
+        if (in.end > in.begin) {
+          k.copy(at + in.begin * l.unit, l.unit, row + (in.begin + offset) * p.x.sp[2], p.x.sp[2],
+                 p.x.c, in.end - in.begin, p.c);
+        }
+        zero_columns(at + in.end * l.unit, l.unit, columns - in.end, p.c);
+        continue;
+      }
+      for (int64_t v = 0; v < p.win[2]; ++v) {
+        float* to = at + v * l.unit;
+        const int64_t offset = v * p.rhs_dilation[2] - p.pad[2];
+        const Range in =
+            row == nullptr ? Range{j1, j1} : inside(j0, j1, p.stride[2], offset, p.in[2]);
+        zero_columns(to, l.pixel_stride, in.begin - j0, p.c);
+        if (in.end > in.begin) {
+          k.copy(to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
+                 row + (in.begin * p.stride[2] + offset) * p.x.sp[2], p.stride[2] * p.x.sp[2],
+                 p.x.c, in.end - in.begin, p.c);
+        }
+        zero_columns(to + (in.end - j0) * l.pixel_stride, l.pixel_stride, j1 - in.end, p.c);
+      }
+    }
+  }
+}
+
+// Rows [k0, k1) of the patch matrix's reduction for pixels [j0, j1) of output row r.
+void fill_columns(const Layout& l, const Kernels& k, const float* x, int64_t r, int64_t j0,
+                  int64_t j1, int64_t k0, int64_t k1, float* dst) {
+  const Problem& p = l.p;
+  for (int64_t at = k0; at < k1;) {
+    const int64_t tap = at / p.c;
+    const int64_t c0 = at % p.c;
+    const int64_t count = std::min(p.c - c0, k1 - at);
+    const int64_t z = tap % p.win[0];
+    const int64_t y = (tap / p.win[0]) % p.win[1];
+    const int64_t v = tap / (p.win[0] * p.win[1]);
+    const float* row = input_row(p, x, r, z, y);
+    float* to = dst + (at - k0);
+    const int64_t offset = v * p.rhs_dilation[2] - p.pad[2];
+    const Range in = row == nullptr ? Range{j1, j1} : inside(j0, j1, p.stride[2], offset, p.in[2]);
+    zero_columns(to, l.pixel_stride, in.begin - j0, count);
+    if (in.end > in.begin) {
+      k.copy(to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
+             row + (in.begin * p.stride[2] + offset) * p.x.sp[2] + c0 * p.x.c,
+             p.stride[2] * p.x.sp[2], p.x.c, in.end - in.begin, count);
+    }
+    zero_columns(to + (in.end - j0) * l.pixel_stride, l.pixel_stride, j1 - in.end, count);
+    at += count;
+  }
+}
+
+// The reduction as runs over A and B, cut at multiples of kc.
+std::vector<std::vector<Run>> make_runs(const Layout& l) {
+  const Problem& p = l.p;
+  const int64_t taps = p.window();
+  std::vector<std::vector<Run>> blocks(ceil_div(l.reduction, l.kc));
+  const auto push = [&](int64_t r, int64_t a, int64_t b, int64_t b_step, int64_t len) {
+    while (len > 0) {
+      auto& block = blocks[r / l.kc];
+      const int64_t piece = std::min(len, l.kc - r % l.kc);
+      if (!block.empty() && block.back().a + block.back().len * l.a_step == a &&
+          block.back().b + block.back().len * b_step == b) {
+        block.back().len += piece;
+      } else {
+        block.push_back({a, b, piece});
+      }
+      r += piece;
+      a += piece * l.a_step;
+      b += piece * b_step;
+      len -= piece;
+    }
+  };
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t z = tap % p.win[0];
+    const int64_t y = (tap / p.win[0]) % p.win[1];
+    const int64_t v = tap / (p.win[0] * p.win[1]);
+    int64_t a = 0;
+    switch (l.lowering) {
+      case Lowering::kDirect:
+        a = z * p.rhs_dilation[0] * p.x.sp[0] + y * p.rhs_dilation[1] * p.x.sp[1] +
+            v * p.rhs_dilation[2] * p.x.sp[2];
+        break;
+      case Lowering::kWindow:
+        a = (l.disjoint ? v : v * p.rhs_dilation[2]) * l.unit + (y * p.win[0] + z) * p.c;
+        break;
+      case Lowering::kColumns:
+        a = l.full != 0 ? tap * p.c : 0;  // blocked: see below
+        break;
+    }
+    const int64_t b = l.pack != 0 ? tap * p.c * l.panel
+                                  : z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
+    const int64_t b_step = l.pack != 0 ? l.panel : p.w.c;
+    if (l.lowering == Lowering::kColumns && l.full == 0) {
+      // Each block is lowered on its own, so its A begins at 0.
+      for (int64_t c = 0; c < p.c;) {
+        const int64_t r = tap * p.c + c;
+        const int64_t piece = std::min(p.c - c, l.kc - r % l.kc);
+        push(r, r % l.kc, b + c * b_step, b_step, piece);
+        c += piece;
+      }
+    } else {
+      push(tap * p.c, a, b, b_step, p.c);
+    }
+  }
+  return blocks;
+}
+
+struct Block {  // one block of A rows, ready for the micro-kernel
+  const float* a;
+  int64_t row_stride;  // between output rows
+  int64_t rows, cols;
+};
+
+// One panel of features against a block: rows x cols pixels, the reduction `runs`.
+void multiply(const Layout& l, const Kernels& k, const Block& block, const float* b,
+              const std::vector<Run>& runs, int64_t features, bool load, float* c,
+              const int64_t* c_rows, int64_t c_pixel) {
+  const int64_t nv = ceil_div(features, l.width);
+  const bool strided = l.a_step != 1;
+  const int64_t mr_max = std::min<int64_t>(l.mr, k.max_mr[nv]);
+  GemmArgs args{};
+  args.b = b;
+  args.runs = runs.data();
+  args.n_runs = static_cast<int64_t>(runs.size());
+  args.a_row = l.pixel_stride;
+  args.a_step = l.a_step;
+  args.b_step = l.pack != 0 ? l.panel : l.p.w.c;
+  args.c_row = c_pixel;
+  args.cols = features;
+  args.load = load ? 1 : 0;
+  // Tiles of nearly equal height: 55 pixels are 14 + 14 + 14 + 13.
+  const int64_t tiles = ceil_div(block.cols, mr_max);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t j0 = block.cols * t / tiles;
+      const int64_t mr = block.cols * (t + 1) / tiles - j0;
+      args.a = block.a + r * block.row_stride + j0 * l.pixel_stride;
+      args.c = c + c_rows[r] + j0 * c_pixel;
+      (strided ? k.strided : k.packed)[nv][mr](&args);
+    }
+  }
+}
+
+int64_t y_row_offset(const Problem& p, int64_t n, int64_t g, int64_t r) {
+  return n * p.y.n + g * p.y.g + (r / p.out[1]) * p.y.sp[0] + (r % p.out[1]) * p.y.sp[1];
+}
+
+}  // namespace
+
+void finish_rows(const Problem& p, const Kernels& k, const Operands& o, const float* c, int64_t ld,
+                 int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset) {
+  // y_offset addresses (pixel, feature k0).
+  float* y = o.y + y_offset;
+  const bool in_place = c == y;
+  EpilogueArgs e{};
+  e.activation = o.activation;
+  const float* bias = o.bias == nullptr ? nullptr : o.bias + g * p.k + k0;
+  const float* residual = o.residual == nullptr ? nullptr : o.residual + y_offset;
+  if (p.y.k == 1) {
+    if (!in_place) k.copy(y, p.y.sp[2], c, ld, 1, rows, cols);
+    if (!o.has_epilogue()) return;
+    e = {y, p.y.sp[2], rows, cols, bias, 0, 1, residual, p.y.sp[2], o.activation};
+    k.epilogue(&e);
+    return;
+  }
+  if (p.y.sp[2] == 1) {  // features apart, pixels together: transpose
+    k.copy(y, p.y.k, c, 1, ld, cols, rows);
+    if (!o.has_epilogue()) return;
+    e = {y, p.y.k, cols, rows, bias, 1, 0, residual, p.y.k, o.activation};
+    k.epilogue(&e);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const int64_t at = r * p.y.sp[2] + j * p.y.k;
+      y[at] = c[r * ld + j];
+      if (!o.has_epilogue()) continue;
+      e = {y + at,
+           0,
+           1,
+           1,
+           bias == nullptr ? nullptr : bias + j,
+           0,
+           0,
+           residual == nullptr ? nullptr : residual + at,
+           0,
+           o.activation};
+      k.epilogue(&e);
+    }
+  }
+}
+
+void pack_panel(const Problem& p, const Kernels& k, const float* w, int64_t g, int64_t panel,
+                int64_t panel_width, float* dst) {
+  const int64_t k0 = panel * panel_width;
+  const int64_t features = std::min(panel_width, p.k - k0);
+  const float* base = w + g * p.w.g + k0 * p.w.k;
+  const auto fill = [&](float* to, const float* from, int64_t step, int64_t n) {
+    // to[i][j] = from[i * step + j * w.k]
+    if (p.w.k == 1 || step == 1) {
+      k.copy(to, panel_width, from, step, p.w.k, n, features);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < features; ++j) {
+          to[i * panel_width + j] = from[i * step + j * p.w.k];
+        }
+      }
+    }
+  };
+  const int64_t taps = p.window();
+  if (features < panel_width) {
+    std::memset(dst, 0, p.reduction() * panel_width * sizeof(float));
+  }
+  // Filters stored with the window innermost (OIHW): walk each filter's memory in order.
+  if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1) {
+    for (int64_t c = 0; c < p.c; ++c) {
+      for (int64_t z = 0; z < p.win[0]; ++z) {
+        for (int64_t y = 0; y < p.win[1]; ++y) {
+          const float* from = base + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+          const int64_t tap0 = y * p.win[0] + z;
+          k.copy(dst + (tap0 * p.c + c) * panel_width,
+                 p.win[0] * p.win[1] * p.c * panel_width, from, 1, p.w.k, p.win[2], features);
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t z = tap % p.win[0];
+    const int64_t y = (tap / p.win[0]) % p.win[1];
+    const int64_t v = tap / (p.win[0] * p.win[1]);
+    fill(dst + tap * p.c * panel_width,
+         base + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2], p.w.c, p.c);
+  }
+}
+
+void gemm_run(const Problem& problem, const Params& params, const Operands& o, const Execution& e,
+              Lowering lowering) {
+  const Layout l = make_layout(problem, e.target, params, lowering);
+  const Problem& p = l.p;
+  const Kernels& k = *e.target.kernels;
+  const auto blocks = make_runs(l);
+  float* packed = e.workspace;
+  float* full = packed + l.packed_floats;
+  float* scratch = full + l.full_floats;
+  const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
+  const Threads pool = e.pool->limited(threads);
+
+  const int64_t packs = l.pack != 0 ? p.g * l.panels : 0;
+  const int64_t fills = l.full != 0 ? p.g * p.n * l.out_rows : 0;
+  pool.run(packs + fills, [&](int64_t task, int64_t) {
+    if (task < packs) {
+      pack_panel(p, k, o.w, task / l.panels, task % l.panels, l.panel,
+                 packed + task * l.panel * l.reduction);
+      return;
+    }
+    const int64_t row = task - packs;
+    const float* x = o.x + (row / l.out_rows % p.n) * p.x.n + (row / l.out_rows / p.n) * p.x.g;
+    float* to = full + row * l.strip_row;
+    if (lowering == Lowering::kWindow) {
+      fill_window_order(l, k, x, row % l.out_rows, 0, p.out[2], to);
+    } else {
+      fill_columns(l, k, x, row % l.out_rows, 0, p.out[2], 0, l.reduction, to);
+    }
+  });
+
+  const bool k_outer = lowering == Lowering::kColumns && l.full == 0;
+  const int64_t block_rows = l.full != 0 ? 1 : l.rows;
+  const int64_t row_blocks = ceil_div(l.out_rows, block_rows);
+  const int64_t tasks = p.g * p.n * row_blocks * l.col_blocks * l.panel_split;
+  pool.run(tasks, [&](int64_t task, int64_t worker) {
+    const int64_t split = task % l.panel_split;
+    const int64_t cb = task / l.panel_split % l.col_blocks;
+    const int64_t rb = task / l.panel_split / l.col_blocks % row_blocks;
+    const int64_t image = task / l.panel_split / l.col_blocks / row_blocks;
+    const int64_t n = image % p.n;
+    const int64_t g = image / p.n;
+    const int64_t r0 = rb * block_rows;
+    const int64_t r1 = std::min(r0 + block_rows, l.out_rows);
+    const int64_t j0 = cb * l.cols;
+    const int64_t j1 = std::min(j0 + l.cols, p.out[2]);
+    const float* x = o.x + n * p.x.n + g * p.x.g;
+    float* strip = scratch + worker * l.thread_floats();
+    float* buffer = strip + l.strip_floats;
+    const int64_t buffer_ld = k_outer ? l.panels * l.panel : l.panel;
+
+    Block block{};
+    block.cols = j1 - j0;
+    block.rows = r1 - r0;
+    block.row_stride = l.strip_row;
+    block.a = strip;
+    if (lowering == Lowering::kDirect) {
+      // Row by row below: the rows of a block need not be evenly spaced.
+      block.a = nullptr;
+    } else if (l.full != 0) {
+      block.a = full + (image * l.out_rows + r0) * l.strip_row;
+    } else if (lowering == Lowering::kWindow) {
+      for (int64_t r = r0; r < r1; ++r) {
+        fill_window_order(l, k, x, r, j0, j1, strip + (r - r0) * l.strip_row);
+      }
+    }
+
+    std::vector<int64_t> c_rows(block.rows);
+    for (int64_t r = r0; r < r1; ++r) {
+      c_rows[r - r0] = l.buffered ? (r - r0) * block.cols * buffer_ld
+                                  : y_row_offset(p, n, g, r) + j0 * p.y.sp[2];
+    }
+    const auto one_panel = [&](int64_t panel, size_t kb) {
+      const int64_t features = std::min(l.panel, p.k - panel * l.panel);
+      const float* b = l.pack != 0 ? packed + (g * l.panels + panel) * l.panel * l.reduction
+                                   : o.w + g * p.w.g + panel * l.panel;
+      float* c = l.buffered ? buffer + (k_outer ? panel * l.panel : 0) : o.y + panel * l.panel;
+      const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
+      if (lowering != Lowering::kDirect) {
+        multiply(l, k, block, b, blocks[kb], features, kb > 0, c, c_rows.data(), c_pixel);
+        return;
+      }
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t iz = (r / p.out[1]) * p.stride[0] - p.pad[0];
+        const int64_t iy = (r % p.out[1]) * p.stride[1] - p.pad[1];
+        Block row = block;
+        row.rows = 1;
+        row.a = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
+        multiply(l, k, row, b, blocks[kb], features, kb > 0, c, c_rows.data() + (r - r0), c_pixel);
+      }
+    };
+    const auto finish_panel = [&](int64_t panel) {
+      if (!l.buffered && !o.has_epilogue()) return;
+      const int64_t features = std::min(l.panel, p.k - panel * l.panel);
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t at = y_row_offset(p, n, g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
+        const float* from = l.buffered ? buffer + (k_outer ? panel * l.panel : 0) + c_rows[r - r0]
+                                       : o.y + at;
+        finish_rows(p, k, o, from, l.buffered ? buffer_ld : p.y.sp[2], block.cols, features, g,
+                    panel * l.panel, at);
+      }
+    };
+
+    if (k_outer) {
+      for (size_t kb = 0; kb < blocks.size(); ++kb) {
+        const int64_t k0 = static_cast<int64_t>(kb) * l.kc;
+        for (int64_t r = r0; r < r1; ++r) {
+          fill_columns(l, k, x, r, j0, j1, k0, std::min(k0 + l.kc, l.reduction),
+                       strip + (r - r0) * l.strip_row);
+        }
+        for (int64_t panel = 0; panel < l.panels; ++panel) one_panel(panel, kb);
+      }
+      for (int64_t panel = 0; panel < l.panels; ++panel) finish_panel(panel);
+      return;
+    }
+    const int64_t panel_end = l.panels * (split + 1) / l.panel_split;
+    for (int64_t panel = l.panels * split / l.panel_split; panel < panel_end; ++panel) {
+      for (size_t kb = 0; kb < blocks.size(); ++kb) one_panel(panel, kb);
+      finish_panel(panel);
+    }
+  });
+}
+
+int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering) {
+  const Layout l = make_layout(p, t, params, lowering);
+  return l.packed_floats + l.full_floats +
+         l.thread_floats() * useful_threads(p, t.threads);
+}
+
+Tile best_tile(const Kernels& k, int64_t rows, int64_t columns) {
+  // Cycles of one step of a tile on two FMA and two load ports with four cycles of latency.
+  Tile best{1, 1};
+  double best_cost = 1e300;
+  for (int64_t nv = 1; nv <= kMaxNv; ++nv) {
+    if (k.max_mr[nv] == 0) continue;
+    const int64_t panels = ceil_div(columns, nv * k.width);
+    const int64_t last_nv = ceil_div(columns - (panels - 1) * nv * k.width, k.width);
+    const int64_t tiles = ceil_div(rows, k.max_mr[nv]);
+    const int64_t mr = ceil_div(rows, tiles);
+    const auto step = [](double m, double v) {
+      return std::max({m * v / 2.0, (m + v) / 2.0, 4.0}) + 0.25;
+    };
+    const double cost = static_cast<double>(tiles) *
+                        (static_cast<double>(panels - 1) * step(mr, nv) + step(mr, last_nv));
+    if (cost < best_cost * 0.999) {
+      best_cost = cost;
+      best = {mr, nv};
+    }
+  }
+  return best;
+}
+
+std::string gemm_rejects(const Problem& p, Lowering lowering) {
+  if (p.dilated_input()) return "lhs_dilation > 1";
+  if (p.chunk_rows > 0) return "the reduction is chunked (weight gradient)";
+  if (lowering == Lowering::kDirect && p.touches_padding()) return "reads padding";
+  return {};
+}
+
+Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering) {
+  const Problem p = collapse(problem);
+  const Kernels& k = *t.kernels;
+  Params params{};
+  const Tile tile = best_tile(k, p.out[2], p.k);
+  params[kMr] = tile.mr;
+  params[kNv] = tile.nv;
+  const int64_t panel = tile.nv * k.width;
+  const int64_t l2 = caches().l2 / static_cast<int64_t>(sizeof(float));
+  // A panel of B stays in half the second-level cache.
+  const int64_t kc_limit = std::max<int64_t>(128, l2 / 2 / panel);
+  params[kKc] = p.reduction() <= kc_limit ? 0 : round_up(ceil_div(p.reduction(), ceil_div(p.reduction(), kc_limit)), 8);
+  // Few pixels do not repay packing, if the features lie as the micro-kernel wants them.
+  const bool contiguous = p.w.k == 1 && p.k % k.width == 0;
+  params[kPack] = contiguous && p.n * p.pixels() <= 4 * tile.mr ? 0 : 1;
+  params[kFull] = 0;
+  params[kCols] = 0;
+  const int64_t threads = useful_threads(problem, t.threads);
+  const int64_t out_rows = p.out[0] * p.out[1];
+  int64_t row_floats = p.out[2] * p.stride[2] * p.x.sp[2];  // direct: the input it walks over
+  if (lowering == Lowering::kWindow) {
+    const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+    const int64_t unit = p.win[0] * p.win[1] * p.c;
+    row_floats = strip_columns(p, disjoint, p.out[2]) * unit;
+    if (row_floats > kStripLimit) {
+      const int64_t per_pixel = (disjoint ? p.win[2] : p.stride[2]) * unit;
+      const int64_t fixed = strip_columns(p, disjoint, 1) * unit;
+      const int64_t pixels = 1 + std::max<int64_t>(0, (kStripLimit - fixed) / per_pixel);
+      params[kCols] = std::max<int64_t>(1, pixels / tile.mr * tile.mr);
+      if (pixels < tile.mr) params[kCols] = pixels;
+      row_floats = strip_columns(p, disjoint, params[kCols]) * unit;
+    }
+  } else if (lowering == Lowering::kColumns) {
+    params[kKc] = std::min<int64_t>(p.reduction(), 512);
+    params[kCols] = std::min<int64_t>(p.out[2], 8 * tile.mr);
+    row_floats = params[kCols] * params[kKc];
+  } else if (p.out[2] > 4096) {
+    params[kCols] = round_up(std::min<int64_t>(1024, ceil_div(p.out[2], threads)), tile.mr);
+  }
+  // Rows of a block: enough pixels to use a panel of B many times, a strip that stays in half
+  // the second-level cache, and a block for every thread.
+  int64_t rows = std::clamp<int64_t>(l2 / 2 / std::max<int64_t>(1, row_floats), 1, 16);
+  if (lowering != Lowering::kDirect) {
+    rows = std::min(rows, std::max<int64_t>(1, kStripLimit / row_floats));
+  }
+  rows = std::min(rows, out_rows);
+  if (p.g * p.n < 2 * threads && out_rows > 1 && threads > 1) {
+    const int64_t blocks = round_up(std::max(ceil_div(out_rows, rows), threads), threads);
+    rows = ceil_div(out_rows, blocks);
+  }
+  params[kRows] = std::max<int64_t>(1, rows);
+  return params;
+}
+
+std::string gemm_check(const Problem& problem, const Target& t, const Params& params,
+                       Lowering lowering) {
+  const Problem p = collapse(problem);
+  const Kernels& k = *t.kernels;
+  const int64_t nv = params[kNv];
+  if (nv < 1 || nv > kMaxNv || k.max_mr[nv] == 0) return "nv: no such tile";
+  if (params[kMr] < 1 || params[kMr] > k.max_mr[nv]) return "mr: no such tile";
+  if (params[kKc] < 0) return "kc: negative";
+  if (params[kKc] > 0 && params[kKc] < std::min<int64_t>(8, p.reduction())) return "kc: too small";
+  if (params[kRows] < 0 || params[kCols] < 0) return "rows, cols: negative";
+  if (params[kPack] != 0 && params[kPack] != 1) return "pack: 0 or 1";
+  if (params[kPack] == 0 && (p.w.k != 1 || p.k % k.width != 0)) {
+    return "pack: unpacked filters need contiguous features, a multiple of the vector width";
+  }
+  if (params[kFull] != 0 && (params[kFull] != 1 || lowering == Lowering::kDirect)) {
+    return "full: 0 or 1";
+  }
+  const double floats = static_cast<double>(p.g * p.n * p.out[0] * p.out[1]) *
+                        static_cast<double>(p.out[2] + p.win[2] * p.rhs_dilation[2]) *
+                        static_cast<double>(p.stride[2]) * static_cast<double>(p.reduction());
+  if (params[kFull] != 0 && floats > 1e12) return "full: too large";
+  const Layout l = make_layout(problem, t, params, lowering);
+  if (lowering != Lowering::kDirect && params[kFull] == 0 &&
+      l.strip_row * l.rows > kStripLimit + l.strip_row) {
+    return "rows, cols: the strip is larger than its limit";
+  }
+  return {};
+}
+
+double gemm_cost(const Problem& problem, const Target& t, const Params& params, Lowering lowering) {
+  const Problem p = collapse(problem);
+  const Kernels& k = *t.kernels;
+  const double mr = static_cast<double>(params[kMr]);
+  const double nv = static_cast<double>(params[kNv]);
+  const double panels = static_cast<double>(ceil_div(p.k, params[kNv] * k.width));
+  const double tiles = static_cast<double>(ceil_div(p.out[2], params[kMr]));
+  const double rows = static_cast<double>(p.g * p.n * p.out[0] * p.out[1]);
+  const double step = std::max({mr * nv / 2, (mr + nv) / 2, 4.0}) + 0.25;
+  double cost = rows * tiles * panels * static_cast<double>(p.reduction()) * step;
+  cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
+  const double width = static_cast<double>(k.width);
+  const double w_floats = static_cast<double>(p.g * p.k * p.reduction());
+  if (params[kPack] != 0) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
+  const double unit = static_cast<double>(p.win[0] * p.win[1]);
+  const double copy = p.x.c == 1 ? 2.0 : 4.0;
+  const double run = static_cast<double>(ceil_div(p.c, k.width));
+  if (lowering == Lowering::kWindow) {
+    const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+    cost += rows * static_cast<double>(strip_columns(p, disjoint, p.out[2])) * unit * run * copy;
+  } else if (lowering == Lowering::kColumns) {
+    cost += rows * static_cast<double>(p.out[2]) * unit * static_cast<double>(p.win[2]) * run * copy * 1.5;
+  } else if (p.window() > 1) {
+    // Broadcasts from rows that lie far apart miss the first-level cache more often.
+    cost *= p.x.c == 1 ? 1.03 : 1.3;
+  }
+  return cost;
+}
+
+std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
+  std::vector<ParamSpec> specs{
+      {"mr", "rows (output pixels) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
+      {"nv", "vectors of output features of the register tile", {1, 2, 3, 4}},
+      {"kc", "reduction steps per pass over the tile's panel; 0: all", {0, 128, 256, 512, 1024}},
+      {"rows", "output rows per block; 0: all", {1, 2, 3, 4, 6, 8, 12, 16}},
+      {"cols", "output pixels per block; 0: the whole row", {0, 56, 112, 448, 1024}},
+      {"pack", "1: filters packed into panels in every call; 0: read in place", {0, 1}},
+      {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
+  };
+  if (lowering != Lowering::kDirect) specs.back().values = {0, 1};
+  return specs;
+}
+
+}  // namespace jaxwin

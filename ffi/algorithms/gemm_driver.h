@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The loops around the dense micro-kernel, shared by every algorithm whose inner operation is
+// C[pixel, feature] = sum over the reduction of A[pixel, r] * B[r, feature]. The algorithms differ
+// in where A comes from.
+#pragma once
+
+#include "algorithms/algorithm.h"
+
+namespace jaxwin {
+
+enum class Lowering {
+  kDirect,   // A is the input itself
+  kWindow,   // A is a strip in window order: im2win
+  kColumns,  // A is the explicit patch matrix: im2col
+};
+
+// Positions in Params.
+enum GemmParam { kMr, kNv, kKc, kRows, kCols, kPack, kFull, kGemmParams };
+
+std::vector<ParamSpec> gemm_param_specs(Lowering lowering);
+std::string gemm_rejects(const Problem& p, Lowering lowering);
+Params gemm_defaults(const Problem& p, const Target& t, Lowering lowering);
+std::string gemm_check(const Problem& p, const Target& t, const Params& params, Lowering lowering);
+int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering);
+void gemm_run(const Problem& p, const Params& params, const Operands& o, const Execution& e,
+              Lowering lowering);
+double gemm_cost(const Problem& p, const Target& t, const Params& params, Lowering lowering);
+
+// The tile (mr, nv) that the cycle model prefers for rows x columns.
+struct Tile {
+  int64_t mr, nv;
+};
+Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
+
+// Packs group g of w into panels of nv * W features: panel[r][j], r in canonical reduction order,
+// features beyond k zero. Panels p with p % stride == start.
+void pack_panel(const Problem& p, const Kernels& k, const float* w, int64_t g, int64_t panel,
+                int64_t panel_width, float* dst);
+
+// Writes `rows x cols` finished results (leading dimension ld) to y and applies the epilogue.
+// Row r is output pixel x = j0 + r of the output row at `y_offset` (from o.y), columns are
+// features k0... of group g.
+void finish_rows(const Problem& p, const Kernels& k, const Operands& o, const float* c, int64_t ld,
+                 int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset);
+
+}  // namespace jaxwin

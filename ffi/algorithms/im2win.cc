@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// im2win (Lu, Chu, Liu: "Im2win: Memory Efficient Convolution On SIMD Architectures", HPEC 2022,
+// section III; arXiv 2306.14320). The Kh input rows under one output row are interleaved so that
+// window j is one contiguous run of Kw * Kh * C floats at offset j * sw * Kh * C: a matrix product
+// with overlapping rows, without im2col's copy per window. Here the strip is built for a block of
+// output rows per thread, in the second-level cache, and absorbs padding and layout; `full` builds
+// the paper's whole tensor. Unlike the paper, lanes are output features, not window elements.
+
+#include "algorithms/gemm_driver.h"
+#include "algorithms/registry.h"
+
+namespace jaxwin {
+namespace {
+constexpr Lowering kLowering = Lowering::kWindow;
+}
+
+const Algorithm& algorithm_im2win() {
+  static const Algorithm a{
+      "im2win",
+      "window-order strips of the input per thread, matrix product with overlapping rows",
+      "arXiv 2306.14320, section III",
+      gemm_param_specs(kLowering),
+      [](const Problem& p) { return gemm_rejects(p, kLowering); },
+      [](const Problem& p, const Target& t) { return gemm_defaults(p, t, kLowering); },
+      [](const Problem& p, const Target& t, const Params& q) {
+        return gemm_check(p, t, q, kLowering);
+      },
+      [](const Problem& p, const Target& t, const Params& q) {
+        return gemm_workspace(p, t, q, kLowering);
+      },
+      [](const Problem& p, const Params& q, const Operands& o, const Execution& e) {
+        gemm_run(p, q, o, e, kLowering);
+      },
+      [](const Problem& p, const Target& t, const Params& q) {
+        return gemm_cost(p, t, q, kLowering);
+      }};
+  return a;
+}
+
+}  // namespace jaxwin

@@ -1,0 +1,459 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "algorithms/lanes_driver.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "algorithms/gemm_driver.h"
+
+namespace jaxwin {
+namespace {
+
+// Groups become lanes: the outputs of all groups are one row of g * k features.
+Problem flatten_groups(const Problem& p) {
+  Problem q = p;
+  q.k = p.g * p.k;
+  q.g = 1;
+  return q;
+}
+
+// How the lanes of one block of `width` features read their input: from `channels` channel values
+// starting at `base`, lane l of multiple m from entry table[m * width + l].
+struct Lanes {
+  int64_t lanes;       // active ones
+  int64_t base;        // element offset of the block's first channel
+  int64_t multiples;   // input values per lane
+  int64_t step;        // between channels in memory, where uniform
+  int64_t channels;    // of the block
+  bool uniform;        // channel i lies at base + i * step
+  bool identity;       // lane l reads channel l, one value per lane
+  std::vector<int64_t> table;  // in channels if uniform, else element offsets from base
+};
+
+// `multiples` values per lane, m-th at m * stride from the group's origin.
+Lanes make_lanes(const Problem& p, int64_t width, int64_t block, int64_t multiples,
+                 int64_t stride) {
+  Lanes s{};
+  const int64_t f0 = block * width;
+  s.lanes = std::min(width, p.g * p.k - f0);
+  const int64_t g0 = f0 / p.k;
+  const int64_t g1 = (f0 + s.lanes - 1) / p.k;
+  s.base = g0 * p.x.g;
+  s.multiples = multiples;
+  s.uniform = multiples == 1 || p.x.g == multiples * stride;
+  s.step = multiples == 1 ? p.x.g : stride;
+  s.channels = (g1 - g0 + 1) * multiples;
+  s.identity = multiples == 1 && p.k == 1;
+  s.table.resize(multiples * width, 0);
+  for (int64_t m = 0; m < multiples; ++m) {
+    for (int64_t l = 0; l < s.lanes; ++l) {
+      const int64_t group = (f0 + l) / p.k - g0;
+      s.table[m * width + l] = s.uniform ? group * multiples + m : group * p.x.g + m * stride;
+    }
+  }
+  return s;
+}
+
+// n columns of one input row: dst[i][m][l], ld floats per column. `temporary`: n * channels floats.
+void fill_lanes(const Kernels& k, const Lanes& s, const float* row, int64_t src_ld, int64_t n,
+                float* dst, int64_t ld, float* temporary) {
+  const float* src = row + s.base;
+  if (s.identity) {
+    k.copy(dst, ld, src, src_ld, s.step, n, s.lanes);
+  } else if (!s.uniform) {
+    k.expand(dst, ld, src, src_ld, n, s.table.data(), s.multiples, s.lanes, 0);
+  } else if (s.step == 1) {
+    k.expand(dst, ld, src, src_ld, n, s.table.data(), s.multiples, s.lanes, s.channels);
+  } else {
+    k.copy(temporary, s.channels, src, src_ld, s.step, n, s.channels);
+    k.expand(dst, ld, temporary, s.channels, n, s.table.data(), s.multiples, s.lanes, s.channels);
+  }
+}
+
+int64_t temporary_floats(const Problem& p, int64_t width, int64_t multiples, int64_t columns) {
+  return columns * (ceil_div(width, p.k) + 1) * multiples;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Forward: the reduction is (window, channel of the group).
+
+struct Forward {
+  int64_t width, blocks, rows, cols, pixels;
+  bool strip;
+  int64_t row_blocks, col_blocks;
+  int64_t in_rows, in_cols;   // of a strip
+  int64_t column;             // floats of a strip column: c * width
+  int64_t w_floats, strip_floats, temporary, buffer_floats;
+  int64_t thread_floats() const { return strip_floats + temporary + buffer_floats; }
+};
+
+bool readable_in_place(const Problem& p) {
+  return p.c == 1 && p.k == 1 && p.x.g == 1 && !p.touches_padding();
+}
+
+Forward make_forward(const Problem& p, const Target& t, const Params& params) {
+  Forward f{};
+  f.width = t.kernels->width;
+  f.blocks = ceil_div(p.g * p.k, f.width);
+  f.rows = params[kLanesRows] == 0 ? p.out[1] : std::min(params[kLanesRows], p.out[1]);
+  f.cols = params[kLanesCols] == 0 ? p.out[2] : std::min(params[kLanesCols], p.out[2]);
+  f.pixels = params[kLanesPixels];
+  f.strip = params[kLanesStrip] != 0;
+  f.row_blocks = ceil_div(p.out[1], f.rows);
+  f.col_blocks = ceil_div(p.out[2], f.cols);
+  f.in_rows = (f.rows - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1] + 1;
+  f.in_cols = (f.cols - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+  f.column = p.c * f.width;
+  f.w_floats = f.blocks * p.reduction() * f.width;
+  if (f.strip) {
+    f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
+    f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
+  }
+  f.buffer_floats = p.y.k == 1 ? 0 : round_up(f.cols * f.width, 16);
+  return f;
+}
+
+void run_forward(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+  const Forward f = make_forward(p, e.target, params);
+  const Kernels& k = *e.target.kernels;
+  const Problem flat = flatten_groups(p);
+  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  const int64_t reduction = p.reduction();
+  float* packed = e.workspace;
+  float* scratch = packed + round_up(f.w_floats, 16);
+
+  // packed[block][tap][channel][lane]
+  pool.run(f.blocks, [&](int64_t block, int64_t) {
+    float* dst = packed + block * reduction * f.width;
+    const int64_t f0 = block * f.width;
+    const int64_t lanes = std::min(f.width, flat.k - f0);
+    for (int64_t r = 0; r < reduction; ++r, dst += f.width) {
+      const int64_t tap = r / p.c;
+      const int64_t z = tap % p.win[0];
+      const int64_t y = tap / p.win[0] % p.win[1];
+      const int64_t v = tap / p.win[0] / p.win[1];
+      const float* from = o.w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
+      for (int64_t l = 0; l < f.width; ++l) dst[l] = l < lanes ? from[(f0 + l) * p.w.k] : 0.0F;
+    }
+  });
+
+  std::vector<Run> runs;
+  for (int64_t r = 0; r < reduction; ++r) {
+    const int64_t tap = r / p.c;
+    const int64_t z = tap % p.win[0];
+    const int64_t y = tap / p.win[0] % p.win[1];
+    const int64_t v = tap / p.win[0] / p.win[1];
+    int64_t a = 0;
+    if (f.strip) {
+      a = ((z * f.in_rows + y * p.rhs_dilation[1]) * f.in_cols + v * p.rhs_dilation[2]) * f.column +
+          (r % p.c) * f.width;
+    } else {
+      a = z * p.rhs_dilation[0] * p.x.sp[0] + y * p.rhs_dilation[1] * p.x.sp[1] +
+          v * p.rhs_dilation[2] * p.x.sp[2];
+    }
+    runs.push_back({a, r * f.width, 1});
+  }
+
+  const int64_t tasks = p.n * f.blocks * p.out[0] * f.row_blocks * f.col_blocks;
+  pool.run(tasks, [&](int64_t task, int64_t worker) {
+    // Feature blocks innermost: neighbours share cache lines of the input.
+    const int64_t block = task % f.blocks;
+    const int64_t cb = task / f.blocks % f.col_blocks;
+    const int64_t rb = task / f.blocks / f.col_blocks % f.row_blocks;
+    const int64_t oz = task / f.blocks / f.col_blocks / f.row_blocks % p.out[0];
+    const int64_t n = task / f.blocks / f.col_blocks / f.row_blocks / p.out[0];
+    const int64_t r0 = rb * f.rows;
+    const int64_t r1 = std::min(r0 + f.rows, p.out[1]);
+    const int64_t j0 = cb * f.cols;
+    const int64_t j1 = std::min(j0 + f.cols, p.out[2]);
+    float* strip = scratch + worker * f.thread_floats();
+    float* buffer = strip + f.strip_floats + f.temporary;
+    const float* x = o.x + n * p.x.n;
+    const int64_t lanes = std::min(f.width, flat.k - block * f.width);
+
+    if (f.strip) {
+      const Lanes s = make_lanes(p, f.width, block, p.c, p.x.c);
+      const int64_t rows = (r1 - r0 - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1] + 1;
+      const int64_t columns = (j1 - j0 - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+      const int64_t ix0 = j0 * p.stride[2] - p.pad[2];
+      const int64_t left = std::clamp<int64_t>(-ix0, 0, columns);
+      const int64_t right = std::clamp<int64_t>(p.in[2] - ix0, left, columns);
+      for (int64_t z = 0; z < p.win[0]; ++z) {
+        const int64_t iz = oz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t iy = r0 * p.stride[1] - p.pad[1] + r;
+          float* to = strip + (z * f.in_rows + r) * f.in_cols * f.column;
+          if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) {
+            std::memset(to, 0, columns * f.column * sizeof(float));
+            continue;
+          }
+          std::memset(to, 0, left * f.column * sizeof(float));
+          if (right > left) {
+            const float* row = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (ix0 + left) * p.x.sp[2];
+            fill_lanes(k, s, row, p.x.sp[2], right - left, to + left * f.column, f.column,
+                       strip + f.strip_floats);
+          }
+          std::memset(to + right * f.column, 0, (columns - right) * f.column * sizeof(float));
+        }
+      }
+    }
+
+    GemmArgs args{};
+    args.b = packed + block * reduction * f.width;
+    args.runs = runs.data();
+    args.n_runs = reduction;
+    args.a_row = p.stride[2] * (f.strip ? f.column : p.x.sp[2]);
+    args.cols = lanes;
+    const int64_t pixels = j1 - j0;
+    const int64_t tiles = ceil_div(pixels, f.pixels);
+    for (int64_t r = r0; r < r1; ++r) {
+      const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j0 * p.y.sp[2] +
+                         block * f.width * p.y.k;
+      float* c = p.y.k == 1 ? o.y + at : buffer;
+      args.c_row = p.y.k == 1 ? p.y.sp[2] : f.width;
+      const float* a = nullptr;
+      if (f.strip) {
+        a = strip + (r - r0) * p.stride[1] * f.in_cols * f.column;
+      } else {
+        a = x + block * f.width + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+            (r * p.stride[1] - p.pad[1]) * p.x.sp[1] +
+            (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
+      }
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i0 = pixels * t / tiles;
+        const int64_t i1 = pixels * (t + 1) / tiles;
+        args.a = a + i0 * args.a_row;
+        args.c = c + i0 * args.c_row;
+        k.lanes[i1 - i0](&args);
+      }
+      if (p.y.k != 1 || o.has_epilogue()) {
+        finish_rows(flat, k, o, c, args.c_row, pixels, lanes, 0, block * f.width, at);
+      }
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Weight gradient (chunked reduction): "images" n are the channels of a group, the window is the
+// output gradient.
+
+struct Grad {
+  int64_t width, blocks, split, per_split;
+  int64_t ring, columns, column;  // rows kept, columns of a row, floats of a column
+  int64_t outputs;                // accumulators of one output row: out_x * n
+  int64_t ring_floats, temporary, w_floats, sum_floats;
+  int64_t thread_floats() const { return ring_floats + temporary + w_floats + 2 * sum_floats; }
+};
+
+Grad make_grad(const Problem& p, const Target& t) {
+  Grad f{};
+  f.width = t.kernels->width;
+  f.blocks = ceil_div(p.g * p.k, f.width);
+  const int64_t out_rows = p.out[0] * p.out[1];
+  f.split = f.blocks >= t.threads ? 1 : std::min(out_rows, ceil_div(t.threads, f.blocks));
+  f.per_split = ceil_div(out_rows, f.split);
+  f.ring = (p.out[1] - 1) * p.stride[1] + 1;
+  f.columns = (p.win[2] - 1) * p.rhs_dilation[2] + (p.out[2] - 1) * p.stride[2] + 1;
+  f.column = p.n * f.width;
+  f.outputs = p.out[2] * p.n;
+  f.ring_floats = round_up(p.out[0] * f.ring * f.columns * f.column, 16);
+  f.temporary = round_up(temporary_floats(p, f.width, p.n, f.columns), 16);
+  f.w_floats = p.w.k == 1 ? 0 : round_up(p.win[2] * f.width, 16);
+  f.sum_floats = round_up(f.per_split * f.outputs * f.width, 16);
+  return f;
+}
+
+void run_grad(const Problem& p, const Operands& o, const Execution& e) {
+  const Grad f = make_grad(p, e.target);
+  const Kernels& k = *e.target.kernels;
+  const Problem flat = flatten_groups(p);
+  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  const int64_t window_rows = p.c * p.win[0] * p.win[1];
+  const int64_t out_rows = p.out[0] * p.out[1];
+  std::vector<int64_t> offsets(f.outputs);
+  for (int64_t u = 0; u < p.out[2]; ++u) {
+    for (int64_t i = 0; i < p.n; ++i) {
+      offsets[u * p.n + i] = u * p.stride[2] * f.column + i * f.width;
+    }
+  }
+
+  pool.run(f.blocks * f.split, [&](int64_t task, int64_t worker) {
+    const int64_t block = task / f.split;
+    const int64_t u0 = out_rows * (task % f.split) / f.split;
+    const int64_t u1 = out_rows * (task % f.split + 1) / f.split;
+    const Lanes s = make_lanes(p, f.width, block, p.n, p.x.n);
+    float* ring = e.workspace + worker * f.thread_floats();
+    float* temporary = ring + f.ring_floats;
+    float* w_row = temporary + f.temporary;
+    float* partial = w_row + f.w_floats;
+    float* sum = partial + f.sum_floats;
+    std::vector<int64_t> tags(p.out[0] * f.ring, -1);
+    const int64_t used = (u1 - u0) * f.outputs * f.width;
+
+    const Run whole{0, 0, p.win[2]};
+    GemmArgs args{};
+    args.runs = &whole;
+    args.n_runs = 1;
+    args.a_step = p.rhs_dilation[2] * f.column;
+    args.c_row = f.width;
+    args.cols = s.lanes;
+    args.load = 1;
+    bool first_chunk = true;
+    for (int64_t row0 = 0; row0 < window_rows; row0 += p.chunk_rows) {
+      std::memset(partial, 0, used * sizeof(float));
+      const int64_t row1 = std::min(row0 + p.chunk_rows, window_rows);
+      for (int64_t row = row0; row < row1; ++row) {
+        const int64_t y = row % p.win[1];
+        const int64_t z = row / p.win[1] % p.win[0];
+        const int64_t c = row / p.win[1] / p.win[0];
+        const float* w = o.w + block * f.width * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+        args.b = w;
+        args.b_step = p.w.sp[2];
+        if (p.w.k != 1) {
+          k.copy(w_row, f.width, w, p.w.sp[2], p.w.k, p.win[2], s.lanes);
+          args.b = w_row;
+          args.b_step = f.width;
+        }
+        for (int64_t u = u0; u < u1; ++u) {
+          const int64_t uz = u / p.out[1];
+          const int64_t iz = uz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
+          const int64_t iy = (u % p.out[1]) * p.stride[1] - p.pad[1] + y * p.rhs_dilation[1];
+          if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) continue;
+          const int64_t slot = uz * f.ring + iy % f.ring;
+          float* at = ring + slot * f.columns * f.column;
+          const int64_t tag = (c * p.in[0] + iz) * p.in[1] + iy;
+          if (tags[slot] != tag) {
+            tags[slot] = tag;
+            const int64_t left = std::clamp<int64_t>(p.pad[2], 0, f.columns);
+            const int64_t right = std::clamp<int64_t>(p.in[2] + p.pad[2], left, f.columns);
+            std::memset(at, 0, left * f.column * sizeof(float));
+            if (right > left) {
+              const float* from = o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] +
+                                  (left - p.pad[2]) * p.x.sp[2];
+              fill_lanes(k, s, from, p.x.sp[2], right - left, at + left * f.column, f.column,
+                         temporary);
+            }
+            std::memset(at + right * f.column, 0,
+                        (f.columns - right) * f.column * sizeof(float));
+          }
+          args.a = at;
+          float* to = partial + (u - u0) * f.outputs * f.width;
+          const int64_t tiles = ceil_div(f.outputs, k.max_pixels);
+          for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t q0 = f.outputs * t / tiles;
+            const int64_t q1 = f.outputs * (t + 1) / tiles;
+            args.c = to + q0 * f.width;
+            k.lanes_grad[q1 - q0](&args, offsets.data() + q0);
+          }
+        }
+      }
+      if (first_chunk) {
+        std::memcpy(sum, partial, used * sizeof(float));
+      } else {
+        for (int64_t i = 0; i < used; ++i) sum[i] += partial[i];
+      }
+      first_chunk = false;
+    }
+    Problem rows = flat;  // images take the place of output pixels
+    rows.y.sp[2] = p.y.n;
+    for (int64_t u = u0; u < u1; ++u) {
+      for (int64_t v = 0; v < p.out[2]; ++v) {
+        finish_rows(rows, k, o, sum + ((u - u0) * f.outputs + v * p.n) * f.width, f.width, p.n,
+                    s.lanes, 0, block * f.width,
+                    (u / p.out[1]) * p.y.sp[0] + (u % p.out[1]) * p.y.sp[1] + v * p.y.sp[2] +
+                        block * f.width * p.y.k);
+      }
+    }
+  });
+  add_skipped_nonfinite(p, o, e);
+}
+
+}  // namespace
+
+std::string lanes_rejects(const Problem& p) {
+  if (p.dilated_input()) return "lhs_dilation > 1";
+  const int64_t multiples = p.chunk_rows > 0 ? p.n : p.c;
+  if (p.g == 1 && multiples > 1) return "one group";
+  if (multiples > 64) return "more than 64 channels per group";
+  if (p.chunk_rows > 0) {
+    const double ring = static_cast<double>(p.out[0]) * static_cast<double>(p.out[1]) *
+                        static_cast<double>(p.stride[1]) *
+                        static_cast<double>((p.win[2] - 1) * p.rhs_dilation[2] +
+                                            p.out[2] * p.stride[2]) *
+                        static_cast<double>(p.n);
+    if (ring > 4e6) return "the window rows do not fit the workspace";
+  }
+  return {};
+}
+
+Params lanes_defaults(const Problem& p, const Target& t) {
+  Params params{};
+  params[kLanesPixels] = t.kernels->max_pixels;
+  params[kLanesStrip] = p.chunk_rows == 0 && readable_in_place(p) ? 0 : 1;
+  if (p.chunk_rows > 0) return params;
+  // A strip of at most a quarter of the second-level cache, and some tasks for every thread.
+  const int64_t limit = caches().l2 / 4 / static_cast<int64_t>(sizeof(float));
+  const int64_t column = p.c * t.kernels->width;
+  const int64_t rows1 = p.win[0] * ((p.win[1] - 1) * p.rhs_dilation[1] + 1);
+  const int64_t window_cols = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+  int64_t cols = p.out[2];
+  while (cols > 2 * t.kernels->max_pixels &&
+         rows1 * ((cols - 1) * p.stride[2] + window_cols) * column > limit) {
+    cols = ceil_div(cols, 2);
+  }
+  params[kLanesCols] = cols;
+  const int64_t row = p.win[0] * ((cols - 1) * p.stride[2] + window_cols) * column * p.stride[1];
+  int64_t rows = std::clamp<int64_t>((limit - rows1 * row / p.stride[1]) / row, 1, p.out[1]);
+  const int64_t threads = useful_threads(p, t.threads);
+  const int64_t others = p.n * ceil_div(p.g * p.k, t.kernels->width) * p.out[0];
+  if (threads > 1 && others < 4 * threads) {
+    rows = std::min(rows, ceil_div(p.out[1], ceil_div(4 * threads, others)));
+  }
+  params[kLanesRows] = std::max<int64_t>(1, rows);
+  return params;
+}
+
+std::string lanes_check(const Problem& p, const Target& t, const Params& params) {
+  if (params[kLanesPixels] < 1 || params[kLanesPixels] > t.kernels->max_pixels) {
+    return "pixels: no such tile";
+  }
+  if (params[kLanesRows] < 0 || params[kLanesCols] < 0) return "rows, cols: negative";
+  if (params[kLanesStrip] != 0 && params[kLanesStrip] != 1) return "strip: 0 or 1";
+  if (params[kLanesStrip] == 0 && !readable_in_place(p)) {
+    return "strip: the input cannot be read in place";
+  }
+  return {};
+}
+
+int64_t lanes_workspace(const Problem& p, const Target& t, const Params& params) {
+  const int64_t threads = useful_threads(p, t.threads);
+  if (p.chunk_rows > 0) return make_grad(p, t).thread_floats() * threads;
+  const Forward f = make_forward(p, t, params);
+  return round_up(f.w_floats, 16) + f.thread_floats() * threads;
+}
+
+void lanes_run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+  if (p.chunk_rows > 0) {
+    run_grad(p, o, e);
+  } else {
+    run_forward(p, params, o, e);
+  }
+}
+
+double lanes_cost(const Problem& p, const Target& t, const Params&) {
+  const double vectors = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width));
+  const double taps = static_cast<double>(p.n * p.pixels()) * static_cast<double>(p.reduction());
+  return vectors * taps * 0.9;  // one load per fma
+}
+
+std::vector<ParamSpec> lanes_param_specs() {
+  return {
+      {"rows", "output rows per block; 0: all", {0, 1, 2, 4, 8, 16}},
+      {"cols", "output pixels per block; 0: the whole row", {0, 28, 56, 112, 448}},
+      {"pixels", "output pixels of the register tile", {4, 6, 8, 10, 12, 14, 16}},
+      {"strip", "1: a padded copy of the block's input; 0: read in place", {0, 1}},
+  };
+}
+
+}  // namespace jaxwin

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The list of algorithms, generated from algorithms.inc.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "algorithms/algorithm.h"
+
+namespace jaxwin {
+
+#define JAXWIN_ALGORITHM(name) const Algorithm& algorithm_##name();
+#include "algorithms/algorithms.inc"
+#undef JAXWIN_ALGORITHM
+
+const std::vector<const Algorithm*>& algorithms();
+const Algorithm* find_algorithm(const std::string& name);
+
+// The algorithm with the lowest modelled cost among those that do not reject the problem and
+// whose workspace fits `max_workspace` bytes (negative: any); null if there is none.
+const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace);
+
+}  // namespace jaxwin

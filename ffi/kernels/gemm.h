@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The dense micro-kernel: MR x NV accumulators stay in registers over the whole reduction, A is
+// broadcast from memory, B is loaded once per step. Rows of A may overlap (a_row smaller than the
+// reduction): that is im2win's GEMM, where window j starts j * sw * Kh * C behind the strip.
+#pragma once
+
+#include "kernels/kernels.h"
+#include "kernels/vec.h"
+
+namespace jaxwin::JAXWIN_TARGET {
+namespace {
+
+template <int MR, int NV, bool kStrided>
+void gemm_tile(const GemmArgs* g) {
+  V acc[MR][NV];
+  const Mask tail = make_mask(g->cols - (NV - 1) * kWidth);
+  float* c = g->c;
+  const int64_t c_row = g->c_row;
+  if (g->load != 0) {
+    JAXWIN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      JAXWIN_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const float* at = c + r * c_row + v * kWidth;
+        acc[r][v] = v + 1 < NV ? load(at) : load(at, tail);
+      }
+    }
+  } else {
+    JAXWIN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      JAXWIN_UNROLL
+      for (int v = 0; v < NV; ++v) acc[r][v] = zero();
+    }
+  }
+
+  // Four rows share a base pointer: row offsets 0, 1, 2, 3 * a_row are addressing modes.
+  constexpr int kBases = (MR + 3) / 4;
+  const int64_t row = g->a_row;
+  const int64_t a_step = kStrided ? g->a_step : 1;
+  const int64_t b_step = g->b_step;
+  for (int64_t t = 0; t < g->n_runs; ++t) {
+    const Run run = g->runs[t];
+    const float* b = g->b + run.b;
+    const float* base[kBases];
+    JAXWIN_UNROLL
+    for (int q = 0; q < kBases; ++q) base[q] = g->a + run.a + q * 4 * row;
+    for (int64_t i = 0; i < run.len; ++i) {
+      V bv[NV];
+      JAXWIN_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        bv[v] = (kStrided && v + 1 == NV) ? load(b + v * kWidth, tail) : load(b + v * kWidth);
+      }
+      JAXWIN_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        const V av = set1(base[r / 4][(r % 4) * row]);
+        JAXWIN_UNROLL
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
+      }
+      JAXWIN_UNROLL
+      for (int q = 0; q < kBases; ++q) base[q] += a_step;
+      b += b_step;
+    }
+  }
+
+  if (g->add != 0) {
+    JAXWIN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      JAXWIN_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const float* at = c + r * c_row + v * kWidth;
+        acc[r][v] = add(v + 1 < NV ? load(at) : load(at, tail), acc[r][v]);
+      }
+    }
+  }
+  JAXWIN_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    JAXWIN_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      float* at = c + r * c_row + v * kWidth;
+      if (v + 1 < NV) {
+        store(at, acc[r][v]);
+      } else {
+        store(at, acc[r][v], tail);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jaxwin::JAXWIN_TARGET

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The micro-kernels, as a table of function pointers per instruction set. This header is compiled
+// for every target and therefore holds plain structs only.
+//
+// Notation: W = lanes of a vector; a tile is MR rows (output pixels) x NV vectors of columns
+// (output features). All strides and offsets count float elements.
+#pragma once
+
+#include <cstdint>
+
+namespace jaxwin {
+
+// One contiguous piece of the reduction: `len` steps, starting at these offsets in A and B.
+struct Run {
+  int64_t a;
+  int64_t b;
+  int64_t len;
+};
+
+// C[r, j] (op)= chain over runs t, steps i of A[r, t, i] * B[t, i, j], for r < MR, j < cols:
+//   A[r, t, i] = a[r * a_row + run[t].a + i * a_step]
+//   B[t, i, j] = b[run[t].b + i * b_step + j]
+// The chain is one fma per (t, i) in this order; it starts from C where `load`, else from zero.
+// Where `add`, its value is added to C with one more rounding (chunked reductions), else stored.
+// Reads of B: columns [0, NV * W) by the packed form, [0, cols) by the strided form.
+struct GemmArgs {
+  const float* a;
+  const float* b;
+  float* c;
+  const Run* runs;
+  int64_t n_runs;
+  int64_t a_row;
+  int64_t a_step;  // ignored by the packed form (1)
+  int64_t b_step;
+  int64_t c_row;
+  int64_t cols;    // (NV - 1) * W < cols <= NV * W
+  int64_t load;
+  int64_t add;
+};
+using GemmFn = void (*)(const GemmArgs*);
+
+// Channels as lanes: for p < P pixels, j < cols <= W:
+//   C[p, j] = chain over runs t of X[p, t, j] * B[t, j]   (Run.len is not used)
+//   X[p, t, j] = a[p * a_row + run[t].a + j],  B[t, j] = b[run[t].b + j]
+using LanesFn = void (*)(const GemmArgs*);
+
+// Weight gradient with channels as lanes: for q < Q accumulators, j < cols <= W:
+//   C[q, j] = chain, from C where `load`, over runs t, steps i of X[q, t, i, j] * B[t, i, j]
+//   X = a[offsets[q] + run[t].a + i * a_step + j],  B = b[run[t].b + i * b_step + j]
+using LanesGradFn = void (*)(const GemmArgs*, const int64_t* offsets);
+
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kGelu, kSilu, kLeakyRelu, kTanh, kSigmoid };
+inline constexpr const char* kActivationNames[] = {"none", "relu",       "relu6", "gelu",
+                                                   "silu", "leaky_relu", "tanh",  "sigmoid"};
+inline constexpr int kActivationCount = 8;
+
+// C[r, j] = act(C[r, j] + bias + residual) for r < rows, j < cols. The bias value is
+// bias[r * bias_row + j * bias_col] (0 and 1, or 1 and 0, or absent); each addition rounds once.
+struct EpilogueArgs {
+  float* c;
+  int64_t c_row;
+  int64_t rows;
+  int64_t cols;
+  const float* bias;  // may be null
+  int64_t bias_row;
+  int64_t bias_col;
+  const float* residual;  // may be null
+  int64_t residual_row;
+  Activation activation;
+};
+
+inline constexpr int kMaxNv = 4;
+inline constexpr int kMaxMr = 16;
+
+struct Kernels {
+  const char* isa;
+  int width;
+  int max_mr[kMaxNv + 1];                     // by NV; 0: no such tile
+  GemmFn packed[kMaxNv + 1][kMaxMr + 1];      // [NV][MR]
+  GemmFn strided[kMaxNv + 1][kMaxMr + 1];
+  int max_pixels;
+  LanesFn lanes[kMaxMr + 1];                  // [P]
+  LanesGradFn lanes_grad[kMaxMr + 1];         // [Q]
+  void (*epilogue)(const EpilogueArgs*);
+  // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
+  void (*copy)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t src_step,
+               int64_t n, int64_t count);
+  // dst[i * dst_ld + r * count + c] = rows[r][i * src_ld + c] for i < n, r < n_rows, c < count
+  // <= 4 and dst_ld >= n_rows * count; a null row counts as zeros.
+  void (*interleave)(float* dst, int64_t dst_ld, const float* const* rows, int64_t n_rows,
+                     int64_t src_ld, int64_t n, int64_t count);
+  // dst[i * dst_ld + m * W + l] = src[i * src_ld + table[m * W + l]] for l < lanes; lanes beyond
+  // hold unspecified finite-or-not values that no caller stores.
+  // Where 0 < span <= W, every index lies in [0, span).
+  void (*expand)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t n,
+                 const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span);
+  // 1 if every element of src[0, n) is finite.
+  int64_t (*all_finite)(const float* src, int64_t n);
+};
+
+namespace baseline {
+const Kernels* kernels();
+}
+namespace avx2 {
+const Kernels* kernels();
+}
+namespace avx512 {
+const Kernels* kernels();
+}
+
+}  // namespace jaxwin

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What Python may ask the native core: the registry, plans, the FFI handler.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <thread>
+
+#include "algorithms/registry.h"
+#include "handler.h"
+#include "isa.h"
+#include "plan.h"
+#include "problem.h"
+
+namespace nb = nanobind;
+namespace jaxwin {
+namespace {
+
+template <typename T>
+T field(const nb::dict& d, const char* name) {
+  if (!d.contains(name)) throw nb::key_error(name);
+  return nb::cast<T>(d[name]);
+}
+
+// The same fields as the attributes of the custom call, and the shapes.
+ConvParams conv_params(const nb::dict& d) {
+  ConvParams p;
+  p.lhs_shape = field<std::vector<int64_t>>(d, "lhs_shape");
+  p.rhs_shape = field<std::vector<int64_t>>(d, "rhs_shape");
+  p.out_shape = field<std::vector<int64_t>>(d, "out_shape");
+  p.lhs_spec = field<std::vector<int64_t>>(d, "lhs_spec");
+  p.rhs_spec = field<std::vector<int64_t>>(d, "rhs_spec");
+  p.out_spec = field<std::vector<int64_t>>(d, "out_spec");
+  p.window_strides = field<std::vector<int64_t>>(d, "window_strides");
+  const auto padding = field<std::vector<int64_t>>(d, "padding");
+  for (size_t i = 0; i + 1 < padding.size(); i += 2) {
+    p.padding_low.push_back(padding[i]);
+    p.padding_high.push_back(padding[i + 1]);
+  }
+  p.lhs_dilation = field<std::vector<int64_t>>(d, "lhs_dilation");
+  p.rhs_dilation = field<std::vector<int64_t>>(d, "rhs_dilation");
+  p.feature_group_count = field<int64_t>(d, "feature_group_count");
+  p.batch_group_count = field<int64_t>(d, "batch_group_count");
+  return p;
+}
+
+nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
+  nb::dict d;
+  d["algorithm"] = plan.algorithm->name;
+  d["isa"] = plan.target.kernels->isa;
+  d["threads"] = plan.target.threads;
+  nb::list params;
+  for (size_t i = 0; i < plan.algorithm->params.size(); ++i) params.append(plan.params[i]);
+  d["params"] = params;
+  d["workspace_bytes"] = plan.workspace_bytes;
+  d["cost"] = plan.algorithm->cost(p, plan.target, plan.params);
+  return d;
+}
+
+// {"plan": {...}} or {"error": text}.
+nb::dict make_plan_dict(const nb::dict& problem, const std::string& algorithm,
+                        const std::string& isa, int64_t threads, int64_t max_workspace,
+                        const std::vector<int64_t>& params) {
+  nb::dict result;
+  Problem p;
+  std::string wrong = make_problem(conv_params(problem), &p);
+  Plan plan;
+  if (wrong.empty()) {
+    wrong = make_plan(p, {algorithm, isa, threads, max_workspace, params}, &plan);
+  }
+  if (wrong.empty()) {
+    result["plan"] = plan_to_dict(p, plan);
+  } else {
+    result["error"] = wrong;
+  }
+  return result;
+}
+
+// Every algorithm's view of a problem: name -> {"rejected": text} or its default plan.
+nb::dict candidates(const nb::dict& problem, const std::string& isa, int64_t threads) {
+  nb::dict result;
+  Problem p;
+  const std::string wrong = make_problem(conv_params(problem), &p);
+  for (const Algorithm* a : algorithms()) {
+    nb::dict row;
+    Plan plan;
+    const std::string why =
+        wrong.empty() ? make_plan(p, {a->name, isa, threads, -1, {}}, &plan) : wrong;
+    if (why.empty()) {
+      row = plan_to_dict(p, plan);
+    } else {
+      row["rejected"] = why;
+    }
+    result[a->name] = row;
+  }
+  return result;
+}
+
+// The problem's size and the order of its reduction, as the core understands it.
+nb::dict describe(const nb::dict& problem) {
+  nb::dict d;
+  Problem p;
+  const std::string wrong = make_problem(conv_params(problem), &p);
+  if (!wrong.empty()) {
+    d["error"] = wrong;
+    return d;
+  }
+  d["flops"] = p.flops();
+  d["chunk_rows"] = p.chunk_rows;
+  d["dilated_input"] = p.dilated_input();
+  return d;
+}
+
+nb::dict registry() {
+  nb::list algorithm_rows;
+  for (const Algorithm* a : algorithms()) {
+    nb::list params;
+    for (const ParamSpec& s : a->params) {
+      nb::dict row;
+      row["name"] = s.name;
+      row["description"] = s.description;
+      row["values"] = nb::cast(s.values);
+      params.append(row);
+    }
+    nb::dict row;
+    row["name"] = a->name;
+    row["summary"] = a->summary;
+    row["source"] = a->source;
+    row["family"] = "canonical";
+    row["dtypes"] = nb::make_tuple("float32");
+    row["params"] = params;
+    algorithm_rows.append(row);
+  }
+  nb::list isa_rows;
+  for (const Kernels* k : compiled_kernels()) {
+    nb::list tiles;
+    for (int nv = 1; nv <= kMaxNv; ++nv) {
+      if (k->max_mr[nv] > 0) tiles.append(nb::make_tuple(k->max_mr[nv], nv));
+    }
+    nb::dict row;
+    row["name"] = k->isa;
+    row["width"] = k->width;
+    row["tiles"] = tiles;
+    row["max_pixels"] = k->max_pixels;
+    row["runnable"] = kernels_by_name(k->isa) != nullptr;
+    isa_rows.append(row);
+  }
+  nb::list activations;
+  for (const char* name : kActivationNames) activations.append(name);
+  nb::dict cache_sizes;
+  cache_sizes["l1"] = caches().l1;
+  cache_sizes["l2"] = caches().l2;
+  cache_sizes["l3"] = caches().l3;
+  nb::dict result;
+  result["algorithms"] = algorithm_rows;
+  result["isas"] = isa_rows;
+  result["activations"] = activations;
+  result["caches"] = cache_sizes;
+  return result;
+}
+
+}  // namespace
+}  // namespace jaxwin
+
+NB_MODULE(_ffi, m) {
+  m.def("registrations", [] {
+    nb::dict d;
+    d["jaxwin_conv"] = nb::capsule(jaxwin::conv_handler());
+    return d;
+  });
+  m.def("registry", &jaxwin::registry);
+  m.def("make_plan", &jaxwin::make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
+        nb::arg("isa") = "", nb::arg("threads") = 1, nb::arg("max_workspace") = -1,
+        nb::arg("params") = std::vector<int64_t>{});
+  m.def("candidates", &jaxwin::candidates, nb::arg("problem"), nb::arg("isa") = "",
+        nb::arg("threads") = 1);
+  m.def("describe", &jaxwin::describe, nb::arg("problem"));
+  m.def("best_isa", [](const std::string& cap) {
+    const jaxwin::Kernels* k = jaxwin::best_kernels(cap);
+    return k == nullptr ? std::string() : std::string(k->isa);
+  }, nb::arg("cap") = "");
+}

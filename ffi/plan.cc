@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "plan.h"
+
+#include <algorithm>
+
+#include "algorithms/registry.h"
+#include "isa.h"
+
+namespace jaxwin {
+
+std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) {
+  constexpr int64_t kMaxThreads = 4096;
+  if (request.threads < 1 || request.threads > kMaxThreads) {
+    return "threads: must be from 1 to 4096, got " + std::to_string(request.threads);
+  }
+  plan->target.threads = request.threads;
+  plan->target.kernels =
+      request.isa.empty() ? all_kernels().back() : kernels_by_name(request.isa);
+  if (plan->target.kernels == nullptr) {
+    return "isa: this CPU does not run '" + request.isa + "'";
+  }
+  if (request.algorithm == "auto") {
+    plan->algorithm = choose_algorithm(p, plan->target, request.max_workspace);
+    if (plan->algorithm == nullptr) return "no algorithm computes this problem";
+  } else {
+    plan->algorithm = find_algorithm(request.algorithm);
+    if (plan->algorithm == nullptr) return "algorithm: unknown '" + request.algorithm + "'";
+    const std::string why = plan->algorithm->rejects(p);
+    if (!why.empty()) return request.algorithm + ": " + why;
+  }
+  const Algorithm& a = *plan->algorithm;
+  if (request.params.empty()) {
+    plan->params = a.defaults(p, plan->target);
+  } else {
+    if (request.params.size() != a.params.size()) {
+      return "params: " + std::string(a.name) + " takes " + std::to_string(a.params.size()) +
+             " values, got " + std::to_string(request.params.size());
+    }
+    std::copy(request.params.begin(), request.params.end(), plan->params.begin());
+  }
+  const std::string wrong = a.check(p, plan->target, plan->params);
+  if (!wrong.empty()) return "params: " + std::string(a.name) + ": " + wrong;
+  plan->workspace_bytes =
+      a.workspace(p, plan->target, plan->params) * static_cast<int64_t>(sizeof(float));
+  if (request.max_workspace >= 0 && plan->workspace_bytes > request.max_workspace) {
+    return "max_workspace: " + std::string(a.name) + " needs " +
+           std::to_string(plan->workspace_bytes) + " bytes, allowed are " +
+           std::to_string(request.max_workspace);
+  }
+  return {};
+}
+
+}  // namespace jaxwin

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A plan: an algorithm, its parameters and what they were made for. Made in Python's name at
+// lowering time, carried by the program as attributes, checked again before it runs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "algorithms/algorithm.h"
+
+namespace jaxwin {
+
+struct PlanRequest {
+  std::string algorithm = "auto";
+  std::string isa;  // "": the best
+  int64_t threads = 1;
+  int64_t max_workspace = -1;      // bytes; negative: any
+  std::vector<int64_t> params;     // empty: the algorithm's defaults
+};
+
+struct Plan {
+  const Algorithm* algorithm = nullptr;
+  Target target{};
+  Params params{};
+  int64_t workspace_bytes = 0;
+};
+
+// Empty, or why there is no such plan.
+std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan);
+
+}  // namespace jaxwin
