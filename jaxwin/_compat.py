@@ -37,7 +37,7 @@ shaped_array: Any = _core.ShapedArray
 
 # The value of this context is part of every key of JAX's caches: code traced while convolutions
 # are being replaced never meets code traced while they are not.
-substitution_context: Any = jax.make_user_context(False)
+substitution_context: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
 
 
 def current_trace() -> Any:
@@ -156,4 +156,5 @@ def without_sharding(ctx: Any) -> Any:
 
 def constrain_result(ctx: Any, value: Any) -> Any:
     """Attaches to `value` the sharding that the result's type carries (explicit sharding)."""
-    return _mlir.lower_with_sharding_in_types(ctx, value, ctx.avals_out[0])
+    lower: Any = _mlir.lower_with_sharding_in_types
+    return lower(ctx, value, ctx.avals_out[0])

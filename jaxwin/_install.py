@@ -83,4 +83,4 @@ def _switch() -> None:
         _compat.restore_lax_cpu_lowering()
     _active = wanted
     _compat.forget_device_requirements()
-    jax.clear_caches()
+    jax.clear_caches()  # type: ignore[no-untyped-call]

@@ -241,14 +241,15 @@ def _sharding_rule(
     )
     dimensions = [d for tensor in tensors for d in tensor]
     alone = {d[0] for d in dimensions if len(d) == 1}
-    used = {factor for d in dimensions for factor in d}
+    used = list(dict.fromkeys(factor for d in dimensions for factor in d))
     texts = [
         " ".join(d[0] if len(d) == 1 else f"({' '.join(d)})" for d in tensor) for tensor in tensors
     ]
     return f"{texts[0]}, {texts[1]} -> {texts[2]}", {
         "reduction_factors": () if "c" in replicated else ("c",),
-        "need_replication_factors": tuple(sorted(replicated & used)),
-        **{factor: sizes[factor] for factor in used - alone},
+        # Shardy wants them in the order of their first appearance.
+        "need_replication_factors": tuple(factor for factor in used if factor in replicated),
+        **{factor: sizes[factor] for factor in used if factor not in alone},
     }
 
 
@@ -274,9 +275,10 @@ def _partitioned(
     contracted = rhs_shape[numbers.rhs_spec[1]]
     features = rhs_shape[numbers.rhs_spec[0]]
 
-    @custom_partitioning
-    def convolution(lhs: Any, rhs: Any) -> Any:
+    def whole(lhs: Any, rhs: Any) -> Any:
         return conv_p.bind(lhs, rhs, **params)
+
+    convolution: Any = custom_partitioning(whole)
 
     def divide(mesh: Any, lhs: Any, rhs: Any, out: Any) -> tuple[Any, Any, Any]:
         """Mesh axes for (batch or batch group, output feature or group, contraction)."""
@@ -306,7 +308,8 @@ def _partitioned(
         def named(spec: Sequence[int], first: Any, second: Any) -> NamedSharding:
             entries: list[Any] = [None] * len(spec)
             entries[spec[0]], entries[spec[1]] = first or None, second or None
-            return NamedSharding(mesh, PartitionSpec(*entries))
+            spec_of: Any = PartitionSpec
+            return NamedSharding(mesh, spec_of(*entries))
 
         lhs_batch = output_axes if batch_groups > 1 else batch_axes
         lhs_feature = output_axes if feature_groups > 1 else sum_axes
@@ -330,7 +333,8 @@ def _partitioned(
 
         def one_device(lhs: Any, rhs: Any) -> Any:
             out = conv_p.bind(lhs, rhs, **local)
-            return lax.psum(out, sum_axes) if sum_axes else out
+            psum: Any = lax.psum
+            return psum(out, sum_axes) if sum_axes else out
 
         return mesh, one_device, out_sharding, (lhs_sharding, rhs_sharding)
 
@@ -345,7 +349,8 @@ def _partitioned(
         sharding_rule=rule,
         **options,
     )
-    return convolution
+    divided: Callable[..., Any] = convolution
+    return divided
 
 
 # --- registration ----------------------------------------------------------------------------
