@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything jaxwin takes from JAX's private modules. No other file mentions them.
+
+Each name is here because JAX has no public form of it; a new JAX release that moves one is
+repaired in this file alone. Written for jax 0.10.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax._src import core as _core
+from jax._src import dispatch as _dispatch
+from jax._src import linear_util as _lu
+from jax._src import mesh as _mesh
+from jax._src import sharding_impls as _sharding_impls
+from jax._src import util as _util
+from jax._src.interpreters import ad as _ad
+from jax._src.interpreters import batching as _batching
+from jax._src.interpreters import mlir as _mlir
+
+Jaxpr: Any = _core.Jaxpr
+ClosedJaxpr: Any = _core.ClosedJaxpr
+Trace: Any = _core.Trace
+WrappedFun: Any = _lu.WrappedFun
+set_current_trace: Any = _core.set_current_trace
+weakref_lru_cache: Any = _util.weakref_lru_cache
+apply_primitive: Any = _dispatch.apply_primitive
+ConvDimensionNumbers = lax.ConvDimensionNumbers
+lax_conv_p: Any = lax.conv_general_dilated_p
+shaped_array: Any = _core.ShapedArray
+
+# The value of this context is part of every key of JAX's caches: code traced while convolutions
+# are being replaced never meets code traced while they are not.
+substitution_context: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
+
+
+def current_trace() -> Any:
+    """The trace that primitives bound now would go to."""
+    return _core.trace_ctx.trace
+
+
+def wrap_callable(fun: Any, transformation: Callable[..., Any]) -> Any:
+    """`fun` (a WrappedFun or a plain callable) called through `transformation(fun, *args)`."""
+    if isinstance(fun, WrappedFun):
+        return _lu.transformation2(transformation, fun)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return transformation(fun, *args, **kwargs)
+
+    return wrapped
+
+
+# --- rules -----------------------------------------------------------------------------------
+
+# Differentiation and batching rules by primitive. A rule takes values and parameters, and binds
+# further primitives: derived by calling it with the convolution replaced.
+_DERIVABLE_RULES: tuple[Any, ...] = (
+    _ad.primitive_jvps,
+    _ad.primitive_linearizations,
+    _ad.primitive_transposes,
+    _ad.fancy_transposes,
+    _batching.fancy_primitive_batchers,
+)
+
+
+def derive_rules(source: Any, target: Any, derive: Callable[[Any], Any]) -> None:
+    """Gives `target` every differentiation and batching rule that `source` has, via `derive`."""
+    for registry in _DERIVABLE_RULES:
+        if source in registry:
+            registry[target] = derive(registry[source])
+
+
+# --- lowering --------------------------------------------------------------------------------
+
+# lax's own CPU rule, taken before anybody can have replaced it through jaxwin.
+_LAX_CPU_ENTRY: Any = _mlir._platform_specific_lowerings["cpu"][lax_conv_p]
+
+
+def lower_through_lax(ctx: Any, lhs: Any, rhs: Any, **conv_params: Any) -> Sequence[Any]:
+    """Lowers one convolution for CPU by lax's original rule.
+
+    It stays that rule while `jaxwin.install()` is in force, so a fallback cannot recurse.
+    `ctx.avals_in` and `ctx.avals_out` must be those of the convolution.
+    """
+    result: Sequence[Any] = _LAX_CPU_ENTRY.rule(ctx, lhs, rhs, **conv_params)
+    return result
+
+
+def replace_lax_cpu_lowering(rule: Callable[..., Any]) -> None:
+    """Makes `rule` the CPU lowering of lax's convolution primitive."""
+    _mlir.register_lowering(lax_conv_p, rule, platform="cpu")
+    require_devices(lax_conv_p)
+
+
+def restore_lax_cpu_lowering() -> None:
+    """Undoes `replace_lax_cpu_lowering`."""
+    _mlir._platform_specific_lowerings["cpu"][lax_conv_p] = _LAX_CPU_ENTRY
+    _dispatch.prim_requires_devices_during_lowering.discard(lax_conv_p)
+
+
+def require_devices(primitive: Any) -> None:
+    """Makes JAX tell the lowering of programs that contain `primitive` their devices and mesh."""
+    _dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def forget_device_requirements() -> None:
+    """Drops what JAX remembers about which programs need devices at lowering."""
+    _dispatch.jaxpr_has_prim_requiring_devices.cache_clear()
+
+
+def is_static(ctx: Any, params: dict[str, Any]) -> bool:
+    """Whether every size in a convolution's operands, result and padding is a plain integer."""
+    shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
+    return all(isinstance(size, (int, np.integer)) for shape in shapes for size in shape) and all(
+        isinstance(size, (int, np.integer)) for pair in params["padding"] for size in pair
+    )
+
+
+def placement(ctx: Any) -> str:
+    """How the program being lowered is laid out over devices.
+
+    - "local": one device, or inside a fully manual region: shapes are those of one device.
+    - "partitioned": XLA's partitioner will divide the program, and the mesh is known.
+    - "opaque": it will be divided, but the mesh is unknown, only partly automatic, or the
+      program is being exported, so that a partitioning callback could not outlive this process.
+    """
+    context = ctx.module_context.axis_context
+    if isinstance(context, _sharding_impls.SPMDAxisContext):
+        automatic = set(context.mesh.axis_names) - set(context.manual_axes)
+        sizes = (context.mesh.shape[name] for name in automatic)
+        return "local" if math.prod(sizes) == 1 else "opaque"
+    if isinstance(context, _sharding_impls.ShardingContext):
+        if context.num_devices == 1:
+            return "local"
+        if context.device_assignment is None or ctx.module_context.lowering_parameters.for_export:
+            return "opaque"
+        if context.abstract_mesh is None and _mesh.thread_resources.env.physical_mesh.empty:
+            return "opaque"
+        return "partitioned"
+    return "local"
+
+
+def without_sharding(ctx: Any) -> Any:
+    """`ctx` with operand and result types reduced to shape and dtype."""
+    return ctx.replace(
+        avals_in=[shaped_array(a.shape, a.dtype) for a in ctx.avals_in],
+        avals_out=[shaped_array(a.shape, a.dtype) for a in ctx.avals_out],
+    )
+
+
+def constrain_result(ctx: Any, value: Any) -> Any:
+    """Attaches to `value` the sharding that the result's type carries (explicit sharding)."""
+    lower: Any = _mlir.lower_with_sharding_in_types
+    return lower(ctx, value, ctx.avals_out[0])
