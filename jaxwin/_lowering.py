@@ -3,11 +3,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jax import lax
+import jax
+import numpy as np
 from jax.interpreters import mlir
+
+from jaxwin import _compat, _dispatch, _ffi, _registry
+from jaxwin._plan import Plan
+from jaxwin._problem import Problem, from_parameters
+
+_TARGET = "jaxwin_conv"
+
+
+@functools.cache
+def _register() -> None:
+    for name, capsule in _ffi.registrations().items():
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
 
 
 def lower_conv(
@@ -18,12 +32,70 @@ def lower_conv(
     activation: str | None = None,
     has_bias: bool = False,
     has_residual: bool = False,
+    algorithm: str = "auto",
+    max_workspace: int | None = None,
     **conv_params: Any,
 ) -> Sequence[Any]:
-    """Stub: lowers an unfused convolution through lax."""
-    assert not epilogue and activation is None
+    """Lowers one convolution, with its epilogue if it has one, for the CPU.
 
-    def through_lax(x: Any, w: Any) -> Any:
-        return lax.conv_general_dilated_p.bind(x, w, **conv_params)
+    ctx: of the primitive; all sizes static. epilogue: the bias (one value per output feature)
+    and the residual (the shape of the result), as far as there are any. conv_params: those of
+    lax's primitive.
+    """
+    out = ctx.avals_out[0]
+    problem = from_parameters(
+        ctx.avals_in[0],
+        ctx.avals_in[1],
+        out,
+        conv_params,
+        bias=has_bias,
+        residual=has_residual,
+        activation=activation,
+    )
+    decision = _dispatch.decide(problem, algorithm=algorithm, max_workspace=max_workspace)
+    if decision.plan is not None:
+        return _custom_call(ctx, problem, decision.plan, lhs, rhs, *epilogue)
+    if epilogue or activation is not None:
+        raise NotImplementedError(decision.reason)
+    return _compat.lower_through_lax(ctx, lhs, rhs, **conv_params)
 
-    return mlir.lower_fun(through_lax, multiple_results=False)(ctx, lhs, rhs)
+
+def _custom_call(
+    ctx: mlir.LoweringRuleContext, problem: Problem, plan: Plan, *operands: Any
+) -> Sequence[Any]:
+    _register()
+
+    def ints(values: Sequence[int]) -> Any:
+        return np.asarray(values, np.int64)
+
+    fields = problem.native()
+    attributes: dict[str, Any] = {
+        name: ints(fields[name])
+        for name in (
+            "lhs_spec",
+            "rhs_spec",
+            "out_spec",
+            "window_strides",
+            "padding",
+            "lhs_dilation",
+            "rhs_dilation",
+        )
+    }
+    activations = _registry.registry()["activations"]
+    attributes.update(
+        feature_group_count=np.int64(problem.feature_group_count),
+        batch_group_count=np.int64(problem.batch_group_count),
+        algorithm=plan.algorithm,
+        isa=plan.isa,
+        threads=np.int64(plan.threads),
+        params=ints(plan.params),
+        has_bias=np.int64(problem.bias),
+        has_residual=np.int64(problem.residual),
+        activation=np.int64(activations.index(problem.activation or "none")),
+    )
+    results = list(ctx.avals_out)
+    if plan.workspace_bytes > 0:
+        results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
+    lowering = jax.ffi.ffi_lowering(_TARGET)
+    values = lowering(ctx.replace(avals_out=results), *operands, **attributes)
+    return list(values)[:1]

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan: which algorithm computes a problem, with which parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that the native core needs besides the problem; travels as call attributes.
+
+    `params` are the values of the algorithm's parameters in the order of the registry.
+    `threads` is how many threads the workspace is laid out for; results do not depend on it.
+    """
+
+    algorithm: str
+    isa: str
+    threads: int
+    params: tuple[int, ...]
+    workspace_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What dispatch chose for a problem.
+
+    tier: "heuristic" (the native core's cost model), "requested" (by `algorithm=`), or "xla".
+    plan: None where lax computes it.
+    reason: why lax computes it, else empty.
+    """
+
+    tier: str
+    plan: Plan | None
+    reason: str = ""

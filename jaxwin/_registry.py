@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the native core can do, and what this process lets it do."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from jaxwin import _ffi
+
+
+@functools.cache
+def registry() -> dict[str, Any]:
+    """The registry of the native core: algorithms, instruction sets with their tiles, caches."""
+    result: dict[str, Any] = _ffi.registry()
+    return result
+
+
+@functools.cache
+def algorithm_names() -> tuple[str, ...]:
+    """Names of the algorithms with kernels, in the order of the registry."""
+    return tuple(row["name"] for row in registry()["algorithms"])
+
+
+def isa() -> str:
+    """The instruction set that kernels use: the CPU's best, capped by `JAXWIN_MAX_ISA`.
+
+    Raises:
+        ValueError: `JAXWIN_MAX_ISA` names no instruction set.
+    """
+    cap = os.environ.get("JAXWIN_MAX_ISA", "")
+    best: str = _ffi.best_isa(cap)
+    if not best:
+        names = ", ".join(row["name"] for row in registry()["isas"])
+        raise ValueError(f"JAXWIN_MAX_ISA: {cap!r} is not one of {names}")
+    return best
+
+
+def threads() -> int:
+    """How many threads XLA's pool has on this machine: `NPROC`, or the CPUs of the affinity mask."""
+    text = os.environ.get("NPROC", "")
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    return len(os.sched_getaffinity(0))
