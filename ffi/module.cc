@@ -3,10 +3,16 @@
 // What Python may ask the native core: the registry, plans, the FFI handler.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <functional>
+#include <mutex>
+#include <optional>
 #include <thread>
+#include <vector>
 
 #include "algorithms/registry.h"
 #include "handler.h"
@@ -113,6 +119,56 @@ nb::dict describe(const nb::dict& problem) {
   return d;
 }
 
+using Array = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+
+// Runs a plan outside XLA, on its own threads, into the caller's result and workspace: for tests
+// that poison and guard both, and for measurements. Empty, or what is wrong.
+std::string run(const nb::dict& problem, const std::string& algorithm, const std::string& isa,
+                int64_t threads, const std::vector<int64_t>& params, const Array& x,
+                const Array& w, const Array& y, const Array& workspace,
+                const std::optional<Array>& bias, const std::optional<Array>& residual,
+                int64_t activation) {
+  const ConvParams conv = conv_params(problem);
+  Problem p;
+  std::string wrong = make_problem(conv, &p);
+  Plan plan;
+  if (wrong.empty()) wrong = make_plan(p, {algorithm, isa, threads, -1, params}, &plan);
+  if (!wrong.empty()) return wrong;
+  const auto size = [](const std::vector<int64_t>& shape) {
+    size_t n = 1;
+    for (const int64_t d : shape) n *= static_cast<size_t>(d);
+    return n;
+  };
+  if (x.size() != size(conv.lhs_shape) || w.size() != size(conv.rhs_shape) ||
+      y.size() != size(conv.out_shape)) {
+    return "an array has a wrong size";
+  }
+  if (bias.has_value() && bias->size() != static_cast<size_t>(p.g * p.k)) return "bias: wrong size";
+  if (residual.has_value() && residual->size() != y.size()) return "residual: wrong size";
+  if (workspace.size() * sizeof(float) < static_cast<size_t>(plan.workspace_bytes)) {
+    return "the workspace is too small";
+  }
+  if (activation < 0 || activation >= kActivationCount) return "activation: unknown";
+  const Operands o{x.data(),
+                   w.data(),
+                   bias.has_value() ? bias->data() : nullptr,
+                   residual.has_value() ? residual->data() : nullptr,
+                   y.data(),
+                   static_cast<Activation>(activation)};
+  const nb::gil_scoped_release release;
+  std::mutex mutex;
+  std::vector<std::thread> running;
+  const Threads pool(
+      [&](std::function<void()> work) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        running.emplace_back(std::move(work));
+      },
+      threads);
+  plan.algorithm->run(p, plan.params, o, {plan.target, &pool, workspace.data()});
+  for (std::thread& t : running) t.join();
+  return {};
+}
+
 nb::dict registry() {
   nb::list algorithm_rows;
   for (const Algorithm* a : algorithms()) {
@@ -176,6 +232,10 @@ NB_MODULE(_ffi, m) {
         nb::arg("params") = std::vector<int64_t>{});
   m.def("candidates", &jaxwin::candidates, nb::arg("problem"), nb::arg("isa") = "",
         nb::arg("threads") = 1);
+  m.def("run", &jaxwin::run, nb::arg("problem"), nb::arg("algorithm"), nb::arg("isa"),
+        nb::arg("threads"), nb::arg("params"), nb::arg("x"), nb::arg("w"), nb::arg("y"),
+        nb::arg("workspace"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
+        nb::arg("activation") = 0);
   m.def("describe", &jaxwin::describe, nb::arg("problem"));
   m.def("best_isa", [](const std::string& cap) {
     const jaxwin::Kernels* k = jaxwin::best_kernels(cap);

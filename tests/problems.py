@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems drawn at random, and runs of plans into poisoned, guarded buffers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxwin import _ffi, _registry
+from jaxwin._problem import Problem
+
+LAYOUTS = {
+    1: [("NWC", "WIO"), ("NCW", "OIW"), ("CWN", "IWO"), ("NCW", "WIO")],
+    2: [("NHWC", "HWIO"), ("NCHW", "OIHW"), ("CHWN", "IHWO"), ("NHWC", "OHWI"), ("HWNC", "HWOI")],
+    3: [("NDHWC", "DHWIO"), ("NCDHW", "OIDHW"), ("CDHWN", "IDHWO")],
+}
+
+
+def _spec(text: str, first: str, second: str) -> tuple[int, ...]:
+    spatial = [i for i, letter in enumerate(text) if letter not in (first, second)]
+    return (text.index(first), text.index(second), *spatial)
+
+
+def make(
+    n: int,
+    c: int,
+    k: int,
+    size: tuple[int, ...],
+    window: tuple[int, ...],
+    *,
+    stride: tuple[int, ...] | None = None,
+    padding: tuple[tuple[int, int], ...] | None = None,
+    lhs_dilation: tuple[int, ...] | None = None,
+    rhs_dilation: tuple[int, ...] | None = None,
+    groups: int = 1,
+    batch_groups: int = 1,
+    layout: tuple[str, str] | None = None,
+    out_layout: str | None = None,
+) -> Problem | None:
+    """The problem, or None where its result would be empty. c: of lhs; k: of rhs."""
+    rank = len(size)
+    ones = (1,) * rank
+    stride, lhs_dilation, rhs_dilation = stride or ones, lhs_dilation or ones, rhs_dilation or ones
+    padding = padding or ((0, 0),) * rank
+    lhs, rhs = layout or LAYOUTS[rank][0]
+    out = out_layout or lhs
+    spatial = []
+    for d in range(rank):
+        extent = (size[d] - 1) * lhs_dilation[d] + 1 + sum(padding[d])
+        span = (window[d] - 1) * rhs_dilation[d] + 1
+        if extent < span:
+            return None
+        spatial.append((extent - span) // stride[d] + 1)
+    lhs_spec, rhs_spec, out_spec = (
+        _spec(lhs, "N", "C"),
+        _spec(rhs, "O", "I"),
+        _spec(out, "N", "C"),
+    )
+
+    def store(spec: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+        shape = [0] * len(spec)
+        for dimension, value in zip(spec, sizes, strict=True):
+            shape[dimension] = value
+        return tuple(shape)
+
+    return Problem(
+        lhs_shape=store(lhs_spec, (n, c, *size)),
+        rhs_shape=store(rhs_spec, (k, c // groups, *window)),
+        out_shape=store(out_spec, (n // batch_groups, k, *spatial)),
+        lhs_spec=lhs_spec,
+        rhs_spec=rhs_spec,
+        out_spec=out_spec,
+        window_strides=stride,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        feature_group_count=groups,
+        batch_group_count=batch_groups,
+    )
+
+
+def draw(rng: np.random.Generator, kind: str | None = None) -> Problem:
+    """A small random problem. kind: "any", or one that a certain algorithm is made for."""
+    while True:
+        rank = int(rng.choice([1, 2, 2, 2, 3]))
+        pick = kind or "any"
+
+        def ints(low: int, high: int, rank: int = rank) -> tuple[int, ...]:
+            return tuple(int(v) for v in rng.integers(low, high + 1, rank))
+
+        limit = {1: 40, 2: 14, 3: 6}[rank]
+        size = ints(1, limit)
+        window = ints(1, {1: 9, 2: 5, 3: 3}[rank])
+        stride = ints(1, 3) if rng.random() < 0.5 else (1,) * rank
+        rdil = ints(1, 3) if rng.random() < 0.3 else (1,) * rank
+        ldil = ints(1, 3) if rng.random() < 0.3 or pick == "segregated" else (1,) * rank
+        padding = tuple(
+            (int(a), int(b)) for a, b in zip(ints(-1, 4), ints(-1, 4), strict=True)
+        )
+        if pick == "direct" or rng.random() < 0.2:
+            padding = ((0, 0),) * rank
+        n, c, k = int(rng.integers(1, 4)), int(rng.integers(1, 20)), int(rng.integers(1, 40))
+        groups = batch_groups = 1
+        if pick in ("depthwise", "grouped") or rng.random() < 0.3:
+            groups = int(rng.choice([2, 3, 5, 8, 17]))
+            per_group = 1 if pick == "depthwise" else int(rng.integers(1, 6))
+            multiple = int(rng.integers(1, 5))
+            if rng.random() < 0.3:
+                batch_groups, groups = groups, 1
+                n, k, c = batch_groups * int(rng.integers(1, 3)), batch_groups * multiple, per_group
+            else:
+                c, k = groups * per_group, groups * multiple
+        if pick == "weight_grad" or rng.random() < 0.25:
+            # what a weight gradient looks like: a window of almost the input's size
+            window = tuple(max(1, s - int(d)) for s, d in zip(size, ints(0, 2), strict=True))
+            stride, rdil = (1,) * rank, stride
+            padding = tuple((int(a), int(b)) for a, b in zip(ints(0, 2), ints(0, 2), strict=True))
+        lhs, rhs = LAYOUTS[rank][int(rng.integers(len(LAYOUTS[rank])))]
+        out = LAYOUTS[rank][int(rng.integers(len(LAYOUTS[rank])))][0]
+        problem = make(
+            n,
+            c,
+            k,
+            size,
+            window,
+            stride=stride,
+            padding=padding,
+            lhs_dilation=ldil,
+            rhs_dilation=rdil,
+            groups=groups,
+            batch_groups=batch_groups,
+            layout=(lhs, rhs),
+            out_layout=out if rng.random() < 0.3 else lhs,
+        )
+        if problem is not None and 0 < problem.flops < 4e6:
+            return problem
+
+
+def operands(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random operands of a problem."""
+    return (
+        rng.standard_normal(problem.lhs_shape, np.float32),
+        rng.standard_normal(problem.rhs_shape, np.float32),
+    )
+
+
+_GUARD = 64
+_CANARY = np.float32(1.2345e30)
+
+
+def run(
+    problem: Problem,
+    lhs: np.ndarray,
+    rhs: np.ndarray,
+    algorithm: str,
+    *,
+    isa: str = "",
+    threads: int = 1,
+    params: tuple[int, ...] = (),
+    bias: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+    activation: str = "none",
+) -> np.ndarray:
+    """Runs a plan outside XLA; result and workspace begin as NaN, and nothing outside is written."""
+    answer = _ffi.make_plan(
+        problem.native(), algorithm=algorithm, isa=isa, threads=threads, params=list(params)
+    )
+    assert "plan" in answer, answer
+    plan = answer["plan"]
+
+    def guarded(count: int) -> tuple[np.ndarray, np.ndarray]:
+        whole = np.full(count + 2 * _GUARD, _CANARY)
+        inner = whole[_GUARD : _GUARD + count]
+        inner[:] = np.nan
+        return whole, inner
+
+    count = int(np.prod(problem.out_shape))
+    whole_y, y = guarded(count)
+    whole_ws, workspace = guarded(plan["workspace_bytes"] // 4)
+    wrong = _ffi.run(
+        problem.native(),
+        plan["algorithm"],
+        plan["isa"],
+        threads,
+        plan["params"],
+        lhs,
+        rhs,
+        y,
+        workspace,
+        bias,
+        residual,
+        _registry.registry()["activations"].index(activation),
+    )
+    assert not wrong, wrong
+    for whole in (whole_y, whole_ws):
+        assert (whole[:_GUARD] == _CANARY).all() and (whole[-_GUARD:] == _CANARY).all(), "overrun"
+    return y.reshape(problem.out_shape)

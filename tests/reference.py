@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slow and obvious references: the numerical contract spelled out, and float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from jaxwin._problem import Problem
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c in float32 with one rounding, elementwise.
+
+    The product is exact in float64; the sum is rounded to odd there, so that the conversion to
+    float32 rounds right (Boldo and Melquiond, 2008).
+    """
+    product = a.astype(np.float64) * b.astype(np.float64)
+    addend = c.astype(np.float64)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    bits = total.view(np.int64)
+    inexact = np.isfinite(total) & (error != 0) & ((bits & 1) == 0)
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    odd = np.where(inexact, bits + step, bits)
+    return odd.view(np.float64).astype(np.float32)
+
+
+def _canonical(problem: Problem, lhs: np.ndarray, rhs: np.ndarray):
+    """lhs as [n, g, c, z, y, x], rhs as [g, k, c, z, y, x]; and the triples of parameters."""
+    p = problem
+    missing = 3 - p.spatial_rank
+    x = np.transpose(lhs, p.lhs_spec)
+    w = np.transpose(rhs, p.rhs_spec)
+    groups = max(p.feature_group_count, p.batch_group_count)
+    ones = (1,) * missing
+    x = x.reshape(x.shape[:2] + ones + x.shape[2:])
+    w = w.reshape(w.shape[:2] + ones + w.shape[2:])
+    if p.batch_group_count > 1:
+        x = x.reshape((groups, x.shape[0] // groups, *x.shape[1:]))
+        x = np.moveaxis(x, 0, 1)
+    else:
+        x = x.reshape((x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
+    w = w.reshape((groups, w.shape[0] // groups, *w.shape[1:]))
+    stride = ones + p.window_strides
+    low = (0,) * missing + tuple(pair[0] for pair in p.padding)
+    ldil = ones + p.lhs_dilation
+    rdil = ones + p.rhs_dilation
+    out = ones + tuple(p.out_shape[d] for d in p.out_spec[2:])
+    return x, w, stride, low, ldil, rdil, out
+
+
+def _to_output(problem: Problem, y: np.ndarray) -> np.ndarray:
+    """[n, g, k, z, y, x] to the stored layout of the result."""
+    p = problem
+    spatial = y.shape[6 - p.spatial_rank :]
+    y = y.reshape((y.shape[0], y.shape[1] * y.shape[2], *spatial))
+    result = np.empty(p.out_shape, y.dtype)
+    np.transpose(result, p.out_spec)[...] = y
+    return result
+
+
+def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """The result bit for bit: one fma chain per element in canonical order.
+
+    Order: window x, window y, window z, input channel; or, where problem.chunk_rows is not 0,
+    chunks of so many (channel, z, y) rows of the window, each row along x, the chunks' sums added
+    in order. Positions on padding multiply by zero; inserted zeros are no operands.
+    """
+    x, w, stride, low, ldil, rdil, out = _canonical(problem, lhs, rhs)
+    n, g, c = x.shape[:3]
+    k = w.shape[1]
+    window = w.shape[3:]
+    size = x.shape[3:]
+
+    def step(acc: np.ndarray, tap: tuple[int, int, int], channel: int) -> np.ndarray:
+        # Which outputs see a real input through this tap.
+        selectors, sources = [], []
+        for d in range(3):
+            q = np.arange(out[d]) * stride[d] - low[d] + tap[d] * rdil[d]
+            real = (q >= 0) & (q % ldil[d] == 0) & (q // ldil[d] < size[d])
+            selectors.append(np.flatnonzero(real))
+            sources.append(q[real] // ldil[d])
+        if any(len(s) == 0 for s in selectors):
+            return acc
+        at = np.ix_(range(n), range(g), range(k), *selectors)
+        taken = x[:, :, channel][np.ix_(range(n), range(g), *sources)][:, :, None]
+        weight = w[:, :, channel, tap[0], tap[1], tap[2]][None, :, :, None, None, None]
+        shape = (n, g, k, *(len(s) for s in selectors))
+        acc[at] = fma(np.broadcast_to(taken, shape), np.broadcast_to(weight, shape), acc[at])
+        return acc
+
+    zeros = np.zeros((n, g, k, *out), np.float32)
+    if problem.chunk_rows == 0:
+        acc = zeros.copy()
+        for v, u, z in itertools.product(range(window[2]), range(window[1]), range(window[0])):
+            for channel in range(c):
+                acc = step(acc, (z, u, v), channel)
+        return _to_output(problem, acc)
+    rows = list(itertools.product(range(c), range(window[0]), range(window[1])))
+    total = None
+    for begin in range(0, len(rows), problem.chunk_rows):
+        acc = zeros.copy()
+        for channel, z, u in rows[begin : begin + problem.chunk_rows]:
+            for v in range(window[2]):
+                acc = step(acc, (z, u, v), channel)
+        total = acc if total is None else total + acc
+    return _to_output(problem, total)
+
+
+def float64(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The convolution in float64, and the same of the absolute values (for error bounds)."""
+    x, w, stride, low, ldil, rdil, out = _canonical(problem, lhs, rhs)
+    n, g = x.shape[:2]
+    k = w.shape[1]
+    size = x.shape[3:]
+    results = []
+    for a, b in ((x, w), (np.abs(x), np.abs(w))):
+        y = np.zeros((n, g, k, *out), np.float64)
+        for tap in itertools.product(*(range(s) for s in w.shape[3:])):
+            selectors, sources = [], []
+            for d in range(3):
+                q = np.arange(out[d]) * stride[d] - low[d] + tap[d] * rdil[d]
+                real = (q >= 0) & (q % ldil[d] == 0) & (q // ldil[d] < size[d])
+                selectors.append(np.flatnonzero(real))
+                sources.append(q[real] // ldil[d])
+            if any(len(s) == 0 for s in selectors):
+                continue
+            taken = a.astype(np.float64)[np.ix_(range(n), range(g), range(x.shape[2]), *sources)]
+            y[np.ix_(range(n), range(g), range(k), *selectors)] += np.einsum(
+                "ngczyx,gkc->ngkzyx", taken, b.astype(np.float64)[(..., *tap)]
+            )
+        results.append(_to_output(problem, y))
+    return results[0], results[1]
