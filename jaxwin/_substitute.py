@@ -111,9 +111,7 @@ def _wrap(fun: Any) -> Any:
     return _compat.wrap_callable(fun, _run)
 
 
-def _substitute_operation(
-    primitive: Any, params: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _substitute_operation(primitive: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Primitive and parameters after replacement; the same objects where nothing changes."""
     replacement = _REPLACEMENTS.get(primitive)
     if replacement is not None:
