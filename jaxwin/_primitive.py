@@ -9,7 +9,11 @@ twice. On platforms other than CPU it lowers to lax's primitive.
 Programs that XLA divides over several devices (jit with NamedSharding) use a partitioning rule:
 batch and output features are divided freely, a division of the input features is followed by a
 sum over devices, spatial and window dimensions are gathered. Inside shard_map shapes are local
-already and none of that is needed.
+already and none of that is needed. lax computes instead where the partitioning rule cannot be
+used: a mesh that is only partly manual, programs for several devices that are exported, and
+symbolic sizes. Two things that lax's primitive allows and ours does not follow from JAX's rules
+for such rules: lowering against an AbstractMesh without devices, and two different meshes in one
+program over several devices.
 """
 
 from __future__ import annotations

@@ -412,6 +412,34 @@ def test_export(problem, platforms):
     close(*gradients)
 
 
+EXPORTED = """
+import sys
+import jax
+import numpy as np
+import jaxwin
+with open(sys.argv[1], "rb") as file:
+    exported = jax.export.deserialize(bytearray(file.read()))
+x, w = (np.load(name) for name in sys.argv[2:4])
+np.save(sys.argv[4], jax.jit(exported.call)(x, w))
+"""
+
+
+def test_exported_program_runs_in_a_new_process(tmp_path):
+    """There jaxwin is imported, and nothing else of it used."""
+    pytest.importorskip("flatbuffers")
+    x, w = operands("dense")
+    f = jax.jit(bound(conv_general_dilated, "dense"))
+    exported = jax.export.export(f, disabled_checks=export_safety_checks())(x, w)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "w.npy", w)
+    names = [str(tmp_path / name) for name in ("program", "x.npy", "w.npy", "y.npy")]
+    command = [sys.executable, "-c", EXPORTED, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    close(jnp.asarray(np.load(names[3])), f(x, w))
+
+
 def test_export_with_symbolic_batch_size():
     x, w = operands("dense")
     (n,) = jax.export.symbolic_shape("n")
