@@ -48,7 +48,7 @@ def current_trace() -> Any:
 def wrap_callable(fun: Any, transformation: Callable[..., Any]) -> Any:
     """`fun` (a WrappedFun or a plain callable) called through `transformation(fun, *args)`."""
     if isinstance(fun, WrappedFun):
-        return _lu.transformation2(transformation, fun)
+        return _lu.transformation2(transformation)(fun)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return transformation(fun, *args, **kwargs)

@@ -9,13 +9,18 @@ twice. On platforms other than CPU it lowers to lax's primitive.
 Programs that XLA divides over several devices (jit with NamedSharding) use a partitioning rule:
 batch and output features are divided freely, a division of the input features is followed by a
 sum over devices, spatial and window dimensions are gathered. Inside shard_map shapes are local
-already and none of that is needed.
+already and none of that is needed. lax computes instead where the partitioning rule cannot be
+used: a mesh that is only partly manual, programs for several devices that are exported, and
+symbolic sizes. Two things that lax's primitive allows and ours does not follow from JAX's rules
+for such rules: lowering against an AbstractMesh without devices, and two different meshes in one
+program over several devices.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -178,13 +183,22 @@ def _lower_to_lax_primitive(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Sequ
     return result
 
 
+# True while this thread is inside lower_conv: what that lowers in turn is meant for lax.
+_lowering_now = threading.local()
+
+
 def lower_on_cpu(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Sequence[Any]:
     """CPU, for `conv_p` and, under `install()`, for lax's primitive: same operands, parameters."""
     placement = _compat.placement(ctx)
-    if placement == "opaque" or not _compat.is_static(ctx, params):
+    nested = getattr(_lowering_now, "value", False)
+    if nested or placement == "opaque" or not _compat.is_static(ctx, params):
         return _compat.lower_through_lax(ctx, lhs, rhs, **params)
     if placement == "local":
-        return _lowering.lower_conv(ctx, lhs, rhs, **params)
+        _lowering_now.value = True
+        try:
+            return _lowering.lower_conv(ctx, lhs, rhs, **params)
+        finally:
+            _lowering_now.value = False
     lhs_aval, rhs_aval = ctx.avals_in
     call = _partitioned(lhs_aval.shape, rhs_aval.shape, **{**params, "out_sharding": None})
     lower = mlir.lower_fun(call, multiple_results=False)
@@ -278,7 +292,7 @@ def _partitioned(
     def whole(lhs: Any, rhs: Any) -> Any:
         return conv_p.bind(lhs, rhs, **params)
 
-    convolution: Any = custom_partitioning(whole)
+    convolution: Any = custom_partitioning(whole)  # type: ignore[no-untyped-call]
 
     def divide(mesh: Any, lhs: Any, rhs: Any, out: Any) -> tuple[Any, Any, Any]:
         """Mesh axes for (batch or batch group, output feature or group, contraction)."""

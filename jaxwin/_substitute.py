@@ -15,8 +15,7 @@ axis-name and configuration contexts need no reconstruction.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from jax.extend.core import Primitive
@@ -32,15 +31,26 @@ def register_replacement(source: Any, target: Any) -> None:
     _REPLACEMENTS[source] = target
 
 
-@contextmanager
-def substituting() -> Iterator[None]:
-    """Within it, every convolution of lax that this thread binds is ours instead."""
-    parent = _compat.current_trace()
-    if isinstance(parent, _SubstitutionTrace):
-        yield
-        return
-    with _compat.substitution_context(True), _compat.set_current_trace(_SubstitutionTrace(parent)):
-        yield
+class substituting:
+    """Context: every convolution of lax that this thread binds in it is ours instead."""
+
+    __slots__ = ("_entered",)
+
+    def __enter__(self) -> None:
+        parent = _compat.current_trace()
+        if isinstance(parent, _SubstitutionTrace):
+            self._entered = None
+            return
+        context = _compat.substitution_context(True)
+        trace = _compat.set_current_trace(_SubstitutionTrace(parent))
+        context.__enter__()
+        trace.__enter__()
+        self._entered = (trace, context)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._entered is not None:
+            for manager in self._entered:
+                manager.__exit__(*exception)
 
 
 def call_substituted(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -111,9 +121,7 @@ def _wrap(fun: Any) -> Any:
     return _compat.wrap_callable(fun, _run)
 
 
-def _substitute_operation(
-    primitive: Any, params: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _substitute_operation(primitive: Any, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Primitive and parameters after replacement; the same objects where nothing changes."""
     replacement = _REPLACEMENTS.get(primitive)
     if replacement is not None:

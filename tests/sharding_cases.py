@@ -185,9 +185,7 @@ def test_shard_map_over_some_axes():
     lhs_shape, rhs_shape, kwargs = PROBLEMS["dense"]
     x, w = draw(lhs_shape, 0), draw(rhs_shape, 1)
     conv = convolve(ours.conv_general_dilated, kwargs)
-    f = jax.shard_map(
-        conv, mesh=mesh(), in_specs=(P("x"), P()), out_specs=P("x"), axis_names={"x"}
-    )
+    f = jax.shard_map(conv, mesh=mesh(), in_specs=(P("x"), P()), out_specs=P("x"), axis_names={"x"})
     close(jax.jit(f)(x, w), convolve(lax.conv_general_dilated, kwargs)(x, w))
 
 
