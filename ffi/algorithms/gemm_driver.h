@@ -27,10 +27,11 @@ void gemm_run(const Problem& p, const Params& params, const Operands& o, const E
               Lowering lowering);
 double gemm_cost(const Problem& p, const Target& t, const Params& params, Lowering lowering);
 
-// The tile (mr, nv) that the cycle model prefers for rows x columns.
+// Modelled cycles of one reduction step of a tile; the tile that this prefers for rows x columns.
 struct Tile {
   int64_t mr, nv;
 };
+double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
 Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
 
 // Packs group g of w into panels of nv * W features: panel[r][j], r in canonical reduction order,

@@ -240,7 +240,7 @@ double cost(const Problem& p, const Target& t, const Params& params) {
   const double nv = static_cast<double>(l.nv);
   const double tiles = static_cast<double>(p.g * l.positions[0] * l.positions[1] * l.positions[2] *
                                            ceil_div(l.rows, l.mr) * l.panels);
-  const double step = std::max({mr * nv / 2, (mr + nv) / 2, 4.0}) + 0.5;
+  const double step = tile_step_cycles(*t.kernels, l.mr, l.nv);
   const double reduction = p.flops() / 2 / static_cast<double>(p.n * p.g * p.k * p.pixels());
   double total = tiles * (reduction * step * 1.15 + mr * nv);
   if (l.pack_w) total += static_cast<double>(l.w_floats);
