@@ -62,7 +62,7 @@ bool Problem::touches_padding() const {
   for (int d = 0; d < 3; ++d) {
     const int64_t extent = in[d] == 0 ? 0 : (in[d] - 1) * lhs_dilation[d] + 1;
     const int64_t last = (out[d] - 1) * stride[d] - pad[d] + (win[d] - 1) * rhs_dilation[d];
-    if (pad[d] > 0 || last >= extent || lhs_dilation[d] > 1) return true;
+    if (pad[d] > 0 || last >= extent) return true;
   }
   return false;
 }

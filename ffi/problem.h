@@ -57,7 +57,7 @@ struct Problem {
   // (channel, z, y) of the window, each along x; so many rows to a chunk, chunks added in order.
   int64_t chunk_rows = 0;
 
-  // Some window position reads padding (or, with lhs_dilation, an inserted zero).
+  // Some window position reads padding.
   bool touches_padding() const;
   bool dilated_input() const {
     return lhs_dilation[0] > 1 || lhs_dilation[1] > 1 || lhs_dilation[2] > 1;

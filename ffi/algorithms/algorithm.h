@@ -78,8 +78,8 @@ const Caches& caches();
 // The number of threads that is worth waking for this much arithmetic.
 int64_t useful_threads(const Problem& p, int64_t threads);
 
-// Adds to y what 0 * w gives for window positions on padding and inserted zeros where w is not
-// finite: NaN, as in lax. For algorithms that skip those positions.
+// Adds to y what 0 * w gives for window positions on padding where w is not finite: NaN, as in
+// lax. For algorithms that skip those positions. (Inserted zeros are no operands, in lax neither.)
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
 
 }  // namespace jaxwin

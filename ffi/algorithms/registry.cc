@@ -86,8 +86,7 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
           bool skipped = false;
           for (int d = 0; d < 3; ++d) {
             const int64_t q = at[d] * p.stride[d] - p.pad[d] + v[d] * p.rhs_dilation[d];
-            skipped = skipped || q < 0 || q % p.lhs_dilation[d] != 0 ||
-                      q / p.lhs_dilation[d] >= p.in[d];
+            skipped = skipped || q < 0 || q > (p.in[d] - 1) * p.lhs_dilation[d];
           }
           if (!skipped) continue;
           float* y = o.y + g * p.y.g + k * p.y.k + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] +

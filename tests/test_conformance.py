@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every registry entry against the scalar chain (bit for bit) and float64, on drawn problems.
+
+Plans run outside XLA into poisoned, guarded result and workspace buffers. A new algorithm, tile or
+instruction set is tested by existing: all names come from the registry.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import problems
+import pytest
+import reference
+
+from jaxwin import _ffi, _registry
+
+REGISTRY = _registry.registry()
+ALGORITHMS = {row["name"]: row for row in REGISTRY["algorithms"]}
+ISAS = [row["name"] for row in REGISTRY["isas"] if row["runnable"]]
+DRAWS = 25
+
+
+def _drawn(algorithm: str, seed: int):
+    """A problem that the algorithm computes, with operands and the generator that made them."""
+    rng = np.random.default_rng([seed, list(ALGORITHMS).index(algorithm)])
+    kind = {"im2win": None, "im2col": None}.get(algorithm, algorithm)
+    while True:
+        problem = problems.draw(rng, kind)
+        if "rejected" not in _ffi.candidates(problem.native())[algorithm]:
+            return problem, *problems.operands(problem, rng), rng
+
+
+def _parameters(algorithm: str, problem, isa: str, threads: int, rng: np.random.Generator):
+    """Random valid parameters, or the defaults where some tries find none."""
+    specs = ALGORITHMS[algorithm]["params"]
+    for _ in range(10):
+        params = [int(rng.choice(spec["values"])) for spec in specs]
+        answer = _ffi.make_plan(
+            problem.native(), algorithm=algorithm, isa=isa, threads=threads, params=params
+        )
+        if "plan" in answer:
+            return tuple(params)
+    return ()
+
+
+@pytest.mark.parametrize("seed", range(DRAWS))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_equals_the_scalar_chain(algorithm: str, seed: int) -> None:
+    problem, x, w, rng = _drawn(algorithm, seed)
+    expected = reference.chain(problem, x, w)
+    for isa in ISAS:
+        for threads in (1, 3):
+            for params in ((), _parameters(algorithm, problem, isa, threads, rng)):
+                result = problems.run(
+                    problem, x, w, algorithm, isa=isa, threads=threads, params=params
+                )
+                np.testing.assert_array_equal(result, expected, f"{problem} {isa} {params}")
+
+
+@pytest.mark.parametrize("seed", range(DRAWS))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_close_to_float64(algorithm: str, seed: int) -> None:
+    problem, x, w, _ = _drawn(algorithm, 1000 + seed)
+    exact, magnitude = reference.float64(problem, x, w)
+    result = problems.run(problem, x, w, algorithm)
+    # n roundings of a chain: |error| <= n u sum |x| |w|, n u < 1
+    terms = x.size + w.size
+    bound = min(terms, 10_000) * 2.0**-24 * magnitude + 1e-30
+    assert (np.abs(result - exact) <= bound).all(), str(problem)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_tile(isa: str) -> None:
+    """All (mr, nv) of the registry's tiles, every tail of rows and columns."""
+    row = next(r for r in REGISTRY["isas"] if r["name"] == isa)
+    rng = np.random.default_rng(7)
+    for max_mr, nv in row["tiles"]:
+        for k in {nv * row["width"], nv * row["width"] - 3, 2 * nv * row["width"] + 1}:
+            problem = problems.make(1, 3, k, (5, max_mr + 3), (2, 3), padding=((1, 0), (1, 1)))
+            x, w = problems.operands(problem, rng)
+            expected = reference.chain(problem, x, w)
+            for mr in range(1, max_mr + 1):
+                params = (mr, nv, 0, 2, 0, 1, 0)
+                result = problems.run(problem, x, w, "im2win", isa=isa, params=params)
+                np.testing.assert_array_equal(result, expected, f"mr {mr} nv {nv} k {k}")
+
+
+def test_every_algorithm_can_be_chosen() -> None:
+    """The heuristic uses the whole registry but the baselines."""
+    chosen = set()
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        problem = problems.draw(rng, list(ALGORITHMS)[seed % len(ALGORITHMS)])
+        chosen.add(_ffi.make_plan(problem.native())["plan"]["algorithm"])
+    assert chosen >= set(ALGORITHMS) - {"im2col"}
+
+
+@pytest.mark.parametrize("activation", REGISTRY["activations"])
+def test_epilogue_is_the_same_everywhere(activation: str) -> None:
+    """act((chain + bias) + residual): the same bits in every algorithm, layout and set."""
+    rng = np.random.default_rng(3)
+    for case in (
+        {"groups": 1, "layout": ("NHWC", "HWIO")},
+        {"groups": 1, "layout": ("NCHW", "OIHW")},
+        {"groups": 6, "layout": ("NHWC", "HWIO")},
+        {"groups": 6, "layout": ("CHWN", "IHWO")},
+        {"groups": 1, "layout": ("NHWC", "HWIO"), "lhs_dilation": (2, 2)},
+    ):
+        problem = problems.make(2, 6, 18, (6, 7), (3, 3), padding=((1, 1), (1, 1)), **case)
+        x, w = problems.operands(problem, rng)
+        bias = rng.standard_normal(18, np.float32)
+        residual = rng.standard_normal(problem.out_shape, np.float32)
+        shape = [1, 1, 1, 1]
+        shape[problem.out_spec[1]] = 18
+        total = reference.chain(problem, x, w) + bias.reshape(shape) + residual
+        exact = {
+            "none": lambda z: z,
+            "relu": lambda z: np.maximum(z, 0),
+            "relu6": lambda z: np.clip(z, 0, 6),
+            "leaky_relu": lambda z: np.where(z >= 0, z, 0.01 * z),
+            "tanh": np.tanh,
+            "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+            "silu": lambda z: z / (1 + np.exp(-z)),
+            "gelu": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+        }[activation](total.astype(np.float64))
+        first = None
+        for name, row in _ffi.candidates(problem.native()).items():
+            if "rejected" in row:
+                continue
+            for isa in ISAS:
+                for arguments in (
+                    {"bias": bias, "residual": residual, "activation": activation},
+                ):
+                    result = problems.run(problem, x, w, name, isa=isa, **arguments)
+                    first = result if first is None else first
+                    np.testing.assert_array_equal(result, first, f"{name} {isa}")
+        assert first is not None
+        np.testing.assert_allclose(first, exact, rtol=1e-6, atol=1e-6)
