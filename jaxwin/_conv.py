@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -178,7 +179,8 @@ def conv(
     if residual is not None:
         residual = _array("residual", residual)
         _check_dtype("residual", residual, x)
-        out = jax.eval_shape(lambda x, w: fused_conv(x, w, **params), x, w)
+        shapes = (jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (x, w))
+        out = jax.eval_shape(lambda x, w: fused_conv(x, w, **params), *shapes)
         if residual.shape != out.shape:
             raise ValueError(
                 f"conv: residual must have the shape of the output, {out.shape}, got "
@@ -229,6 +231,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _per_dimension(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != rank:
             raise ValueError(
@@ -262,6 +265,7 @@ def _pads(
     padding: Any, spatial: Sequence[int], window: Sequence[int], strides: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
     rank = len(spatial)
+    padding = padding.tolist() if isinstance(padding, np.ndarray) else padding
     if isinstance(padding, str):
         if padding.upper() not in _PADDING_NAMES:
             raise ValueError(

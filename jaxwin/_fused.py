@@ -16,6 +16,7 @@ Its meaning is ``decompose``; every rule below is derived from that meaning.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,17 +24,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
-from jax.lax import conv_general_dilated_p as conv_p
+from jax.interpreters import ad, batching, mlir
 
-from jaxwin import _lowering
+from jaxwin import _compat, _lowering
+from jaxwin._primitive import conv_p
 
 Array = jax.Array
 Elementwise = Callable[[Array], Array]
 
 LEAKY_RELU_SLOPE = 0.01
 
-# The one switch for the cpu lowering: False lowers the decomposition, as on every other platform.
+# The one switch for the cpu: False lowers the decomposition there too, as on other platforms.
 NATIVE_EPILOGUE = False
 
 
@@ -66,16 +67,14 @@ def _sigmoid_tangent(y: Array, dz: Array) -> Array:
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(jax.nn.relu, lambda y, dz: _zero_unless(y > 0, dz)),
     "relu6": Activation(jax.nn.relu6, lambda y, dz: _zero_unless((y > 0) & (y < 6), dz)),
-    "leaky_relu": Activation(
-        lambda z: jax.nn.leaky_relu(z, LEAKY_RELU_SLOPE), _leaky_relu_tangent
-    ),
+    "leaky_relu": Activation(lambda z: jax.nn.leaky_relu(z, LEAKY_RELU_SLOPE), _leaky_relu_tangent),
     "tanh": Activation(jnp.tanh, _tanh_tangent),
     "sigmoid": Activation(jax.nn.sigmoid, _sigmoid_tangent),
     "silu": Activation(jax.nn.silu, None),
     "gelu": Activation(lambda z: jax.nn.gelu(z, approximate=True), None),
 }
 
-fused_conv_p = Primitive("jaxwin_fused_conv")
+fused_conv_p: Any = Primitive("jaxwin_fused_conv")
 
 
 def fused_conv(
@@ -90,7 +89,7 @@ def fused_conv(
     **conv_params: Any,
 ) -> Array:
     """Bind the primitive; ``conv_params`` are exactly those of ``lax.conv_general_dilated_p``."""
-    epilogue = [v for v in (bias, residual) if v is not None]
+    x, w, *epilogue = _vary_alike(x, w, *(v for v in (bias, residual) if v is not None))
     if not epilogue and activation is None and algorithm == "auto" and max_workspace is None:
         plain: Array = conv_p.bind(x, w, **conv_params)
         return plain
@@ -135,9 +134,8 @@ def decompose(
     return _epilogue(z, bias, residual, activation, dtype)
 
 
-def _split_epilogue(
-    epilogue: Sequence[Any], has_bias: bool, has_residual: bool
-) -> tuple[Any | None, Any | None]:
+def _split_epilogue(epilogue: Sequence[Any], has_bias: bool, has_residual: bool) -> tuple[Any, Any]:
+    """(bias or None, residual or None)"""
     assert len(epilogue) == has_bias + has_residual
     return (epilogue[0] if has_bias else None), (epilogue[-1] if has_residual else None)
 
@@ -319,14 +317,40 @@ def _batch(
 def _fold_axis(v: Array, source: int, into: int) -> Array:
     """Merge axis ``source`` into axis ``into`` (counted without it), as its slower part."""
     v = jnp.moveaxis(v, source, into)
-    return lax.reshape(v, (*v.shape[:into], v.shape[into] * v.shape[into + 1], *v.shape[into + 2 :]))
+    return lax.reshape(
+        v, (*v.shape[:into], v.shape[into] * v.shape[into + 1], *v.shape[into + 2 :])
+    )
 
 
-fused_conv_p.def_impl(lambda *args, **params: xla.apply_primitive(fused_conv_p, *args, **params))
+def _vary_alike(*args: Array) -> list[Array]:
+    """Inside shard_map: operands that vary over the same mesh axes, as lax makes them."""
+    types = [getattr(jax.typeof(a), "manual_axis_type", None) for a in args]
+    varying: list[frozenset[Any]] = [getattr(t, "varying", frozenset()) for t in types]
+    union = frozenset[Any]().union(*varying)
+    return [
+        a if vma == union else jax.lax.pcast(a, tuple(union - vma), to="varying")
+        for a, vma in zip(args, varying, strict=True)
+    ]
+
+
+_lower_decomposed: Any = mlir.lower_fun(decompose, multiple_results=False)
+
+
+def _lower_on_cpu(ctx: Any, x: Any, w: Any, *epilogue: Any, **params: Any) -> Sequence[Any]:
+    """One fused call where this device sees whole, static shapes; else the decomposition.
+
+    The decomposition's convolution knows how a program is divided over devices.
+    """
+    local = _compat.placement(ctx) == "local" and _compat.is_static(ctx, params)
+    lower = _lowering.lower_conv if NATIVE_EPILOGUE and local else _lower_decomposed
+    result: Sequence[Any] = lower(ctx, x, w, *epilogue, **params)
+    return result
+
+
+fused_conv_p.def_impl(functools.partial(_compat.apply_primitive, fused_conv_p))
 fused_conv_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[fused_conv_p] = _jvp
 batching.primitive_batchers[fused_conv_p] = _batch
-_lower_decomposed = mlir.lower_fun(decompose, multiple_results=False)
+_compat.require_devices(fused_conv_p)
 mlir.register_lowering(fused_conv_p, _lower_decomposed)
-if NATIVE_EPILOGUE:
-    mlir.register_lowering(fused_conv_p, _lowering.lower_conv, platform="cpu")
+mlir.register_lowering(fused_conv_p, _lower_on_cpu, platform="cpu")
