@@ -179,7 +179,8 @@ def conv(
     if residual is not None:
         residual = _array("residual", residual)
         _check_dtype("residual", residual, x)
-        shapes = (jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (x, w))
+        struct: Any = jax.ShapeDtypeStruct
+        shapes = (struct(v.shape, v.dtype) for v in (x, w))
         out = jax.eval_shape(lambda x, w: fused_conv(x, w, **params), *shapes)
         if residual.shape != out.shape:
             raise ValueError(
