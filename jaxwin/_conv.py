@@ -136,7 +136,7 @@ def conv(
     window = [(k - 1) * d + 1 if k else 0 for k, d in zip(w.shape, dilations, strict=False)]
     pads = _pads(padding, spatial, window, strides)
 
-    if activation is not None and activation not in ACTIVATIONS:
+    if activation is not None and activation not in tuple(ACTIVATIONS):
         raise ValueError(
             f"conv: unknown activation {activation!r}; choose one of {_names(ACTIVATIONS)} or None"
         )
