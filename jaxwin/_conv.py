@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxwin import _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 
 Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[int, int]]
@@ -23,25 +24,7 @@ _CHANNELS_FIRST = ("NCHW", "channels_first", "NCW", "NCDHW")
 _RANK_OF_LAYOUT = {"NWC": 1, "NCW": 1, "NDHWC": 3, "NCDHW": 3}
 _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
-ALGORITHMS = (
-    "auto",
-    "any",
-    "xla",
-    "im2win",
-    "direct",
-    "im2col",
-    "kn2row",
-    "kn2col",
-    "segregated",
-    "depthwise",
-    "grouped",
-    "conv1d",
-    "smm",
-    "mec",
-    "indirect",
-    "winograd",
-    "sfc",
-)
+ALGORITHMS = ("auto", *_registry.algorithm_names(), "xla")
 
 
 def conv(
@@ -79,8 +62,9 @@ def conv(
       layout: ``"NHWC"`` (or ``"channels_last"``) or ``"NCHW"`` (or ``"channels_first"``), at any
         rank; ``"NWC"``, ``"NDHWC"``, ``"NCW"``, ``"NCDHW"`` name the same at their own rank. Holds
         for ``x``, ``residual`` and the result.
-      algorithm: ``"auto"``, or the name of the algorithm for the forward convolution.
-      max_workspace: upper limit in bytes for the workspace of the forward convolution, or None.
+      algorithm: ``"auto"``, the name of an algorithm, or ``"xla"``, for this convolution; those
+        of its gradients, and of a ``vmap`` over weights, are planned on their own.
+      max_workspace: upper limit in bytes for the workspace of this convolution, or None.
 
     Returns:
       The result, in the layout and dtype of ``x``.

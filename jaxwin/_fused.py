@@ -34,9 +34,6 @@ Elementwise = Callable[[Array], Array]
 
 LEAKY_RELU_SLOPE = 0.01
 
-# The one switch for the cpu: False lowers the decomposition there too, as on other platforms.
-NATIVE_EPILOGUE = False
-
 
 class Activation(NamedTuple):
     """An activation; ``from_output(y, dz)`` is its tangent, where y alone determines it."""
@@ -122,12 +119,14 @@ def decompose(
 
     16-bit floats are carried in float32 and rounded once at the end, as in the fused kernels.
     """
-    del algorithm, max_workspace  # how, not what
     bias, residual = _split_epilogue(epilogue, has_bias, has_residual)
     wide, dtype = _wide_dtype(x, conv_params)
     if wide != dtype:
         conv_params = conv_params | {"preferred_element_type": wide}
-    z = conv_p.bind(x, w, **conv_params)
+    if has_bias or has_residual or activation is not None:
+        z = fused_conv(x, w, algorithm=algorithm, max_workspace=max_workspace, **conv_params)
+    else:
+        z = conv_p.bind(x, w, **conv_params)
     feature = conv_params["dimension_numbers"].out_spec[1]
     if bias is not None:
         bias = _along(bias, feature, z.ndim)
@@ -337,14 +336,17 @@ _lower_decomposed: Any = mlir.lower_fun(decompose, multiple_results=False)
 
 
 def _lower_on_cpu(ctx: Any, x: Any, w: Any, *epilogue: Any, **params: Any) -> Sequence[Any]:
-    """One fused call where this device sees whole, static shapes; else the decomposition.
+    """One native call where this device sees whole, static shapes; else the decomposition.
 
     The decomposition's convolution knows how a program is divided over devices.
     """
-    local = _compat.placement(ctx) == "local" and _compat.is_static(ctx, params)
-    lower = _lowering.lower_conv if NATIVE_EPILOGUE and local else _lower_decomposed
-    result: Sequence[Any] = lower(ctx, x, w, *epilogue, **params)
-    return result
+    if _compat.placement(ctx) == "local" and _compat.is_static(ctx, params):
+        try:
+            return _lowering.lower_conv(ctx, x, w, *epilogue, **params)
+        except NotImplementedError:
+            pass  # there is an epilogue and no kernel, for example because of the dtype
+    decomposed: Sequence[Any] = _lower_decomposed(ctx, x, w, *epilogue, **params)
+    return decomposed
 
 
 fused_conv_p.def_impl(functools.partial(_compat.apply_primitive, fused_conv_p))

@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
+from jaxwin import _registry
 from jaxwin._conv import conv
 from jaxwin._fused import ACTIVATIONS, decompose
 
@@ -196,6 +197,28 @@ def test_algorithm_and_workspace_reach_the_primitive(algorithm: str) -> None:
     assert equation.params["algorithm"] == algorithm
     assert equation.params["max_workspace"] == 1 << 20
     assert_close(call(p["x"], p["w"]), reference(p["x"], p["w"]))
+
+
+def test_names_are_those_of_the_native_core() -> None:
+    assert {"none", *ACTIVATIONS} == set(_registry.registry()["activations"])
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_epilogue_is_part_of_the_native_call(activation: str | None) -> None:
+    p = problem()
+    call = lambda p: conv(**p, activation=activation)  # noqa: E731
+    lowered = jax.jit(call).lower(p).as_text()
+    assert lowered.count("@jaxwin_conv") == 1
+    assert "stablehlo.add" not in lowered and "stablehlo.convolution" not in lowered
+
+
+def test_without_a_kernel_the_parts_remain() -> None:
+    p = problem(dtype=jnp.bfloat16)
+    lowered = jax.jit(lambda p: conv(**p, activation="relu")).lower(p).as_text()
+    assert "stablehlo.convolution" in lowered and "@jaxwin_conv" not in lowered
+    p = problem()
+    lowered = jax.jit(lambda p: conv(**p, algorithm="xla")).lower(p).as_text()
+    assert "stablehlo.convolution" in lowered and "@jaxwin_conv" not in lowered
 
 
 def test_plain_call_is_the_convolution_primitive() -> None:
