@@ -1,2 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast, reproducible convolutions for JAX."""
+"""Fast, reproducible convolutions for JAX.
+
+`conv` is the friendly form, `conv_general_dilated` and `conv_transpose` are drop-in for those of
+`jax.lax`, `accelerate` and `install` bring them to code that is not yours, `explain` says which
+kernel runs and why.
+"""
+
+from jaxwin._accelerate import accelerate
+from jaxwin._conv import conv
+from jaxwin._explain import Explanation, ExplanationRow, explain
+from jaxwin._install import install, installed, is_installed, uninstall
+from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
+from jaxwin._problem import Problem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "ExplanationRow",
+    "Problem",
+    "accelerate",
+    "conv",
+    "conv_general_dilated",
+    "conv_transpose",
+    "explain",
+    "export_safety_checks",
+    "install",
+    "installed",
+    "is_installed",
+    "uninstall",
+]

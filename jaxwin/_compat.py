@@ -158,3 +158,8 @@ def constrain_result(ctx: Any, value: Any) -> Any:
     """Attaches to `value` the sharding that the result's type carries (explicit sharding)."""
     lower: Any = _mlir.lower_with_sharding_in_types
     return lower(ctx, value, ctx.avals_out[0])
+
+
+def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    return list(_core.jaxprs_in_params(params))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,12 @@ from jaxwin import _compat, _dispatch, _ffi, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem, from_parameters
 
-_TARGET = "jaxwin_conv"
-
-
-@functools.cache
-def _register() -> None:
-    for name, capsule in _ffi.registrations().items():
-        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+# Registered at import, so that exported and deserialised programs find their targets.
+_REGISTRATIONS: dict[str, Any] = _ffi.registrations()
+FFI_TARGETS = tuple(_REGISTRATIONS)
+for _name, _capsule in _REGISTRATIONS.items():
+    jax.ffi.register_ffi_target(_name, _capsule, platform="cpu")
+_TARGET = FFI_TARGETS[0]
 
 
 def lower_conv(
@@ -63,8 +61,6 @@ def lower_conv(
 def _custom_call(
     ctx: mlir.LoweringRuleContext, problem: Problem, plan: Plan, *operands: Any
 ) -> Sequence[Any]:
-    _register()
-
     def ints(values: Sequence[int]) -> Any:
         return np.asarray(values, np.int64)
 

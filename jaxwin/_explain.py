@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel runs, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxwin import _compat, _dispatch, _ffi, _install
+from jaxwin._fused import fused_conv_p
+from jaxwin._plan import Plan
+from jaxwin._primitive import conv_p
+from jaxwin._problem import Problem, from_parameters
+from jaxwin._registry import registry
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplanationRow:
+    """What dispatch decides for one convolution.
+
+    count: how often it stands in the program (a loop's body counts once).
+    tier: "heuristic", "requested" or "xla". algorithm: its name, "xla" where lax computes it.
+    parameters: those of the algorithm, by name. reason: why lax computes it, else empty.
+    workspace_bytes: scratch memory of one call, all threads together.
+    rejected: why each of the other algorithms was not taken, by name.
+    """
+
+    problem: Problem
+    count: int
+    tier: str
+    algorithm: str
+    parameters: dict[str, int]
+    isa: str
+    threads: int
+    workspace_bytes: int
+    reason: str
+    rejected: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The convolutions of a program, in order of appearance; `str()` gives a table."""
+
+    rows: tuple[ExplanationRow, ...]
+
+    def __iter__(self) -> Iterator[ExplanationRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fallbacks(self) -> int:
+        """How many convolutions lax computes."""
+        return sum(row.count for row in self.rows if row.algorithm == "xla")
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no convolutions"
+        header = ("convolution", "times", "algorithm", "tier", "parameters", "workspace")
+        table = [header]
+        for row in self.rows:
+            parameters = " ".join(f"{name}={value}" for name, value in row.parameters.items())
+            table.append(
+                (
+                    str(row.problem),
+                    str(row.count),
+                    row.algorithm,
+                    row.tier,
+                    parameters or row.reason,
+                    _bytes(row.workspace_bytes),
+                )
+            )
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in table
+        ]
+        total = sum(row.count for row in self.rows)
+        lines.append(f"{total} convolutions, {self.fallbacks} of them computed by XLA")
+        return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    if count < 1024:
+        return f"{count} B"
+    if count < 1024**2:
+        return f"{count / 1024:.1f} KiB"
+    return f"{count / 1024**2:.1f} MiB"
+
+
+def explain(fn_or_problem: Callable[..., Any] | Problem, *args: Any, **kwargs: Any) -> Explanation:
+    """What dispatch decides for a function's convolutions, or for one problem.
+
+    Traces `fn(*args, **kwargs)` (nothing is computed; arrays or `jax.ShapeDtypeStruct`s will do)
+    and asks dispatch about every convolution in it, inside jit, scan, cond, and derivative rules
+    too, under the environment as it is now. Convolutions of lax itself are listed as XLA's, unless
+    `install()` is in force. On several devices each sees its part of a problem, which this does
+    not know.
+
+    Raises:
+        whatever tracing `fn` raises.
+    """
+    if isinstance(fn_or_problem, Problem):
+        return Explanation((_row(fn_or_problem, 1, {}),))
+    closed = jax.make_jaxpr(fn_or_problem)(*args, **kwargs)
+    found: dict[tuple[Any, ...], int] = {}
+    _walk(closed.jaxpr, found)
+    rows = []
+    for (problem, native, options), count in found.items():
+        if native:
+            rows.append(_row(problem, count, dict(options)))
+        else:
+            reason = "lax's own convolution: use jaxwin's, accelerate() or install()"
+            rows.append(_xla_row(problem, count, reason, {}))
+    return Explanation(tuple(rows))
+
+
+def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
+    for equation in jaxpr.eqns:
+        primitive = equation.primitive
+        if primitive in (conv_p, fused_conv_p, _compat.lax_conv_p):
+            params = equation.params
+            lhs, rhs = (v.aval for v in equation.invars[:2])
+            problem = from_parameters(
+                lhs,
+                rhs,
+                equation.outvars[0].aval,
+                params,
+                bias=params.get("has_bias", False),
+                residual=params.get("has_residual", False),
+                activation=params.get("activation"),
+            )
+            native = primitive is not _compat.lax_conv_p or _install.is_installed()
+            options = tuple(
+                (name, params[name]) for name in ("algorithm", "max_workspace") if name in params
+            )
+            key = (problem, native, options)
+            found[key] = found.get(key, 0) + 1
+        for inner in _compat.inner_jaxprs(equation.params):
+            _walk(inner, found)
+
+
+def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRow:
+    decision = _dispatch.decide(problem, **options)
+    if decision.plan is None:
+        return _xla_row(problem, count, decision.reason, {})
+    plan = decision.plan
+    rejected = {}
+    for name, candidate in _ffi.candidates(
+        problem.native(), isa=plan.isa, threads=plan.threads
+    ).items():
+        if name == plan.algorithm:
+            continue
+        if "rejected" in candidate:
+            rejected[name] = candidate["rejected"]
+        elif decision.tier == "requested":
+            rejected[name] = "not asked for"
+        else:
+            rejected[name] = "slower by the cost model"
+    return ExplanationRow(
+        problem,
+        count,
+        decision.tier,
+        plan.algorithm,
+        _named_parameters(plan),
+        plan.isa,
+        plan.threads,
+        plan.workspace_bytes,
+        "",
+        rejected,
+    )
+
+
+def _xla_row(
+    problem: Problem, count: int, reason: str, rejected: dict[str, str]
+) -> ExplanationRow:
+    return ExplanationRow(problem, count, "xla", "xla", {}, "", 0, 0, reason, rejected)
+
+
+def _named_parameters(plan: Plan) -> dict[str, int]:
+    for algorithm in registry()["algorithms"]:
+        if algorithm["name"] == plan.algorithm:
+            names = [spec["name"] for spec in algorithm["params"]]
+            return dict(zip(names, plan.params, strict=True))
+    raise KeyError(plan.algorithm)
