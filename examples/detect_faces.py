@@ -33,7 +33,7 @@ from mtcnn_jax import (
     pnet,
     rnet,
 )
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 import jaxwin
 
@@ -57,7 +57,7 @@ def read_image(path: Path) -> Pixels:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError(f"{path}: not an image that Pillow can read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
@@ -141,10 +141,8 @@ def run(path: Path | None, out: Path | None, min_face: int) -> int:
     print(f"{name}: {width} x {height} pixels", flush=True)
     for way, conv in CONVOLUTIONS.items():
         detectors[way] = Detector(weights, conv, height, width, min_face)
-        start = time.perf_counter()
+        print(f"compiling and running through {way} ...", flush=True)
         found[way] = detectors[way](pixels)
-        seconds = time.perf_counter() - start
-        print(f"compiled and ran through {way} in {seconds:.1f} s", flush=True)
 
     faces = found["jaxwin"]
     print("\n" + ("\n".join(map(describe, faces)) or "no face found"))

@@ -79,9 +79,7 @@ def _dense(x: Array, layer: tuple[Array, ...]) -> Array:
 
 
 def _max_pool(x: Array, window: int, padding: str) -> Array:
-    return lax.reduce_window(
-        x, -jnp.inf, lax.max, (1, window, window, 1), (1, 2, 2, 1), padding
-    )
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, 2, 2, 1), padding)
 
 
 def _flatten(x: Array) -> Array:
@@ -112,7 +110,7 @@ def onet(conv: Convolution, net: Network, x: Array) -> tuple[Array, Array, Array
     return _dense(x, net[5]), jax.nn.softmax(_dense(x, net[7]))[..., 1], _dense(x, net[6])
 
 
-# --- boxes: arrays (..., 4) of left, top, right, bottom --------------------------------------------
+# --- boxes: arrays (..., 4) of left, top, right, bottom ------------------------------------------
 
 
 def _sizes(boxes: Array) -> Array:
@@ -246,31 +244,31 @@ class Detector:
     def __call__(self, pixels: np.ndarray[Any, Any]) -> list[Face]:
         """The faces in an RGB image (height, width, 3) of bytes, best first."""
         image = (jnp.asarray(pixels, jnp.float32) - 127.5) / 128
-        boxes = _present(*self.propose(image, self.weights.pnet))[0]
-        if len(boxes) == 0:
+        (proposed,) = _present(*self.propose(image, self.weights.pnet))
+        if len(proposed) == 0:
             return []
         boxes, scores = _in_batches(
-            R_BATCH, boxes, lambda batch: self.refine(image, batch, self.weights.rnet)
+            R_BATCH, proposed, lambda batch: self.refine(image, batch, self.weights.rnet)
         )
         boxes, scores, _ = _select(boxes, scores, 0.7)
-        boxes = _present(_square(boxes), scores)[0]
-        if len(boxes) == 0:
+        (refined,) = _present(_square(boxes), scores)
+        if len(refined) == 0:
             return []
         boxes, scores, places = _in_batches(
-            O_BATCH, boxes, lambda batch: self.place(image, batch, self.weights.onet)
+            O_BATCH, refined, lambda batch: self.place(image, batch, self.weights.onet)
         )
         boxes, scores, index = _select(boxes, scores, 0.7, by_smaller=True)
-        boxes, scores, places = _present(boxes, scores, places[index])
+        found = _present(boxes, scores, scores, places[index])
         return [
             Face(tuple(box.tolist()), float(score), tuple((float(x), float(y)) for x, y in place))
-            for box, score, place in zip(boxes, scores, places, strict=True)
+            for box, score, place in zip(*found, strict=True)
         ]
 
 
 def _present(boxes: Array, scores: Array, *more: Array) -> tuple[np.ndarray[Any, Any], ...]:
-    """On the host: only the rows whose score is not 0."""
+    """On the host: the boxes, and what else is given, whose score is not 0."""
     keep = np.asarray(scores) > 0
-    return tuple(np.asarray(a)[keep] for a in (boxes, scores, *more))
+    return tuple(np.asarray(a)[keep] for a in (boxes, *more))
 
 
 def _in_batches(

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 from rich.console import Console
 from rich.progress import Progress
 from sklearn.datasets import load_digits
@@ -40,7 +41,7 @@ class Network(nnx.Module):
         self.dropout = nnx.Dropout(0.3, rngs=rngs)
         self.dense = nnx.Linear(4 * 4 * 64, 10, rngs=rngs)
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: ArrayLike) -> Array:
         x = nnx.relu(self.conv1(images))
         x = nnx.relu(self.conv2(x))
         x = nnx.relu(self.conv3(x))
@@ -48,7 +49,9 @@ class Network(nnx.Module):
 
 
 @nnx.jit
-def train_step(model: Network, optimizer: nnx.Optimizer, images: Array, labels: Array) -> Array:
+def train_step(
+    model: Network, optimizer: nnx.Optimizer, images: ArrayLike, labels: ArrayLike
+) -> Array:
     def loss(model: Network) -> Array:
         logits = model(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -59,7 +62,7 @@ def train_step(model: Network, optimizer: nnx.Optimizer, images: Array, labels: 
 
 
 @nnx.jit
-def count_correct(model: Network, images: Array, labels: Array) -> Array:
+def count_correct(model: Network, images: ArrayLike, labels: ArrayLike) -> Array:
     return jnp.sum(jnp.argmax(model(images), axis=-1) == labels)
 
 
