@@ -175,9 +175,7 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
     )
 
 
-def _xla_row(
-    problem: Problem, count: int, reason: str, rejected: dict[str, str]
-) -> ExplanationRow:
+def _xla_row(problem: Problem, count: int, reason: str, rejected: dict[str, str]) -> ExplanationRow:
     return ExplanationRow(problem, count, "xla", "xla", {}, "", 0, 0, reason, rejected)
 
 

@@ -38,7 +38,7 @@ def isa() -> str:
 
 
 def threads() -> int:
-    """How many threads XLA's pool has on this machine: `NPROC`, or the CPUs of the affinity mask."""
+    """How many threads XLA's pool has here: `NPROC`, or the CPUs of the affinity mask."""
     text = os.environ.get("NPROC", "")
     if text.isdecimal() and int(text) > 0:
         return int(text)

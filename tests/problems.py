@@ -93,9 +93,7 @@ def draw(rng: np.random.Generator, kind: str | None = None) -> Problem:
         stride = ints(1, 3) if rng.random() < 0.5 else (1,) * rank
         rdil = ints(1, 3) if rng.random() < 0.3 else (1,) * rank
         ldil = ints(1, 3) if rng.random() < 0.3 or pick == "segregated" else (1,) * rank
-        padding = tuple(
-            (int(a), int(b)) for a, b in zip(ints(-1, 4), ints(-1, 4), strict=True)
-        )
+        padding = tuple((int(a), int(b)) for a, b in zip(ints(-1, 4), ints(-1, 4), strict=True))
         if pick == "direct" or rng.random() < 0.2:
             padding = ((0, 0),) * rank
         n, c, k = int(rng.integers(1, 4)), int(rng.integers(1, 20)), int(rng.integers(1, 40))
@@ -160,7 +158,7 @@ def run(
     residual: np.ndarray | None = None,
     activation: str = "none",
 ) -> np.ndarray:
-    """Runs a plan outside XLA; result and workspace begin as NaN, and nothing outside is written."""
+    """Runs a plan outside XLA; result and workspace begin as NaN and are guarded."""
     answer = _ffi.make_plan(
         problem.native(), algorithm=algorithm, isa=isa, threads=threads, params=list(params)
     )

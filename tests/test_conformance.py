@@ -128,9 +128,7 @@ def test_epilogue_is_the_same_everywhere(activation: str) -> None:
             if "rejected" in row:
                 continue
             for isa in ISAS:
-                for arguments in (
-                    {"bias": bias, "residual": residual, "activation": activation},
-                ):
+                for arguments in ({"bias": bias, "residual": residual, "activation": activation},):
                     result = problems.run(problem, x, w, name, isa=isa, **arguments)
                     first = result if first is None else first
                     np.testing.assert_array_equal(result, first, f"{name} {isa}")
