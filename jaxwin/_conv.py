@@ -24,7 +24,10 @@ _CHANNELS_FIRST = ("NCHW", "channels_first", "NCW", "NCDHW")
 _RANK_OF_LAYOUT = {"NWC": 1, "NCW": 1, "NDHWC": 3, "NCDHW": 3}
 _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
-ALGORITHMS = ("auto", *_registry.algorithm_names(), "xla")
+
+def algorithms() -> tuple[str, ...]:
+    """What `conv` takes as `algorithm`."""
+    return "auto", *_registry.algorithm_names(), "xla"
 
 
 def conv(
@@ -124,9 +127,9 @@ def conv(
         raise ValueError(
             f"conv: unknown activation {activation!r}; choose one of {_names(ACTIVATIONS)} or None"
         )
-    if algorithm not in ALGORITHMS:
+    if algorithm not in algorithms():
         raise ValueError(
-            f"conv: unknown algorithm {algorithm!r}; choose one of {_names(ALGORITHMS)}"
+            f"conv: unknown algorithm {algorithm!r}; choose one of {_names(algorithms())}"
         )
     if max_workspace is not None:
         max_workspace = _integer("max_workspace", max_workspace)

@@ -239,6 +239,17 @@ def test_fused_equals_its_decomposition(activation: str | None) -> None:
     assert_close(call(**p), by_parts, tolerance, tolerance)
 
 
+@pytest.mark.parametrize("activation", NAMES)
+def test_activation_over_its_whole_range(activation: str | None) -> None:
+    ends = [0.0, 1e-37, 1e-20, 0.5, 5.999999, 6.0, 88.0, 89.5, 104.0, 1e20, 3e38, np.inf]
+    z = np.array([*ends, *(-v for v in ends), np.nan, *np.linspace(-12, 12, 2000)], np.float32)
+    x = jnp.asarray(z).reshape(-1, 1, 1)
+    ours = conv(x, jnp.ones((1, 1, 1)), bias=jnp.zeros(1), activation=activation)
+    theirs = jax.jit(FUNCTIONS[activation])(x)
+    # gelu cancels in 1 + tanh: both are off by an ulp of 1, times z / 2.
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6 if activation == "gelu" else 1e-7)
+
+
 # --- derivatives -----------------------------------------------------------------------------
 
 
@@ -309,7 +320,7 @@ def small(activation: str | None) -> tuple[Any, Any, dict[str, Any]]:
     return loss(conv, options), loss(reference, options), p
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
 def test_second_derivatives(activation: str | None) -> None:
     ours, theirs, p = small(activation)
     expected = jax.jit(jax.hessian(theirs))(p)
@@ -321,10 +332,9 @@ def test_second_derivatives(activation: str | None) -> None:
         assert_close(jax.jit(second(ours))(p), expected, 1e-4, 1e-4)
 
 
-@pytest.mark.parametrize("activation", ["silu", "tanh"])
-def test_derivatives_against_differences(activation: str | None) -> None:
+def test_derivatives_against_differences() -> None:
     with jax.enable_x64(True):
-        ours, _, p = small(activation)
+        ours, _, p = small("silu")
         p = jax.tree.map(lambda v: v.astype(jnp.float64), p)
         check_grads(
             jax.jit(ours), (p,), order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5, eps=1e-4

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxwin._conv import ALGORITHMS, conv
+from jaxwin._conv import algorithms, conv
 from jaxwin._fused import ACTIVATIONS
 from jaxwin._primitive import conv_general_dilated, conv_transpose
 
@@ -221,7 +221,7 @@ def test_conv_says_what_is_wrong(
 
 
 def test_conv_lists_every_valid_name() -> None:
-    for change, names in (({"activation": "?"}, ACTIVATIONS), ({"algorithm": "?"}, ALGORITHMS)):
+    for change, names in (({"activation": "?"}, ACTIVATIONS), ({"algorithm": "?"}, algorithms())):
         with pytest.raises(ValueError) as caught:
             conv(X, W, **change)
         assert all(repr(name) in str(caught.value) for name in names)
