@@ -93,5 +93,6 @@ def _custom_call(
     if plan.workspace_bytes > 0:
         results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
     lowering = jax.ffi.ffi_lowering(_TARGET)
-    values = lowering(ctx.replace(avals_out=results), *operands, **attributes)
+    widened: Any = ctx.replace(avals_out=results)  # type: ignore[no-untyped-call]
+    values = lowering(widened, *operands, **attributes)
     return list(values)[:1]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from jaxwin import _registry
+from jaxwin.tuner.cli import main
+
+
+def _run(*arguments: str, **kwargs):
+    return CliRunner().invoke(main, list(arguments), **kwargs)
+
+
+def test_help_has_an_example_for_each_command() -> None:
+    assert _run("--help").exit_code == 0
+    assert "Exit codes" in _run("--help").output
+    for command in main.commands:
+        result = _run(command, "--help")
+        assert result.exit_code == 0
+        assert f"jaxwin-tune {command}" in result.output
+
+
+def test_list_shows_the_registry() -> None:
+    text = _run("list").output
+    data = json.loads(_run("list", "--json").output)
+    for row in _registry.registry()["algorithms"]:
+        assert row["name"] in text
+        assert row["name"] in {entry["name"] for entry in data["algorithms"]}
+
+
+@pytest.mark.parametrize("grad", ["none", "input", "filter"])
+def test_explain_says_what_dispatch_decides(grad: str) -> None:
+    arguments = ("explain", "--input", "8,20,20,6", "--filter", "3,3,1,6", "--groups", "6")
+    result = _run(*arguments, "--stride", "2", "--grad", grad, "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.output)
+    expected = {"none": "depthwise", "input": "segregated", "filter": "depthwise"}[grad]
+    assert row["algorithm"] == expected
+    assert "not im2win: " in _run(*arguments).output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("explain", "--input", "8,20,20,6", "--filter", "3,3,5,6"),
+        ("explain", "--input", "8,x,20,6", "--filter", "3,3,6,6"),
+        ("explain", "--input", "8,0,20,6", "--filter", "3,3,6,6"),
+        ("explain", "--input", "8,20,20,6", "--filter", "3,3,6,6", "--padding", "WIDE"),
+        ("explain", "--input", "8,20,20,6", "--filter", "3,3,6,6", "--dtype", "float33"),
+        ("explain", "--input", "8,20,20,6"),
+        ("nonsense",),
+    ],
+)
+def test_wrong_usage_exits_with_two(arguments: tuple[str, ...]) -> None:
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.output
+    assert "Traceback" not in result.output
+
+
+def test_doctor() -> None:
+    result = _run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "all is well" in result.output
+    assert json.loads(_run("doctor", "--json").output)["problems"] == []
+    sick = _run("doctor", env={"JAXWIN_MAX_ISA": "mmx"})
+    assert sick.exit_code == 1
+    assert "JAXWIN_MAX_ISA" in sick.output
+    disabled = _run("doctor", env={"JAXWIN_DISABLE": "1"})
+    assert disabled.exit_code == 1
+    assert "JAXWIN_DISABLE" in disabled.output
+
+
+def test_import_jaxwin_is_light() -> None:
+    code = (
+        "import sys, jaxwin; "
+        "print([m for m in ('optuna', 'sqlalchemy', 'click', 'rich', 'sqlite_utils', 'flax') "
+        "if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
