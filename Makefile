@@ -26,7 +26,7 @@ demo: .venv/.stamp-demo
 test: .venv/.stamp-test
 	$(PYTHON_IN) -m pytest -q tests
 
-lint: .venv/.stamp-lint
+lint: .venv/.stamp-dev
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
 	$(PYTHON_IN) -m mypy
