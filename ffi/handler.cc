@@ -5,8 +5,12 @@
 
 #include "handler.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <vector>
@@ -56,91 +60,151 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-ffi::Error convolve(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                    ffi::Dictionary attributes) {
-  ConvParams params;
+// What a call site keeps: its attributes, decoded once when the program is loaded, and the plan
+// for its shapes, made and checked at the first call.
+struct CallSite {
+  static ffi::TypeId id;
+
+  ConvParams params;  // without shapes
   PlanRequest request;
+  bool has_bias = false;
+  bool has_residual = false;
+  Activation activation = Activation::kNone;
+
+  struct Prepared {
+    ConvParams params;
+    Problem problem;
+    Plan plan;
+  };
+  std::mutex mutex;
+  std::shared_ptr<const Prepared> prepared;
+};
+ffi::TypeId CallSite::id = {};
+
+ffi::ErrorOr<std::unique_ptr<CallSite>> instantiate(ffi::Dictionary attributes) {
+  auto site = std::make_unique<CallSite>();
   std::vector<int64_t> padding;
   int64_t has_bias = 0;
   int64_t has_residual = 0;
   int64_t activation = 0;
-#define JAXWIN_ATTRIBUTE(name, target) \
-  if (!get(attributes, name, &(target))) return invalid("attribute " name " is missing or of a wrong type")
-  JAXWIN_ATTRIBUTE("lhs_spec", params.lhs_spec);
-  JAXWIN_ATTRIBUTE("rhs_spec", params.rhs_spec);
-  JAXWIN_ATTRIBUTE("out_spec", params.out_spec);
-  JAXWIN_ATTRIBUTE("window_strides", params.window_strides);
+#define JAXWIN_ATTRIBUTE(name, target)                                                       \
+  if (!get(attributes, name, &(target))) {                                                   \
+    return ffi::Unexpected(invalid("attribute " name " is missing or of a wrong type"));     \
+  }
+  JAXWIN_ATTRIBUTE("lhs_spec", site->params.lhs_spec);
+  JAXWIN_ATTRIBUTE("rhs_spec", site->params.rhs_spec);
+  JAXWIN_ATTRIBUTE("out_spec", site->params.out_spec);
+  JAXWIN_ATTRIBUTE("window_strides", site->params.window_strides);
   JAXWIN_ATTRIBUTE("padding", padding);
-  JAXWIN_ATTRIBUTE("lhs_dilation", params.lhs_dilation);
-  JAXWIN_ATTRIBUTE("rhs_dilation", params.rhs_dilation);
-  JAXWIN_ATTRIBUTE("feature_group_count", params.feature_group_count);
-  JAXWIN_ATTRIBUTE("batch_group_count", params.batch_group_count);
-  JAXWIN_ATTRIBUTE("algorithm", request.algorithm);
-  JAXWIN_ATTRIBUTE("isa", request.isa);
-  JAXWIN_ATTRIBUTE("threads", request.threads);
-  JAXWIN_ATTRIBUTE("params", request.params);
+  JAXWIN_ATTRIBUTE("lhs_dilation", site->params.lhs_dilation);
+  JAXWIN_ATTRIBUTE("rhs_dilation", site->params.rhs_dilation);
+  JAXWIN_ATTRIBUTE("feature_group_count", site->params.feature_group_count);
+  JAXWIN_ATTRIBUTE("batch_group_count", site->params.batch_group_count);
+  JAXWIN_ATTRIBUTE("algorithm", site->request.algorithm);
+  JAXWIN_ATTRIBUTE("isa", site->request.isa);
+  JAXWIN_ATTRIBUTE("threads", site->request.threads);
+  JAXWIN_ATTRIBUTE("params", site->request.params);
   JAXWIN_ATTRIBUTE("has_bias", has_bias);
   JAXWIN_ATTRIBUTE("has_residual", has_residual);
   JAXWIN_ATTRIBUTE("activation", activation);
 #undef JAXWIN_ATTRIBUTE
-  if (padding.size() % 2 != 0) return invalid("padding: pairs of low and high are needed");
-  for (size_t d = 0; d < padding.size(); d += 2) {
-    params.padding_low.push_back(padding[d]);
-    params.padding_high.push_back(padding[d + 1]);
+  if (padding.size() % 2 != 0) {
+    return ffi::Unexpected(invalid("padding: pairs of low and high are needed"));
   }
-  if (activation < 0 || activation >= kActivationCount) return invalid("activation: unknown");
-  const size_t operands = 2 + (has_bias != 0 ? 1 : 0) + (has_residual != 0 ? 1 : 0);
+  for (size_t d = 0; d < padding.size(); d += 2) {
+    site->params.padding_low.push_back(padding[d]);
+    site->params.padding_high.push_back(padding[d + 1]);
+  }
+  if (activation < 0 || activation >= kActivationCount) {
+    return ffi::Unexpected(invalid("activation: unknown"));
+  }
+  site->has_bias = has_bias != 0;
+  site->has_residual = has_residual != 0;
+  site->activation = static_cast<Activation>(activation);
+  return site;
+}
+
+bool same_shape(const ffi::AnyBuffer& buffer, const std::vector<int64_t>& shape) {
+  const auto dimensions = buffer.dimensions();
+  return std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end());
+}
+
+// Problem and plan for these buffers; `wrong` says why there is none.
+std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::AnyBuffer& lhs,
+                                                  const ffi::AnyBuffer& rhs,
+                                                  const ffi::AnyBuffer& out, std::string* wrong) {
+  const std::lock_guard<std::mutex> lock(site->mutex);
+  if (site->prepared != nullptr && same_shape(lhs, site->prepared->params.lhs_shape) &&
+      same_shape(rhs, site->prepared->params.rhs_shape) &&
+      same_shape(out, site->prepared->params.out_shape)) {
+    return site->prepared;
+  }
+  auto fresh = std::make_shared<CallSite::Prepared>();
+  fresh->params = site->params;
+  fresh->params.lhs_shape = shape(lhs);
+  fresh->params.rhs_shape = shape(rhs);
+  fresh->params.out_shape = shape(out);
+  *wrong = make_problem(fresh->params, &fresh->problem);
+  if (!wrong->empty()) return nullptr;
+  *wrong = make_plan(fresh->problem, site->request, &fresh->plan);
+  if (!wrong->empty() && fresh->plan.target.kernels == nullptr) {
+    // The program was compiled on a machine with another instruction set: the same bits by a
+    // plan of this one.
+    PlanRequest request = site->request;
+    request.isa.clear();
+    request.params.clear();
+    *wrong = make_plan(fresh->problem, request, &fresh->plan);
+  }
+  if (!wrong->empty()) return nullptr;
+  site->prepared = fresh;
+  return fresh;
+}
+
+ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingArgs args,
+                    ffi::RemainingRets rets) {
+  const size_t operands = 2 + (site->has_bias ? 1 : 0) + (site->has_residual ? 1 : 0);
   if (args.size() != operands || rets.size() < 1 || rets.size() > 2) {
     return invalid("expected " + std::to_string(operands) + " operands and one or two results");
   }
-
-  std::vector<ffi::AnyBuffer> in;
+  constexpr size_t kMostOperands = 4;
+  std::array<const float*, kMostOperands> data{};
   for (size_t i = 0; i < operands; ++i) {
-    auto buffer = args.get<ffi::AnyBuffer>(i);
+    const auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
     if (!is_f32(*buffer)) return invalid("operands must be float32");
-    in.push_back(*buffer);
+    data[i] = static_cast<const float*>(buffer->untyped_data());
   }
+  const auto lhs = args.get<ffi::AnyBuffer>(0);
+  const auto rhs = args.get<ffi::AnyBuffer>(1);
   auto out = rets.get<ffi::AnyBuffer>(0);
   if (!out.has_value()) return out.error();
   if (!is_f32(**out)) return invalid("the result must be float32");
 
-  params.lhs_shape = shape(in[0]);
-  params.rhs_shape = shape(in[1]);
-  params.out_shape = shape(**out);
-  Problem problem;
-  if (const std::string wrong = make_problem(params, &problem); !wrong.empty()) {
-    return invalid(wrong);
-  }
+  std::string wrong;
+  const auto prepared = prepare(site, *lhs, *rhs, **out, &wrong);
+  if (prepared == nullptr) return invalid(wrong);
+  const Problem& problem = prepared->problem;
+  const Plan& plan = prepared->plan;
+
   Operands o{};
-  o.x = static_cast<const float*>(in[0].untyped_data());
-  o.w = static_cast<const float*>(in[1].untyped_data());
+  o.x = data[0];
+  o.w = data[1];
   o.y = static_cast<float*>((*out)->untyped_data());
-  o.activation = static_cast<Activation>(activation);
+  o.activation = site->activation;
   size_t next = 2;
-  if (has_bias != 0) {
-    if (in[next].dimensions().size() != 1 || in[next].dimensions()[0] != problem.g * problem.k) {
+  if (site->has_bias) {
+    const auto bias = args.get<ffi::AnyBuffer>(next);
+    if (bias->dimensions().size() != 1 || bias->dimensions()[0] != problem.g * problem.k) {
       return invalid("bias: must have one value per output feature");
     }
-    o.bias = static_cast<const float*>(in[next++].untyped_data());
+    o.bias = data[next++];
   }
-  if (has_residual != 0) {
-    if (shape(in[next]) != params.out_shape) {
+  if (site->has_residual) {
+    if (!same_shape(*args.get<ffi::AnyBuffer>(next), prepared->params.out_shape)) {
       return invalid("residual: must have the shape of the result");
     }
-    o.residual = static_cast<const float*>(in[next].untyped_data());
+    o.residual = data[next];
   }
-
-  Plan plan;
-  std::string wrong = make_plan(problem, request, &plan);
-  if (!wrong.empty() && plan.target.kernels == nullptr) {
-    // The program was compiled on a machine with another instruction set: the same bits by a
-    // plan of this one.
-    request.isa.clear();
-    request.params.clear();
-    wrong = make_plan(problem, request, &plan);
-  }
-  if (!wrong.empty()) return invalid(wrong);
 
   float* workspace = nullptr;
   int64_t available = 0;
@@ -153,7 +217,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::R
   std::unique_ptr<void, Free> own;
   if (available < plan.workspace_bytes ||
       reinterpret_cast<uintptr_t>(workspace) % alignof(float) != 0) {
-    constexpr size_t kAlignment = 64;
+    constexpr int64_t kAlignment = 64;
     own.reset(std::aligned_alloc(
         kAlignment, static_cast<size_t>(round_up(plan.workspace_bytes, kAlignment))));
     if (own == nullptr) {
@@ -177,15 +241,21 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, ffi::RemainingArgs args, ffi::R
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxwin_conv_handler, convolve,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxwin_conv_instantiate, instantiate,
+                              ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxwin_conv_execute, convolve,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Ctx<ffi::State<CallSite>>()
                                   .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+                                  .RemainingRets());
 
 }  // namespace
 
-void* conv_handler() { return reinterpret_cast<void*>(jaxwin_conv_handler); }
+ConvHandlers conv_handlers() {
+  static const ffi::TypeInfo type_info = ffi::MakeTypeInfo<CallSite>();
+  return {reinterpret_cast<void*>(jaxwin_conv_instantiate),
+          reinterpret_cast<void*>(jaxwin_conv_execute), &CallSite::id, &type_info};
+}
 
 }  // namespace jaxwin

@@ -3,7 +3,14 @@
 
 namespace jaxwin {
 
-// The XLA FFI handler of the custom call `jaxwin_conv`.
-void* conv_handler();
+// The parts of the XLA FFI target `jaxwin_conv`: its handlers by stage, and the type of the state
+// that each call site keeps between calls.
+struct ConvHandlers {
+  void* instantiate;
+  void* execute;
+  void* type_id;
+  const void* type_info;
+};
+ConvHandlers conv_handlers();
 
 }  // namespace jaxwin

@@ -222,9 +222,19 @@ nb::dict registry() {
 
 NB_MODULE(_ffi, m) {
   m.def("registrations", [] {
-    nb::dict d;
-    d["jaxwin_conv"] = nb::capsule(jaxwin::conv_handler());
-    return d;
+    const jaxwin::ConvHandlers h = jaxwin::conv_handlers();
+    nb::dict handlers;
+    handlers["instantiate"] = nb::capsule(h.instantiate);
+    handlers["execute"] = nb::capsule(h.execute);
+    nb::dict type;
+    type["type_id"] = nb::capsule(h.type_id);
+    type["type_info"] = nb::capsule(h.type_info);
+    nb::dict target;
+    target["handlers"] = handlers;
+    target["state_type"] = type;
+    nb::dict targets;
+    targets["jaxwin_conv"] = target;
+    return targets;
   });
   m.def("registry", &jaxwin::registry);
   m.def("make_plan", &jaxwin::make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",

@@ -17,8 +17,9 @@ from jaxwin._problem import Problem, from_parameters
 # Registered at import, so that exported and deserialised programs find their targets.
 _REGISTRATIONS: dict[str, Any] = _ffi.registrations()
 FFI_TARGETS = tuple(_REGISTRATIONS)
-for _name, _capsule in _REGISTRATIONS.items():
-    jax.ffi.register_ffi_target(_name, _capsule, platform="cpu")
+for _name, _parts in _REGISTRATIONS.items():
+    jax.ffi.register_ffi_type(f"{_name}_state", _parts["state_type"], platform="cpu")
+    jax.ffi.register_ffi_target(_name, _parts["handlers"], platform="cpu")
 _TARGET = FFI_TARGETS[0]
 
 
