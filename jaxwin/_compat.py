@@ -23,6 +23,7 @@ from jax._src import util as _util
 from jax._src.interpreters import ad as _ad
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import mlir as _mlir
+from jaxlib import xla_client as _xla_client
 
 Jaxpr: Any = _core.Jaxpr
 ClosedJaxpr: Any = _core.ClosedJaxpr
@@ -163,3 +164,15 @@ def constrain_result(ctx: Any, value: Any) -> Any:
 def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
     return list(_core.jaxprs_in_params(params))
+
+
+def register_ffi_target(name: str, handlers: dict[str, Any], state_type: dict[str, Any]) -> None:
+    """Registers a CPU custom-call target whose call sites keep a state of `state_type`.
+
+    What is registered before the CPU client exists waits for it, but jaxlib then registers waiting
+    targets before waiting types, and refuses a target of an unknown type. So types are told now.
+    """
+    client: Any = _xla_client
+    client.register_custom_type_handler("cpu", client._xla.register_custom_type)
+    jax.ffi.register_ffi_type(f"{name}_state", state_type, platform="cpu")  # type: ignore[arg-type]
+    jax.ffi.register_ffi_target(name, handlers, platform="cpu")

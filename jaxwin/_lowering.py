@@ -18,8 +18,7 @@ from jaxwin._problem import Problem, from_parameters
 _REGISTRATIONS: dict[str, Any] = _ffi.registrations()
 FFI_TARGETS = tuple(_REGISTRATIONS)
 for _name, _parts in _REGISTRATIONS.items():
-    jax.ffi.register_ffi_type(f"{_name}_state", _parts["state_type"], platform="cpu")
-    jax.ffi.register_ffi_target(_name, _parts["handlers"], platform="cpu")
+    _compat.register_ffi_target(_name, _parts["handlers"], _parts["state_type"])
 _TARGET = FFI_TARGETS[0]
 
 
