@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every AVX-512 micro-kernel on an emulated CPU, in guarded buffers, at odd sizes.
+
+Its bits must be those of the baseline kernels (and AVX2's, where this CPU has it), which run
+natively, one vector and one row at a time. The emulator reports any access outside the buffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import native
+import numpy as np
+import pytest
+from emulator import Emulator, bochs, guarded
+
+from jaxwin import _registry
+
+try:
+    bochs()
+except ImportError as error:
+    native.missing(f"bochscpu-python: {error}")
+
+REGISTRY = _registry.registry()
+ISAS = {row["name"]: row for row in REGISTRY["isas"]}
+WIDTH = ISAS["avx512"]["width"]
+TILES = [(mr, nv) for most, nv in ISAS["avx512"]["tiles"] for mr in range(1, most + 1)]
+REFERENCES = [name for name in ("baseline", "avx2") if ISAS[name]["runnable"]]
+_CANARY = np.float32(1.2345e30)
+
+_POINTERS = ("a", "b", "c", "runs")
+_NUMBERS = ("n_runs", "a_row", "a_step", "b_step", "c_row", "cols", "load", "add")
+
+
+class GemmArgs(ctypes.Structure):
+    """GemmArgs of ffi/kernels/kernels.h."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+    ]
+
+
+class EpilogueArgs(ctypes.Structure):
+    """EpilogueArgs of ffi/kernels/kernels.h."""
+
+    _fields_ = [  # noqa: RUF012
+        ("c", ctypes.c_void_p),
+        ("c_row", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("bias_row", ctypes.c_int64),
+        ("bias_col", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("residual_row", ctypes.c_int64),
+        ("activation", ctypes.c_int64),
+    ]
+
+
+@dataclass
+class Kernels:
+    """The plain symbols, and the emulated CPU that runs those of AVX-512."""
+
+    library: ctypes.CDLL
+    emulator: Emulator
+    reached: set[str] = field(default_factory=set)
+
+    def native(self, isa: str, name: str, *arguments: np.ndarray | int) -> None:
+        """Calls a kernel on this CPU."""
+        function = getattr(self.library, f"jaxwin_test_{name}_{isa}")
+        function.restype = None
+        function(
+            *(
+                ctypes.c_void_p(a.ctypes.data)
+                if isinstance(a, np.ndarray)
+                else ctypes.c_int64(int(a))
+                for a in arguments
+            )
+        )
+
+    def emulated(
+        self, name: str, *arguments: np.ndarray | int, buffers: tuple[np.ndarray, ...] = ()
+    ) -> None:
+        """Calls an AVX-512 kernel on the emulated CPU."""
+        self.reached.add(name)
+        function = getattr(self.library, f"jaxwin_test_{name}_avx512")
+        self.emulator.call(function, *arguments, buffers=buffers)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory):
+    path = native.plain_library(tmp_path_factory.mktemp("kernels"))
+    library = ctypes.CDLL(str(path))
+    with Emulator(path) as emulator:
+        yield Kernels(library, emulator)
+
+
+def _words(structure: ctypes.Structure) -> np.ndarray:
+    """The bytes of a structure, as an array that can be passed and mapped."""
+    return np.frombuffer(bytes(structure), np.uint8).copy()
+
+
+def _gemm_args(
+    a: np.ndarray, b: np.ndarray, c: np.ndarray, runs: np.ndarray, **numbers: int
+) -> np.ndarray:
+    values = dict.fromkeys(_NUMBERS, 0) | {"n_runs": len(runs)} | numbers
+    pointers = {"a": a, "b": b, "c": c, "runs": runs}
+    return _words(GemmArgs(**{k: v.ctypes.data for k, v in pointers.items()}, **values))
+
+
+def _matrix(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return guarded(rng.standard_normal(shape, np.float32))
+
+
+def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
+    np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32), what)
+
+
+@pytest.mark.parametrize("strided", [0, 1])
+@pytest.mark.parametrize(("mr", "nv"), TILES)
+def test_gemm(kernels: Kernels, mr: int, nv: int, strided: int) -> None:
+    rng = np.random.default_rng([mr, nv, strided])
+    # Runs of odd lengths, out of order; rows of A overlap, as windows do.
+    lengths = [5, 1, 7]
+    steps = sum(lengths)
+    a_row, a_step = 3, 2 if strided else 1
+    for cols in {(nv - 1) * WIDTH + 1, nv * WIDTH - 3, nv * WIDTH}:
+        b_step = cols + 2 if strided else nv * WIDTH
+        runs = guarded(
+            np.array(
+                [(6, 6 * b_step, 5), (0, 5 * b_step, 1), (1, 0, 5), (12, 11 * b_step, 2)], np.int64
+            )
+        )
+        a = _matrix(rng, (mr - 1) * a_row + 12 + a_step + 1)
+        b = _matrix(rng, (steps - 1) * b_step + (cols if strided else nv * WIDTH))
+        c_row = cols + 5
+        start = rng.standard_normal((mr - 1) * c_row + cols).astype(np.float32)
+        for load, add in ((0, 0), (1, 0), (0, 1)):
+            numbers = {
+                "a_row": a_row,
+                "a_step": a_step,
+                "b_step": b_step,
+                "c_row": c_row,
+                "load": load,
+                "add": add,
+            }
+            c = guarded(start)
+            arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
+            kernels.emulated("gemm", mr, nv, strided, arguments, buffers=(a, b, c, runs))
+            for isa in REFERENCES:
+                width = ISAS[isa]["width"]
+                expected = start.copy()
+                for row in range(mr):
+                    for j in range(0, cols, width):
+                        piece = _gemm_args(
+                            a[row * a_row :],
+                            b[j:],
+                            expected[row * c_row + j :],
+                            runs,
+                            cols=min(width, cols - j),
+                            **numbers,
+                        )
+                        # the strided form, which reads no column beyond
+                        kernels.native(isa, "gemm", 1, 1, 1, piece)
+                _same(c, expected, f"{isa} cols {cols} load {load} add {add}")
+
+
+@pytest.mark.parametrize("pixels", range(1, ISAS["avx512"]["max_pixels"] + 1))
+def test_lanes(kernels: Kernels, pixels: int) -> None:
+    rng = np.random.default_rng(pixels)
+    for cols in (1, WIDTH - 3, WIDTH):
+        runs = guarded(np.array([(7, 2 * WIDTH, 1), (0, 0, 1), (3, WIDTH, 1)], np.int64))
+        a_row, c_row = cols + 1, cols + 2
+        a = _matrix(rng, (pixels - 1) * a_row + 7 + cols)
+        b = _matrix(rng, 3 * WIDTH)
+        start = np.full((pixels - 1) * c_row + cols, _CANARY)
+        c = guarded(start)
+        arguments = _gemm_args(a, b, c, runs, a_row=a_row, c_row=c_row, cols=cols)
+        kernels.emulated("lanes", pixels, arguments, buffers=(a, b, c, runs))
+        for isa in REFERENCES:
+            width = ISAS[isa]["width"]
+            expected = start.copy()
+            for p in range(pixels):
+                for j in range(0, cols, width):
+                    piece = _gemm_args(
+                        a[p * a_row + j :],
+                        b[j:],
+                        expected[p * c_row + j :],
+                        runs,
+                        cols=min(width, cols - j),
+                    )
+                    kernels.native(isa, "lanes", 1, piece)
+            _same(c, expected, f"{isa} cols {cols}")
+
+
+@pytest.mark.parametrize("count", range(1, ISAS["avx512"]["max_pixels"] + 1))
+def test_lanes_grad(kernels: Kernels, count: int) -> None:
+    rng = np.random.default_rng(count)
+    for cols in (1, WIDTH - 3, WIDTH):
+        a_step, b_step, c_row = cols + 3, cols + 1, cols + 2
+        runs = guarded(np.array([(4, 3 * b_step, 2), (0, 0, 3)], np.int64))
+        offsets = guarded(rng.permutation(count).astype(np.int64))
+        a = _matrix(rng, 4 + a_step + count - 1 + max(cols, a_step + cols - 4))
+        b = _matrix(rng, 4 * b_step + cols)
+        start = rng.standard_normal((count - 1) * c_row + cols).astype(np.float32)
+        for load in (0, 1):
+            c = guarded(start)
+            numbers = {"a_step": a_step, "b_step": b_step, "load": load}
+            arguments = _gemm_args(a, b, c, runs, c_row=c_row, cols=cols, **numbers)
+            kernels.emulated(
+                "lanes_grad", count, arguments, offsets, buffers=(a, b, c, runs, offsets)
+            )
+            for isa in REFERENCES:
+                width = ISAS[isa]["width"]
+                expected = start.copy()
+                for q in range(count):
+                    for j in range(0, cols, width):
+                        piece = _gemm_args(
+                            a[j:],
+                            b[j:],
+                            expected[q * c_row + j :],
+                            runs,
+                            cols=min(width, cols - j),
+                            **numbers,
+                        )
+                        kernels.native(isa, "lanes_grad", 1, piece, offsets[q : q + 1].copy())
+                _same(c, expected, f"{isa} cols {cols} load {load}")
+
+
+_SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30, -1e-30, 88.5, -103.5], np.float32)
+
+
+@pytest.mark.parametrize("activation", range(len(REGISTRY["activations"])))
+@pytest.mark.parametrize("bias", ["none", "by column", "by row"])
+def test_epilogue(kernels: Kernels, activation: int, bias: str) -> None:
+    rng = np.random.default_rng(activation)
+    rows = 3
+    for cols in (1, WIDTH + 1, 2 * WIDTH, 3 * WIDTH - 1):
+        c_row, residual_row = cols + 4, cols + 1
+        start = (8 * rng.standard_normal((rows - 1) * c_row + cols)).astype(np.float32)
+        start[: len(_SPECIAL)] = _SPECIAL[: len(start)]
+        residual = _matrix(rng, (rows - 1) * residual_row + cols)
+        values = _matrix(rng, cols if bias == "by column" else rows)
+
+        def arguments(c: np.ndarray) -> np.ndarray:
+            return _words(
+                EpilogueArgs(
+                    c=c.ctypes.data,
+                    c_row=c_row,  # noqa: B023
+                    rows=rows,
+                    cols=cols,  # noqa: B023
+                    bias=None if bias == "none" else values.ctypes.data,  # noqa: B023
+                    bias_row=1 if bias == "by row" else 0,
+                    bias_col=1 if bias == "by column" else 0,
+                    residual=None if bias == "none" else residual.ctypes.data,  # noqa: B023
+                    residual_row=residual_row,  # noqa: B023
+                    activation=activation,
+                )
+            )
+
+        c = guarded(start)
+        kernels.emulated("epilogue", arguments(c), buffers=(c, values, residual))
+        for isa in REFERENCES:
+            expected = start.copy()
+            kernels.native(isa, "epilogue", arguments(expected))
+            np.testing.assert_array_equal(np.isnan(c), np.isnan(expected))
+            finite = ~np.isnan(expected)  # the sign and payload of a NaN are nobody's
+            _same(c[finite], expected[finite], f"{isa} cols {cols}")
+
+
+@pytest.mark.parametrize("source", ["pixels", "planes", "neither"])
+@pytest.mark.parametrize("count", [1, 3, 8, 15, 16, 17, 37])
+def test_copy(kernels: Kernels, source: str, count: int) -> None:
+    rng = np.random.default_rng(count)
+    for n in (1, 7, 8, 19):
+        src_ld, src_step = {
+            "pixels": (count + 2, 1),
+            "planes": (1, n + 3),
+            "neither": (2, 2 * n + 1),
+        }[source]
+        dst_ld = count + 1
+        src = _matrix(rng, (n - 1) * src_ld + (count - 1) * src_step + 1)
+        expected = np.full((n - 1) * dst_ld + count, _CANARY)
+        dst = guarded(expected)
+        for j in range(n):
+            for k in range(count):
+                expected[j * dst_ld + k] = src[j * src_ld + k * src_step]
+        kernels.emulated("copy", dst, dst_ld, src, src_ld, src_step, n, count)
+        _same(dst, expected, f"n {n}")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("n_rows", [1, 3, 5])
+def test_interleave(kernels: Kernels, n_rows: int, count: int) -> None:
+    rng = np.random.default_rng([n_rows, count])
+    for n in (1, 2, 9):
+        for src_ld, dst_ld in ((count, n_rows * count), (count + 3, n_rows * count + 2)):
+            rows = [_matrix(rng, (n - 1) * src_ld + count) for _ in range(n_rows)]
+            table = np.array([row.ctypes.data for row in rows], np.uint64)
+            table[n_rows // 2 :: 3] = 0  # rows on padding
+            size = (n - 1) * dst_ld + n_rows * count
+            dst = guarded(np.full(size, _CANARY))
+            kernels.emulated(
+                "interleave", dst, dst_ld, table, n_rows, src_ld, n, count, buffers=tuple(rows)
+            )
+            for i in range(n):
+                for r in range(n_rows):
+                    at = i * dst_ld + r * count
+                    values = rows[r][i * src_ld : i * src_ld + count] if table[r] else 0.0
+                    np.testing.assert_array_equal(dst[at : at + count], values)
+
+
+@pytest.mark.parametrize("multiplicity", [1, 3])
+@pytest.mark.parametrize("span", [0, 1, 5, WIDTH])
+def test_expand(kernels: Kernels, span: int, multiplicity: int) -> None:
+    rng = np.random.default_rng([span, multiplicity])
+    for n, lanes in ((1, 1), (4, WIDTH - 3), (5, WIDTH)):
+        source = span or 40
+        table = guarded(rng.integers(0, source, (multiplicity, WIDTH)))
+        src_ld, dst_ld = source + 1, multiplicity * WIDTH + 1
+        src = _matrix(rng, (n - 1) * src_ld + source)
+        dst = guarded(np.full((n - 1) * dst_ld + multiplicity * WIDTH, _CANARY))
+        kernels.emulated(
+            "expand", dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span
+        )
+        for i in range(n):
+            for m in range(multiplicity):
+                at = i * dst_ld + m * WIDTH
+                expected = src[i * src_ld + table[m, :lanes]]
+                np.testing.assert_array_equal(dst[at : at + lanes], expected)
+
+
+def test_every_plain_symbol_was_emulated(kernels: Kernels, request: pytest.FixtureRequest) -> None:
+    """A kernel that is new in ffi/kernels/kernels.cc needs a test here."""
+    if request.config.option.keyword or len(request.session.items) < len(TILES):
+        pytest.skip("not all tests of this file were selected")
+    exported = native.plain_symbols(kernels.library._name, "avx512")
+    assert kernels.reached == exported

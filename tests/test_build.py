@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler made of the micro-kernels."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import native
+import pytest
+
+from jaxwin import _registry
+
+ISAS = {row["name"]: row for row in _registry.registry()["isas"]}
+# What a compiler may call in place of a loop.
+_LEAF_CALLS = {"memset", "memcpy", "memmove", "_GLOBAL_OFFSET_TABLE_"}
+
+
+def _tool(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _leaks(object_file: Path, target: str) -> list[str]:
+    """The symbols that another object could take from this one, or that it takes from another.
+
+    An inline function compiled for AVX-512 that the linker may pick for a caller on an older CPU
+    is an illegal instruction there; so nothing leaves the target's namespace.
+    """
+    found = []
+    for line in _tool("nm", "-C", object_file).splitlines():
+        kind, name = line[16:].strip().split(maxsplit=1)
+        ours = name.startswith(f"jaxwin::{target}::") and kind not in "WVuwv"
+        if kind == "U":
+            ours = name in _LEAF_CALLS
+        if kind.islower() and kind not in "uwv":
+            ours = True  # local
+        if not ours:
+            found.append(f"{kind} {name}")
+    return found
+
+
+@pytest.mark.parametrize("target", ISAS)
+def test_no_symbol_leaves_its_instruction_set(target: str) -> None:
+    path = native.kernel_objects()[target]
+    assert f"jaxwin::{target}::kernels()" in _tool("nm", "-C", path)
+    assert _leaks(path, target) == []
+
+
+def test_a_leaked_inline_function_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.cc").write_text(
+        "inline int leaked(int x) { return x + 1; }\n"
+        "namespace jaxwin::avx2 { int kept(int x) { return leaked(x); } }\n"
+    )
+    subprocess.run("c++ -std=c++17 -O0 -c a.cc".split(), cwd=tmp_path, check=True)
+    assert _leaks(tmp_path / "a.o", "avx2") == ["W leaked(int)"]
+
+
+def _functions(object_file: Path) -> dict[str, list[str]]:
+    """The instructions of every function, `address: text`, by demangled name."""
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in _tool("objdump", "-dC", "--no-show-raw-insn", object_file).splitlines():
+        if match := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            current = found.setdefault(match[1], [])
+        elif re.match(r"\s+[0-9a-f]+:\t", line):
+            current.append(line.strip())
+    return found
+
+
+def _inner_loops(code: list[str]) -> list[list[str]]:
+    """The innermost loops: from the target of a jump back to the jump, with none inside."""
+    addresses = [int(line.split(":")[0], 16) for line in code]
+    spans = []
+    for at, line in enumerate(code):
+        if match := re.search(r"\tj\w+\s+([0-9a-f]+) ", line):
+            target = int(match[1], 16)
+            if target <= addresses[at] and target in addresses:
+                spans.append((addresses.index(target), at))
+    inner = [
+        span
+        for span in spans
+        if not any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in spans)
+    ]
+    return [code[first : last + 1] for first, last in inner]
+
+
+def _spills(loop: list[str], code: list[str]) -> list[str]:
+    """The instructions of a loop that move a vector to or from the stack."""
+    stack = ["%rsp"]
+    if any(re.search(r"mov\s+%rsp,%rbp", line) for line in code):
+        stack.append("%rbp")
+    on_stack = re.compile(rf"\((?:{'|'.join(stack)})\b")
+    return [line for line in loop if on_stack.search(line) and re.search(r"%[xyz]mm\d", line)]
+
+
+def _reads_whole_vector(line: str) -> bool:
+    return re.search(r"vmov\w+\s+\S*\(%r[sb]p\),%[xyz]mm\d+$", line) is not None
+
+
+def _tiles(target: str, name: str) -> dict[tuple[str, ...], list[str]]:
+    """The instances of a kernel template: its arguments, and its code."""
+    pattern = re.compile(rf"\b(?:\w+::|\(anonymous namespace\)::)*{name}<([^>]*)>\(")
+    found = {}
+    for function, code in _functions(native.kernel_objects()[target]).items():
+        if (match := pattern.search(function)) and f"jaxwin::{target}::" in function:
+            found[tuple(match[1].split(", "))] = code
+    return found
+
+
+@pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
+def test_no_vector_spills_in_the_tiles(target: str) -> None:
+    """The accumulators stay in registers: see JAXWIN_UNROLL in ffi/kernels/vec.h."""
+    tiles = _tiles(target, "gemm_tile")
+    largest = {(str(mr), str(nv)) for mr, nv in ISAS[target]["tiles"]}
+    assert largest <= {key[:2] for key in tiles}, "tiles of the registry that the object lacks"
+    for (mr, nv, form), code in tiles.items():
+        steps = int(mr) * int(nv)
+        hot = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
+        assert hot, f"no loop in gemm_tile<{mr}, {nv}, {form}>"
+        for loop in hot:
+            multiplications = sum("vfmadd" in line for line in loop)
+            assert multiplications % steps == 0, (mr, nv, form, multiplications)
+            spills = _spills(loop, code)
+            # AVX2's strided form also needs a register for the mask of the last column vector;
+            # where all sixteen are taken, reading that mask again is the cheapest way out.
+            if target == "avx2" and form == "true" and steps + int(nv) + 2 > 16:
+                spills = [line for line in spills if not _reads_whole_vector(line)] + spills[1:]
+            assert spills == [], f"gemm_tile<{mr}, {nv}, {form}>"
+
+
+@pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
+@pytest.mark.parametrize("name", ["lanes_tile", "lanes_tile_full", "lanes_grad_tile"])
+def test_no_vector_spills_in_the_lanes(target: str, name: str) -> None:
+    tiles = _tiles(target, name)
+    assert tiles, f"the object has no {name}"
+    for (count,), code in tiles.items():
+        for loop in _inner_loops(code):
+            assert _spills(loop, code) == [], f"{name}<{count}>"
+
+
+def test_a_spill_is_seen(tmp_path: Path) -> None:
+    """Forty accumulators do not fit thirty-two registers."""
+    (tmp_path / "a.cc").write_text(
+        """
+        #include <immintrin.h>
+        void spills(const float* a, float* c, long n) {
+          __m512 acc[40];
+        #pragma GCC unroll 40
+          for (int r = 0; r < 40; ++r) acc[r] = _mm512_setzero_ps();
+          for (long i = 0; i < n; ++i) {
+            __m512 b = _mm512_loadu_ps(a + 16 * i);
+        #pragma GCC unroll 40
+            for (int r = 0; r < 40; ++r)
+              acc[r] = _mm512_fmadd_ps(b, _mm512_set1_ps(a[r * n + i]), acc[r]);
+          }
+        #pragma GCC unroll 40
+          for (int r = 0; r < 40; ++r) _mm512_storeu_ps(c + 16 * r, acc[r]);
+        }
+        """
+    )
+    subprocess.run("c++ -O3 -mavx512f -c a.cc".split(), cwd=tmp_path, check=True)
+    (code,) = (c for name, c in _functions(tmp_path / "a.o").items() if "spills" in name)
+    loops = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
+    assert loops and any(_spills(loop, code) for loop in loops)
