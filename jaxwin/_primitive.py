@@ -40,6 +40,11 @@ conv_p: Any = Primitive("jaxwin_conv_general_dilated")
 # --- public functions ------------------------------------------------------------------------
 
 
+# Held from the start: somebody may put jaxwin's functions in the place of lax's.
+_lax_conv_general_dilated = lax.conv_general_dilated
+_lax_conv_transpose = lax.conv_transpose
+
+
 def conv_general_dilated(
     lhs: jax.typing.ArrayLike,
     rhs: jax.typing.ArrayLike,
@@ -92,7 +97,7 @@ def conv_general_dilated(
     """
     kwargs = {} if out_sharding is None else {"out_sharding": out_sharding}
     with substituting():
-        result: jax.Array = lax.conv_general_dilated(
+        result: jax.Array = _lax_conv_general_dilated(
             lhs,  # type: ignore[arg-type]
             rhs,  # type: ignore[arg-type]
             window_strides,
@@ -147,7 +152,7 @@ def conv_transpose(
       ValueError, TypeError, AssertionError: as `jax.lax.conv_transpose`.
     """
     with substituting():
-        result: jax.Array = lax.conv_transpose(
+        result: jax.Array = _lax_conv_transpose(
             lhs,  # type: ignore[arg-type]
             rhs,  # type: ignore[arg-type]
             strides,

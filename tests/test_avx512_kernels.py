@@ -322,9 +322,7 @@ def test_expand(kernels: Kernels, span: int, multiplicity: int) -> None:
         src_ld, dst_ld = source + 1, multiplicity * WIDTH + 1
         src = _matrix(rng, (n - 1) * src_ld + source)
         dst = guarded(np.full((n - 1) * dst_ld + multiplicity * WIDTH, _CANARY))
-        kernels.emulated(
-            "expand", dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span
-        )
+        kernels.emulated("expand", dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span)
         for i in range(n):
             for m in range(multiplicity):
                 at = i * dst_ld + m * WIDTH
