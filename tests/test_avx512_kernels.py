@@ -36,7 +36,7 @@ _NUMBERS = ("n_runs", "a_row", "a_step", "b_step", "c_row", "cols", "load", "add
 class GemmArgs(ctypes.Structure):
     """GemmArgs of ffi/kernels/kernels.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
     ]
@@ -45,7 +45,7 @@ class GemmArgs(ctypes.Structure):
 class EpilogueArgs(ctypes.Structure):
     """EpilogueArgs of ffi/kernels/kernels.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("c", ctypes.c_void_p),
         ("c_row", ctypes.c_int64),
         ("rows", ctypes.c_int64),
