@@ -24,7 +24,7 @@ MODES = ("install", "replace")
 # Why a test of JAX's cannot pass.
 EXCEPTIONS = {
     "install": {
-        "testConvPreferredElement8": "compares, to 1e-6, a float32 convolution (ours) with the same "
+        "testConvPreferredElement8": "compares, to 1e-6, a float32 convolution (ours) with one "
         "through another dtype (lax's): two orders of summation"
     },
     "replace": {},
