@@ -88,9 +88,21 @@ struct Forward {
   int64_t thread_floats() const { return strip_floats + temporary + buffer_floats; }
 };
 
-bool readable_in_place(const Problem& p) {
-  return p.c == 1 && p.k == 1 && p.x.g == 1 && !p.touches_padding();
-}
+// The lanes of a block lie side by side in the input.
+bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1; }
+
+// The output positions [begin, end) of one dimension whose window touches no padding.
+struct Inside {
+  int64_t begin, end;
+
+  Inside(const Problem& p, int d) {
+    const int64_t span = (p.win[d] - 1) * p.rhs_dilation[d] + 1;
+    begin = p.pad[d] <= 0 ? 0 : std::min(p.out[d], ceil_div(p.pad[d], p.stride[d]));
+    const int64_t room = p.in[d] + p.pad[d] - span;  // largest offset of a window inside
+    end = room < 0 ? begin : std::clamp(room / p.stride[d] + 1, begin, p.out[d]);
+  }
+  bool holds(int64_t o) const { return o >= begin && o < end; }
+};
 
 Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   Forward f{};
@@ -106,11 +118,11 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   f.in_cols = (f.cols - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
   f.column = p.c * f.width;
   f.w_floats = f.blocks * p.reduction() * f.width;
-  if (f.strip) {
+  if (f.strip || p.touches_padding()) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
   }
-  f.buffer_floats = p.y.k == 1 ? 0 : round_up(f.cols * f.width, 16);
+  f.buffer_floats = p.y.k == 1 ? 0 : round_up(std::max(f.rows, f.cols) * f.width, 16);
   return f;
 }
 
@@ -118,6 +130,8 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
   const Forward f = make_forward(p, e.target, params);
   const Kernels& k = *e.target.kernels;
   const Problem flat = flatten_groups(p);
+  Problem flat_along_y = flat;  // output lines that run along y
+  flat_along_y.y.sp[2] = p.y.sp[1];
   const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
   const int64_t reduction = p.reduction();
   float* packed = e.workspace;
@@ -138,32 +152,35 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
     }
   });
 
-  std::vector<Run> runs;
+  // The window's positions, in a strip and in the input itself.
+  std::vector<Run> strip_runs;
+  std::vector<Run> input_runs;
   for (int64_t r = 0; r < reduction; ++r) {
     const int64_t tap = r / p.c;
     const int64_t z = tap % p.win[0];
     const int64_t y = tap / p.win[0] % p.win[1];
     const int64_t v = tap / p.win[0] / p.win[1];
-    int64_t a = 0;
-    if (f.strip) {
-      a = ((z * f.in_rows + y * p.rhs_dilation[1]) * f.in_cols + v * p.rhs_dilation[2]) * f.column +
-          (r % p.c) * f.width;
-    } else {
-      a = z * p.rhs_dilation[0] * p.x.sp[0] + y * p.rhs_dilation[1] * p.x.sp[1] +
-          v * p.rhs_dilation[2] * p.x.sp[2];
-    }
-    runs.push_back({a, r * f.width, 1});
+    strip_runs.push_back({((z * f.in_rows + y * p.rhs_dilation[1]) * f.in_cols +
+                           v * p.rhs_dilation[2]) *
+                                  f.column +
+                              (r % p.c) * f.width,
+                          r * f.width, 1});
+    input_runs.push_back({z * p.rhs_dilation[0] * p.x.sp[0] + y * p.rhs_dilation[1] * p.x.sp[1] +
+                              v * p.rhs_dilation[2] * p.x.sp[2],
+                          r * f.width, 1});
   }
+  // Output positions whose whole window lies inside the input.
+  const Inside inside[3] = {Inside(p, 0), Inside(p, 1), Inside(p, 2)};
 
   const int64_t tasks = p.n * f.blocks * p.out[0] * f.row_blocks * f.col_blocks;
   pool.run(tasks, [&](int64_t task, int64_t worker) {
     // Feature blocks innermost: neighbours share cache lines of the input.
     const int64_t block = task % f.blocks;
     const int64_t cb = task / f.blocks % f.col_blocks;
-    const int64_t rb = task / f.blocks / f.col_blocks % f.row_blocks;
+    const int64_t rblock = task / f.blocks / f.col_blocks % f.row_blocks;
     const int64_t oz = task / f.blocks / f.col_blocks / f.row_blocks % p.out[0];
     const int64_t n = task / f.blocks / f.col_blocks / f.row_blocks / p.out[0];
-    const int64_t r0 = rb * f.rows;
+    const int64_t r0 = rblock * f.rows;
     const int64_t r1 = std::min(r0 + f.rows, p.out[1]);
     const int64_t j0 = cb * f.cols;
     const int64_t j1 = std::min(j0 + f.cols, p.out[2]);
@@ -172,8 +189,39 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
     const float* x = o.x + n * p.x.n;
     const int64_t lanes = std::min(f.width, flat.k - block * f.width);
 
-    if (f.strip) {
-      const Lanes s = make_lanes(p, f.width, block, p.c, p.x.c);
+    const Lanes s = make_lanes(p, f.width, block, p.c, p.x.c);
+    const float* weights = packed + block * reduction * f.width;
+
+    // `pixels` outputs from (r, j) along y or x, from A rows at `a`, a_row floats apart.
+    const auto compute = [&](int64_t r, int64_t j, int64_t pixels, bool along_y, const float* a,
+                             int64_t a_row, const std::vector<Run>& runs) {
+      const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] +
+                         block * f.width * p.y.k;
+      const Problem& line = along_y ? flat_along_y : flat;
+      float* c = p.y.k == 1 ? o.y + at : buffer;
+      GemmArgs args{};
+      args.b = weights;
+      args.runs = runs.data();
+      args.n_runs = reduction;
+      args.a_row = a_row;
+      args.c_row = p.y.k == 1 ? line.y.sp[2] : f.width;
+      args.cols = lanes;
+      const int64_t tiles = ceil_div(pixels, f.pixels);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i0 = pixels * t / tiles;
+        const int64_t i1 = pixels * (t + 1) / tiles;
+        args.a = a + i0 * args.a_row;
+        args.c = c + i0 * args.c_row;
+        k.lanes[i1 - i0](&args);
+      }
+      if (p.y.k != 1 || o.has_epilogue()) {
+        finish_rows(line, k, o, c, args.c_row, pixels, lanes, 0, block * f.width, at);
+      }
+    };
+
+    // Output rows [r0, r1), pixels [j0, j1), through a padded copy of what they read.
+    const auto through_strip = [&](int64_t r0, int64_t r1, int64_t j0, int64_t j1) {
+      if (r0 >= r1 || j0 >= j1) return;
       const int64_t rows = (r1 - r0 - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1] + 1;
       const int64_t columns = (j1 - j0 - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
       const int64_t ix0 = j0 * p.stride[2] - p.pad[2];
@@ -197,40 +245,40 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
           std::memset(to + right * f.column, 0, (columns - right) * f.column * sizeof(float));
         }
       }
-    }
+      const int64_t down = p.stride[1] * f.in_cols * f.column;
+      const int64_t right_step = p.stride[2] * f.column;
+      if (r1 - r0 > j1 - j0) {  // a border of few columns: pixels below each other
+        for (int64_t j = j0; j < j1; ++j) {
+          compute(r0, j, r1 - r0, true, strip + (j - j0) * right_step, down, strip_runs);
+        }
+        return;
+      }
+      for (int64_t r = r0; r < r1; ++r) {
+        compute(r, j0, j1 - j0, false, strip + (r - r0) * down, right_step, strip_runs);
+      }
+    };
 
-    GemmArgs args{};
-    args.b = packed + block * reduction * f.width;
-    args.runs = runs.data();
-    args.n_runs = reduction;
-    args.a_row = p.stride[2] * (f.strip ? f.column : p.x.sp[2]);
-    args.cols = lanes;
-    const int64_t pixels = j1 - j0;
-    const int64_t tiles = ceil_div(pixels, f.pixels);
-    for (int64_t r = r0; r < r1; ++r) {
-      const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j0 * p.y.sp[2] +
-                         block * f.width * p.y.k;
-      float* c = p.y.k == 1 ? o.y + at : buffer;
-      args.c_row = p.y.k == 1 ? p.y.sp[2] : f.width;
-      const float* a = nullptr;
-      if (f.strip) {
-        a = strip + (r - r0) * p.stride[1] * f.in_cols * f.column;
-      } else {
-        a = x + block * f.width + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
-            (r * p.stride[1] - p.pad[1]) * p.x.sp[1] +
-            (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
-      }
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t i0 = pixels * t / tiles;
-        const int64_t i1 = pixels * (t + 1) / tiles;
-        args.a = a + i0 * args.a_row;
-        args.c = c + i0 * args.c_row;
-        k.lanes[i1 - i0](&args);
-      }
-      if (p.y.k != 1 || o.has_epilogue()) {
-        finish_rows(flat, k, o, c, args.c_row, pixels, lanes, 0, block * f.width, at);
-      }
+    if (f.strip) {
+      through_strip(r0, r1, j0, j1);
+      return;
     }
+    // The inner part in place; above, below, left and right of it through strips.
+    const bool any = inside[0].holds(oz);
+    const int64_t ra = any ? std::clamp(inside[1].begin, r0, r1) : r1;
+    const int64_t rb = any ? std::clamp(inside[1].end, ra, r1) : r1;
+    const int64_t ja = std::clamp(inside[2].begin, j0, j1);
+    const int64_t jb = std::clamp(inside[2].end, ja, j1);
+    through_strip(r0, ra, j0, j1);
+    through_strip(ra, rb, j0, ja);
+    for (int64_t r = ra; r < rb && ja < jb; ++r) {
+      compute(r, ja, jb - ja, false,
+              x + block * f.width + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+                  (r * p.stride[1] - p.pad[1]) * p.x.sp[1] +
+                  (ja * p.stride[2] - p.pad[2]) * p.x.sp[2],
+              p.stride[2] * p.x.sp[2], input_runs);
+    }
+    through_strip(ra, rb, jb, j1);
+    through_strip(rb, r1, j0, j1);
   });
 }
 
@@ -452,7 +500,7 @@ std::vector<ParamSpec> lanes_param_specs() {
       {"rows", "output rows per block; 0: all", {0, 1, 2, 4, 8, 16}},
       {"cols", "output pixels per block; 0: the whole row", {0, 28, 56, 112, 448}},
       {"pixels", "output pixels of the register tile", {4, 6, 8, 10, 12, 14, 16}},
-      {"strip", "1: a padded copy of the block's input; 0: read in place", {0, 1}},
+      {"strip", "1: a padded copy of the block's input; 0: read in place but at borders", {0, 1}},
   };
 }
 
