@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs functions of a loaded shared library on an emulated CPU that has AVX-512.
 
-The emulator is Bochs (PyPI: bochscpu-python), inside this process. A page of the emulated memory is
-a page of ours, at the same address: a function is called by its real address with real pointers, and
-its stores land in the caller's arrays. Only the pages of the libraries and of the named buffers
+The emulator is Bochs (PyPI: bochscpu-python), inside this process. A page of the emulated memory
+is a page of ours, at the same address: a function is called by its real address with real pointers,
+and its stores land in the caller's arrays. Only the pages of the libraries and of the named buffers
 exist. So AVX-512 code runs on any CPU, and every access outside its buffers is reported:
 
     with Emulator("kernels.so") as emulator:
         c = guarded(np.zeros(100, np.float32))
         emulator.call(library.kernel, a, c, 100, buffers=[tables_that_arguments_point_to])
 
-For leaf code: no system calls, no thread-local storage, integer and pointer arguments only. VNNI and
-BF16 instructions are not in the CPU model and end in an invalid-opcode report.
+For leaf code: no system calls, no thread-local storage, integer and pointer arguments only. VNNI
+and BF16 instructions are not in the CPU model and end in an invalid-opcode report.
 """
 
 from __future__ import annotations

@@ -76,12 +76,12 @@ def plain_library(folder: Path) -> Path:
     return library
 
 
-
-
 def plain_symbols(library: str, target: str) -> set[str]:
     """The names of the kernels that a plain library has for an instruction set."""
     command = ["nm", "-D", "--defined-only", library]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     names = (line.split()[-1] for line in listing.splitlines())
     prefix, suffix = "jaxwin_test_", f"_{target}"
-    return {n[len(prefix) : -len(suffix)] for n in names if n.startswith(prefix) and n.endswith(suffix)}
+    return {
+        n[len(prefix) : -len(suffix)] for n in names if n.startswith(prefix) and n.endswith(suffix)
+    }

@@ -36,7 +36,7 @@ _NUMBERS = ("n_runs", "a_row", "a_step", "b_step", "c_row", "cols", "load", "add
 class GemmArgs(ctypes.Structure):
     """GemmArgs of ffi/kernels/kernels.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
     ]
@@ -45,7 +45,7 @@ class GemmArgs(ctypes.Structure):
 class EpilogueArgs(ctypes.Structure):
     """EpilogueArgs of ffi/kernels/kernels.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("c", ctypes.c_void_p),
         ("c_row", ctypes.c_int64),
         ("rows", ctypes.c_int64),
@@ -322,9 +322,7 @@ def test_expand(kernels: Kernels, span: int, multiplicity: int) -> None:
         src_ld, dst_ld = source + 1, multiplicity * WIDTH + 1
         src = _matrix(rng, (n - 1) * src_ld + source)
         dst = guarded(np.full((n - 1) * dst_ld + multiplicity * WIDTH, _CANARY))
-        kernels.emulated(
-            "expand", dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span
-        )
+        kernels.emulated("expand", dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span)
         for i in range(n):
             for m in range(multiplicity):
                 at = i * dst_ld + m * WIDTH
