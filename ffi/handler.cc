@@ -87,9 +87,9 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> instantiate(ffi::Dictionary attributes) 
   int64_t has_bias = 0;
   int64_t has_residual = 0;
   int64_t activation = 0;
-#define JAXWIN_ATTRIBUTE(name, target)                                                       \
-  if (!get(attributes, name, &(target))) {                                                   \
-    return ffi::Unexpected(invalid("attribute " name " is missing or of a wrong type"));     \
+#define JAXWIN_ATTRIBUTE(name, target)                                                   \
+  if (!get(attributes, name, &(target))) {                                               \
+    return ffi::Unexpected(invalid("attribute " name " is missing or of a wrong type")); \
   }
   JAXWIN_ATTRIBUTE("lhs_spec", site->params.lhs_spec);
   JAXWIN_ATTRIBUTE("rhs_spec", site->params.rhs_spec);
@@ -218,12 +218,12 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   if (available < plan.workspace_bytes ||
       reinterpret_cast<uintptr_t>(workspace) % alignof(float) != 0) {
     constexpr int64_t kAlignment = 64;
-    own.reset(std::aligned_alloc(
-        kAlignment, static_cast<size_t>(round_up(plan.workspace_bytes, kAlignment))));
+    own.reset(std::aligned_alloc(kAlignment,
+                                 static_cast<size_t>(round_up(plan.workspace_bytes, kAlignment))));
     if (own == nullptr) {
-      return {ffi::ErrorCode::kResourceExhausted,
-              "jaxwin: no memory for a workspace of " + std::to_string(plan.workspace_bytes) +
-                  " bytes"};
+      return {ffi::ErrorCode::kResourceExhausted, "jaxwin: no memory for a workspace of " +
+                                                      std::to_string(plan.workspace_bytes) +
+                                                      " bytes"};
     }
     workspace = static_cast<float*>(own.get());
   }

@@ -17,11 +17,11 @@ const std::vector<const Kernels*>& all_kernels() {
     // __builtin_cpu_supports checks the operating system's register state (XGETBV) too.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl");
     const auto& sets = compiled_kernels();
-    return std::vector<const Kernels*>(sets.begin(), sets.begin() + 1 + (avx2 ? 1 : 0) +
-                                                         (avx512 ? 1 : 0));
+    return std::vector<const Kernels*>(sets.begin(),
+                                       sets.begin() + 1 + (avx2 ? 1 : 0) + (avx512 ? 1 : 0));
   }();
   return list;
 }

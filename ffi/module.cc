@@ -124,10 +124,9 @@ using Array = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 // Runs a plan outside XLA, on its own threads, into the caller's result and workspace: for tests
 // that poison and guard both, and for measurements. Empty, or what is wrong.
 std::string run(const nb::dict& problem, const std::string& algorithm, const std::string& isa,
-                int64_t threads, const std::vector<int64_t>& params, const Array& x,
-                const Array& w, const Array& y, const Array& workspace,
-                const std::optional<Array>& bias, const std::optional<Array>& residual,
-                int64_t activation) {
+                int64_t threads, const std::vector<int64_t>& params, const Array& x, const Array& w,
+                const Array& y, const Array& workspace, const std::optional<Array>& bias,
+                const std::optional<Array>& residual, int64_t activation) {
   const ConvParams conv = conv_params(problem);
   Problem p;
   std::string wrong = make_problem(conv, &p);
@@ -247,8 +246,11 @@ NB_MODULE(_ffi, m) {
         nb::arg("workspace"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
         nb::arg("activation") = 0);
   m.def("describe", &jaxwin::describe, nb::arg("problem"));
-  m.def("best_isa", [](const std::string& cap) {
-    const jaxwin::Kernels* k = jaxwin::best_kernels(cap);
-    return k == nullptr ? std::string() : std::string(k->isa);
-  }, nb::arg("cap") = "");
+  m.def(
+      "best_isa",
+      [](const std::string& cap) {
+        const jaxwin::Kernels* k = jaxwin::best_kernels(cap);
+        return k == nullptr ? std::string() : std::string(k->isa);
+      },
+      nb::arg("cap") = "");
 }

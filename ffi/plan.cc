@@ -15,8 +15,7 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
     return "threads: must be from 1 to 4096, got " + std::to_string(request.threads);
   }
   plan->target.threads = request.threads;
-  plan->target.kernels =
-      request.isa.empty() ? all_kernels().back() : kernels_by_name(request.isa);
+  plan->target.kernels = request.isa.empty() ? all_kernels().back() : kernels_by_name(request.isa);
   if (plan->target.kernels == nullptr) {
     return "isa: this CPU does not run '" + request.isa + "'";
   }

@@ -16,8 +16,8 @@ struct PlanRequest {
   std::string algorithm = "auto";
   std::string isa;  // "": the best
   int64_t threads = 1;
-  int64_t max_workspace = -1;      // bytes; negative: any
-  std::vector<int64_t> params;     // empty: the algorithm's defaults
+  int64_t max_workspace = -1;   // bytes; negative: any
+  std::vector<int64_t> params;  // empty: the algorithm's defaults
 };
 
 struct Plan {

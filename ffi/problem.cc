@@ -148,8 +148,8 @@ std::string make_problem(const ConvParams& a, Problem* p) {
         (p->win[d] - 1) > kMaxSize / p->rhs_dilation[d]) {
       return "lhs_dilation, rhs_dilation: the dilated size is too large";
     }
-    const int64_t extent = (p->in[d] - 1) * p->lhs_dilation[d] + 1 + a.padding_low[s] +
-                           a.padding_high[s];
+    const int64_t extent =
+        (p->in[d] - 1) * p->lhs_dilation[d] + 1 + a.padding_low[s] + a.padding_high[s];
     const int64_t span = (p->win[d] - 1) * p->rhs_dilation[d] + 1;
     const int64_t expected = std::max<int64_t>(0, floor_div(extent - span, p->stride[d]) + 1);
     if (p->out[d] != expected) return "out: a spatial size does not follow from the operands";

@@ -51,10 +51,11 @@ struct Problem {
   int64_t reduction() const { return c * window(); }
   double flops() const;
 
-  // The order of the reduction (README.md, "What the numbers promise"), set by make_problem from the logical shape
-  // alone. 0: one chain over (x, y, z, channel). Else, for shapes that look like weight gradients
-  // (a window larger than the output, overlapping from pixel to pixel): chains over the rows
-  // (channel, z, y) of the window, each along x; so many rows to a chunk, chunks added in order.
+  // The order of the reduction (README.md, "What the numbers promise"), set by make_problem from
+  // the logical shape alone. 0: one chain over (x, y, z, channel). Else, for shapes that look like
+  // weight gradients (a window larger than the output, overlapping from pixel to pixel): chains
+  // over the rows (channel, z, y) of the window, each along x; so many rows to a chunk, chunks
+  // added in order.
   int64_t chunk_rows = 0;
 
   // Some window position reads padding.

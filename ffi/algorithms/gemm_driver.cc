@@ -17,19 +17,19 @@ struct Layout {
   Problem p;  // collapsed
   Lowering lowering;
   int64_t mr, nv, kc, pack, full;
-  int64_t width;          // vector lanes
-  int64_t panel;          // features per panel, nv * width
-  int64_t panels;         // per group
-  int64_t reduction;      // c * window
-  int64_t out_rows;       // z * y
-  int64_t rows, cols;     // of one block: output rows, output pixels
+  int64_t width;       // vector lanes
+  int64_t panel;       // features per panel, nv * width
+  int64_t panels;      // per group
+  int64_t reduction;   // c * window
+  int64_t out_rows;    // z * y
+  int64_t rows, cols;  // of one block: output rows, output pixels
   int64_t row_blocks, col_blocks;
-  int64_t panel_split;    // tasks along the features
-  int64_t unit;           // window order: floats per input column, Kd * Kh * C
-  bool disjoint;          // window order: windows share no column
-  int64_t strip_row;      // floats of A per output row of a block
+  int64_t panel_split;  // tasks along the features
+  int64_t unit;         // window order: floats per input column, Kd * Kh * C
+  bool disjoint;        // window order: windows share no column
+  int64_t strip_row;    // floats of A per output row of a block
   int64_t pixel_stride, a_step;
-  bool buffered;          // features are not contiguous in y
+  bool buffered;  // features are not contiguous in y
   int64_t packed_floats, full_floats, strip_floats, buffer_floats;  // the last two per thread
 
   int64_t thread_floats() const { return strip_floats + buffer_floats; }
@@ -40,7 +40,8 @@ int64_t strip_columns(const Problem& p, bool disjoint, int64_t pixels) {
   return (pixels - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
 }
 
-Layout make_layout(const Problem& problem, const Target& t, const Params& params, Lowering lowering) {
+Layout make_layout(const Problem& problem, const Target& t, const Params& params,
+                   Lowering lowering) {
   Layout l;
   l.p = collapse(problem);
   const Problem& p = l.p;
@@ -75,8 +76,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   }
   l.buffered = p.y.k != 1;
   const bool k_outer = lowering == Lowering::kColumns && l.full == 0;
-  l.packed_floats =
-      l.pack != 0 ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
+  l.packed_floats = l.pack != 0 ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
   const int64_t block_rows = l.full != 0 ? p.g * p.n * l.out_rows : l.rows;
   const int64_t strip = l.strip_row == 0 ? 0 : round_up(l.strip_row * block_rows, 16);
   l.full_floats = l.full != 0 ? strip : 0;
@@ -87,7 +87,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   const int64_t blocks = p.g * p.n * l.row_blocks * l.col_blocks;
   const int64_t wanted = useful_threads(problem, t.threads);
   l.panel_split =
-      k_outer ? 1 : std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, blocks)), 1, l.panels);
+      k_outer ? 1
+              : std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, blocks)), 1, l.panels);
   return l;
 }
 
@@ -150,8 +151,8 @@ void fill_window_order(const Layout& l, const Kernels& k, const float* x, int64_
       if (!l.disjoint) {
         const int64_t columns = strip_columns(p, false, j1 - j0);
         const int64_t offset = j0 * p.stride[2] - p.pad[2];
-        const Range in = row == nullptr ? Range{columns, columns}
-                                        : inside(0, columns, 1, offset, p.in[2]);
+        const Range in =
+            row == nullptr ? Range{columns, columns} : inside(0, columns, 1, offset, p.in[2]);
         zero_columns(at, l.unit, in.begin, p.c);
         if (in.end > in.begin) {
           k.copy(at + in.begin * l.unit, l.unit, row + (in.begin + offset) * p.x.sp[2], p.x.sp[2],
@@ -241,8 +242,8 @@ std::vector<std::vector<Run>> make_runs(const Layout& l) {
         a = l.full != 0 ? tap * p.c : 0;  // blocked: see below
         break;
     }
-    const int64_t b = l.pack != 0 ? tap * p.c * l.panel
-                                  : z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
+    const int64_t b =
+        l.pack != 0 ? tap * p.c * l.panel : z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
     const int64_t b_step = l.pack != 0 ? l.panel : p.w.c;
     if (l.lowering == Lowering::kColumns && l.full == 0) {
       // Each block is lowered on its own, so its A begins at 0.
@@ -372,8 +373,8 @@ void pack_panel(const Problem& p, const Kernels& k, const float* w, int64_t g, i
         for (int64_t y = 0; y < p.win[1]; ++y) {
           const float* from = base + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
           const int64_t tap0 = y * p.win[0] + z;
-          k.copy(dst + (tap0 * p.c + c) * panel_width,
-                 p.win[0] * p.win[1] * p.c * panel_width, from, 1, p.w.k, p.win[2], features);
+          k.copy(dst + (tap0 * p.c + c) * panel_width, p.win[0] * p.win[1] * p.c * panel_width,
+                 from, 1, p.w.k, p.win[2], features);
         }
       }
     }
@@ -383,8 +384,8 @@ void pack_panel(const Problem& p, const Kernels& k, const float* w, int64_t g, i
     const int64_t z = tap % p.win[0];
     const int64_t y = (tap / p.win[0]) % p.win[1];
     const int64_t v = tap / (p.win[0] * p.win[1]);
-    fill(dst + tap * p.c * panel_width,
-         base + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2], p.w.c, p.c);
+    fill(dst + tap * p.c * panel_width, base + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2], p.w.c,
+         p.c);
   }
 }
 
@@ -483,8 +484,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t at = y_row_offset(p, n, g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
-        const float* from = l.buffered ? buffer + (k_outer ? panel * l.panel : 0) + c_rows[r - r0]
-                                       : o.y + at;
+        const float* from =
+            l.buffered ? buffer + (k_outer ? panel * l.panel : 0) + c_rows[r - r0] : o.y + at;
         finish_rows(p, k, o, from, l.buffered ? buffer_ld : p.y.sp[2], block.cols, features, g,
                     panel * l.panel, at);
       }
@@ -512,8 +513,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
 
 int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering) {
   const Layout l = make_layout(p, t, params, lowering);
-  return l.packed_floats + l.full_floats +
-         l.thread_floats() * useful_threads(p, t.threads);
+  return l.packed_floats + l.full_floats + l.thread_floats() * useful_threads(p, t.threads);
 }
 
 double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv) {
@@ -563,7 +563,9 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const int64_t l2 = caches().l2 / static_cast<int64_t>(sizeof(float));
   // As much of a panel of B as leaves most of the second-level cache to the strip.
   const int64_t kc_limit = std::max<int64_t>(256, l2 / 4 / panel);
-  params[kKc] = p.reduction() <= kc_limit ? 0 : round_up(ceil_div(p.reduction(), ceil_div(p.reduction(), kc_limit)), 8);
+  params[kKc] = p.reduction() <= kc_limit
+                    ? 0
+                    : round_up(ceil_div(p.reduction(), ceil_div(p.reduction(), kc_limit)), 8);
   // Few pixels do not repay packing, if the features lie as the micro-kernel wants them.
   const bool contiguous = p.w.k == 1 && p.k % k.width == 0;
   params[kPack] = contiguous && p.n * p.pixels() <= 64 ? 0 : 1;
@@ -656,7 +658,8 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
     cost += rows * static_cast<double>(strip_columns(p, disjoint, p.out[2])) * unit * run * copy;
   } else if (lowering == Lowering::kColumns) {
-    cost += rows * static_cast<double>(p.out[2]) * unit * static_cast<double>(p.win[2]) * run * copy * 1.5;
+    cost += rows * static_cast<double>(p.out[2]) * unit * static_cast<double>(p.win[2]) * run *
+            copy * 1.5;
   } else if (p.window() > 1) {
     // Broadcasts from rows that lie far apart miss the first-level cache more often.
     cost *= p.x.c == 1 ? 1.03 : 1.3;
@@ -666,7 +669,9 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
 
 std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
   std::vector<ParamSpec> specs{
-      {"mr", "rows (output pixels) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
+      {"mr",
+       "rows (output pixels) of the register tile",
+       {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
       {"nv", "vectors of output features of the register tile", {1, 2, 3, 4}},
       {"kc", "reduction steps per pass over the tile's panel; 0: all", {0, 128, 256, 512, 1024}},
       {"rows", "output rows per block; 0: all", {1, 2, 3, 4, 6, 8, 12, 16}},

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// im2col: the explicit patch matrix and the same micro-kernel, the in-library baseline (Chellapilla,
-// Puri, Simard: "High Performance Convolutional Neural Networks for Document Processing", 2006).
-// `full` builds the whole matrix; otherwise blocks of pixels and of the reduction, so that the
-// workspace is bounded whatever the window's size: the fallback where one im2win strip is too big.
+// im2col: the explicit patch matrix and the same micro-kernel, the in-library baseline
+// (Chellapilla, Puri, Simard: "High Performance Convolutional Neural Networks for Document
+// Processing", 2006). `full` builds the whole matrix; otherwise blocks of pixels and of the
+// reduction, so that the workspace is bounded whatever the window's size: the fallback where one
+// im2win strip is too big.
 
 #include "algorithms/gemm_driver.h"
 #include "algorithms/registry.h"

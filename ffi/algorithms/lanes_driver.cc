@@ -21,13 +21,13 @@ Problem flatten_groups(const Problem& p) {
 // How the lanes of one block of `width` features read their input: from `channels` channel values
 // starting at `base`, lane l of multiple m from entry table[m * width + l].
 struct Lanes {
-  int64_t lanes;       // active ones
-  int64_t base;        // element offset of the block's first channel
-  int64_t multiples;   // input values per lane
-  int64_t step;        // between channels in memory, where uniform
-  int64_t channels;    // of the block
-  bool uniform;        // channel i lies at base + i * step
-  bool identity;       // lane l reads channel l, one value per lane
+  int64_t lanes;               // active ones
+  int64_t base;                // element offset of the block's first channel
+  int64_t multiples;           // input values per lane
+  int64_t step;                // between channels in memory, where uniform
+  int64_t channels;            // of the block
+  bool uniform;                // channel i lies at base + i * step
+  bool identity;               // lane l reads channel l, one value per lane
   std::vector<int64_t> table;  // in channels if uniform, else element offsets from base
 };
 
@@ -82,8 +82,8 @@ struct Forward {
   int64_t width, blocks, rows, cols, pixels;
   bool strip;
   int64_t row_blocks, col_blocks;
-  int64_t in_rows, in_cols;   // of a strip
-  int64_t column;             // floats of a strip column: c * width
+  int64_t in_rows, in_cols;  // of a strip
+  int64_t column;            // floats of a strip column: c * width
   int64_t w_floats, strip_floats, temporary, buffer_floats;
   int64_t thread_floats() const { return strip_floats + temporary + buffer_floats; }
 };
@@ -160,11 +160,10 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
     const int64_t z = tap % p.win[0];
     const int64_t y = tap / p.win[0] % p.win[1];
     const int64_t v = tap / p.win[0] / p.win[1];
-    strip_runs.push_back({((z * f.in_rows + y * p.rhs_dilation[1]) * f.in_cols +
-                           v * p.rhs_dilation[2]) *
-                                  f.column +
-                              (r % p.c) * f.width,
-                          r * f.width, 1});
+    strip_runs.push_back(
+        {((z * f.in_rows + y * p.rhs_dilation[1]) * f.in_cols + v * p.rhs_dilation[2]) * f.column +
+             (r % p.c) * f.width,
+         r * f.width, 1});
     input_runs.push_back({z * p.rhs_dilation[0] * p.x.sp[0] + y * p.rhs_dilation[1] * p.x.sp[1] +
                               v * p.rhs_dilation[2] * p.x.sp[2],
                           r * f.width, 1});
@@ -195,8 +194,8 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
     // `pixels` outputs from (r, j) along y or x, from A rows at `a`, a_row floats apart.
     const auto compute = [&](int64_t r, int64_t j, int64_t pixels, bool along_y, const float* a,
                              int64_t a_row, const std::vector<Run>& runs) {
-      const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] +
-                         block * f.width * p.y.k;
+      const int64_t at =
+          n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] + block * f.width * p.y.k;
       const Problem& line = along_y ? flat_along_y : flat;
       float* c = p.y.k == 1 ? o.y + at : buffer;
       GemmArgs args{};
@@ -377,13 +376,12 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
             const int64_t right = std::clamp<int64_t>(p.in[2] + p.pad[2], left, f.columns);
             std::memset(at, 0, left * f.column * sizeof(float));
             if (right > left) {
-              const float* from = o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] +
-                                  (left - p.pad[2]) * p.x.sp[2];
+              const float* from =
+                  o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + (left - p.pad[2]) * p.x.sp[2];
               fill_lanes(k, s, from, p.x.sp[2], right - left, at + left * f.column, f.column,
                          temporary);
             }
-            std::memset(at + right * f.column, 0,
-                        (f.columns - right) * f.column * sizeof(float));
+            std::memset(at + right * f.column, 0, (f.columns - right) * f.column * sizeof(float));
           }
           args.a = at;
           float* to = partial + (u - u0) * f.outputs * f.width;
@@ -425,11 +423,11 @@ std::string lanes_rejects(const Problem& p) {
   if (p.g == 1 && multiples > 1) return "one group";
   if (multiples > 64) return "more than 64 channels per group";
   if (p.chunk_rows > 0) {
-    const double ring = static_cast<double>(p.out[0]) * static_cast<double>(p.out[1]) *
-                        static_cast<double>(p.stride[1]) *
-                        static_cast<double>((p.win[2] - 1) * p.rhs_dilation[2] +
-                                            p.out[2] * p.stride[2]) *
-                        static_cast<double>(p.n);
+    const double ring =
+        static_cast<double>(p.out[0]) * static_cast<double>(p.out[1]) *
+        static_cast<double>(p.stride[1]) *
+        static_cast<double>((p.win[2] - 1) * p.rhs_dilation[2] + p.out[2] * p.stride[2]) *
+        static_cast<double>(p.n);
     if (ring > 4e6) return "the window rows do not fit the workspace";
   }
   return {};

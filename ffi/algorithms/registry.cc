@@ -74,8 +74,8 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
     for (int64_t k = 0; k < p.k; ++k) {
       for (int64_t tap = 0; tap < p.window(); ++tap) {
         const Dim3 v{tap / p.win[2] / p.win[1], tap / p.win[2] % p.win[1], tap % p.win[2]};
-        const float* w = o.w + g * p.w.g + k * p.w.k + v[0] * p.w.sp[0] + v[1] * p.w.sp[1] +
-                         v[2] * p.w.sp[2];
+        const float* w =
+            o.w + g * p.w.g + k * p.w.k + v[0] * p.w.sp[0] + v[1] * p.w.sp[1] + v[2] * p.w.sp[2];
         bool finite = true;
         for (int64_t c = 0; c < p.c; ++c) {
           finite = finite && e.target.kernels->all_finite(w + c * p.w.c, 1) != 0;

@@ -2,7 +2,8 @@
 //
 // Convolutions whose rows are "images": what lax's transpose makes of a weight gradient. There the
 // window is the output gradient, an image is an input channel, and
-//   y[n, k, u] = sum over c and window positions i of x[n, c, u * stride + i * rhs_dilation] * w[k, c, i]
+//   y[n, k, u] = sum over c and window positions i of x[n, c, u * stride + i * rhs_dilation] * w[k,
+//   c, i]
 // is an outer product of an input row and a gradient row, summed over pixels. The micro-kernel
 // takes MR images (input channels: neighbours in memory) by NR features, and walks along window
 // rows in place: no transform. Inserted zeros (lhs_dilation: the gradient of a transposed
@@ -26,11 +27,11 @@ struct Layout {
   bool chunked;
   int64_t window_rows;  // c * z * y rows of the window, if chunked
   int64_t chunk_rows, chunks;
-  bool merged;          // rows run over (u_x, n): Kw * C neighbours
-  int64_t rows;         // of one output position: n, or n * out_x
-  Dim3 positions;       // output positions that are walked one by one
-  bool pack_w;          // features of w are not contiguous: rows are copied per chunk
-  bool buffered;        // features of y are not contiguous
+  bool merged;     // rows run over (u_x, n): Kw * C neighbours
+  int64_t rows;    // of one output position: n, or n * out_x
+  Dim3 positions;  // output positions that are walked one by one
+  bool pack_w;     // features of w are not contiguous: rows are copied per chunk
+  bool buffered;   // features of y are not contiguous
   int64_t tasks_row_tiles;
   int64_t w_floats, y_floats;
 };
@@ -48,8 +49,7 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
   const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + (p.out[2] - 1) * p.stride[2] + 1;
   const bool inside = p.pad[2] <= 0 && span - p.pad[2] <= p.in[2] && p.lhs_dilation[2] == 1;
   l.buffered = p.y.k != 1;
-  l.merged = inside && p.n < 2 * l.mr && p.out[2] > 1 &&
-             p.stride[2] * p.x.sp[2] == p.n * p.x.n &&
+  l.merged = inside && p.n < 2 * l.mr && p.out[2] > 1 && p.stride[2] * p.x.sp[2] == p.n * p.x.n &&
              (l.buffered || p.y.sp[2] == p.n * p.y.n);
   l.rows = l.merged ? p.n * p.out[2] : p.n;
   l.positions = p.out;
@@ -156,8 +156,8 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
       const float* from = o.w + g * p.w.g + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
       k.copy(packed + task * p.win[2] * p.k, p.k, from, p.w.sp[2], p.w.k, p.win[2], p.k);
     });
-    w = {packed, p.c * window * p.k, window * p.k,
-         {p.win[1] * p.win[2] * p.k, p.win[2] * p.k, p.k}};
+    w = {
+        packed, p.c * window * p.k, window * p.k, {p.win[1] * p.win[2] * p.k, p.win[2] * p.k, p.k}};
   }
   // y seen with contiguous features: y itself or a buffer [g][z][y][x][n][k].
   float* y = o.y;
@@ -226,8 +226,7 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
       const int64_t g = task / p.pixels();
       const Dim3 at{u / p.out[2] / p.out[1], u / p.out[2] % p.out[1], u % p.out[2]};
       const int64_t from = g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2];
-      const int64_t to =
-          g * p.y.g + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] + at[2] * p.y.sp[2];
+      const int64_t to = g * p.y.g + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] + at[2] * p.y.sp[2];
       finish_rows(rows, k, o, y + from, y_n, p.n, p.k, g, 0, to);
     });
   }

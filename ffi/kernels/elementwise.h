@@ -31,9 +31,7 @@ inline V exp(V x) {
   return mul(mul(p, power_of_two(shifted, magic, true)), power_of_two(shifted, magic, false));
 }
 
-inline V sigmoid(V x) {
-  return div(set1(1.0F), add(set1(1.0F), exp(sub(set1(0.0F), x))));
-}
+inline V sigmoid(V x) { return div(set1(1.0F), add(set1(1.0F), exp(sub(set1(0.0F), x)))); }
 
 inline V tanh(V x) {
   const V a = max(sub(set1(0.0F), x), x);  // |x|; NaN stays

@@ -81,32 +81,34 @@ const Kernels* kernels() { return &kTable; }
 extern "C" {
 #define JAXWIN_SYMBOL(name) \
   __attribute__((visibility("default"))) void JAXWIN_PASTE(name, JAXWIN_TARGET)
-JAXWIN_SYMBOL(jaxwin_test_gemm_)(int64_t mr, int64_t nv, int64_t strided,
-                                 const jaxwin::GemmArgs* args) {
+JAXWIN_SYMBOL(jaxwin_test_gemm_)
+(int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
   using jaxwin::JAXWIN_TARGET::kTable;
   (strided != 0 ? kTable.strided : kTable.packed)[nv][mr](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t pixels, const jaxwin::GemmArgs* args) {
   jaxwin::JAXWIN_TARGET::kTable.lanes[pixels](args);
 }
-JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)(int64_t accumulators, const jaxwin::GemmArgs* args,
-                                       const int64_t* offsets) {
+JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
+(int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
   jaxwin::JAXWIN_TARGET::kTable.lanes_grad[accumulators](args, offsets);
 }
 JAXWIN_SYMBOL(jaxwin_test_epilogue_)(const jaxwin::EpilogueArgs* args) {
   jaxwin::JAXWIN_TARGET::kTable.epilogue(args);
 }
-JAXWIN_SYMBOL(jaxwin_test_copy_)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld,
-                                 int64_t src_step, int64_t n, int64_t count) {
+JAXWIN_SYMBOL(jaxwin_test_copy_)
+(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t src_step, int64_t n,
+ int64_t count) {
   jaxwin::JAXWIN_TARGET::kTable.copy(dst, dst_ld, src, src_ld, src_step, n, count);
 }
-JAXWIN_SYMBOL(jaxwin_test_interleave_)(float* dst, int64_t dst_ld, const float* const* rows,
-                                       int64_t n_rows, int64_t src_ld, int64_t n, int64_t count) {
+JAXWIN_SYMBOL(jaxwin_test_interleave_)
+(float* dst, int64_t dst_ld, const float* const* rows, int64_t n_rows, int64_t src_ld, int64_t n,
+ int64_t count) {
   jaxwin::JAXWIN_TARGET::kTable.interleave(dst, dst_ld, rows, n_rows, src_ld, n, count);
 }
-JAXWIN_SYMBOL(jaxwin_test_expand_)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld,
-                                   int64_t n, const int64_t* table, int64_t multiplicity,
-                                   int64_t lanes, int64_t span) {
+JAXWIN_SYMBOL(jaxwin_test_expand_)
+(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t n, const int64_t* table,
+ int64_t multiplicity, int64_t lanes, int64_t span) {
   jaxwin::JAXWIN_TARGET::kTable.expand(dst, dst_ld, src, src_ld, n, table, multiplicity, lanes,
                                        span);
 }

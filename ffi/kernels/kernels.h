@@ -34,7 +34,7 @@ struct GemmArgs {
   int64_t a_step;  // ignored by the packed form (1)
   int64_t b_step;
   int64_t c_row;
-  int64_t cols;    // (NV - 1) * W < cols <= NV * W
+  int64_t cols;  // (NV - 1) * W < cols <= NV * W
   int64_t load;
   int64_t add;
 };
@@ -76,12 +76,12 @@ inline constexpr int kMaxMr = 16;
 struct Kernels {
   const char* isa;
   int width;
-  int max_mr[kMaxNv + 1];                     // by NV; 0: no such tile
-  GemmFn packed[kMaxNv + 1][kMaxMr + 1];      // [NV][MR]
+  int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
+  GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   int max_pixels;
-  LanesFn lanes[kMaxMr + 1];                  // [P]
-  LanesGradFn lanes_grad[kMaxMr + 1];         // [Q]
+  LanesFn lanes[kMaxMr + 1];           // [P]
+  LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   void (*copy)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t src_step,

@@ -106,8 +106,8 @@ inline V power_of_two(V a, V b, bool low_half) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23))};
 }
 inline V permute(V a, const int32_t* index) {
-  return {_mm256_permutevar8x32_ps(
-      a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)))};
+  return {
+      _mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)))};
 }
 
 #else  // baseline x86-64: no FMA unit
@@ -140,9 +140,9 @@ inline float fma1(float a, float b, float c) {
   return static_cast<float>(sum);
 }
 
-#define JAXWIN_LANES(expression)                       \
-  V r;                                                 \
-  for (int i = 0; i < 4; ++i) r.v[i] = (expression);   \
+#define JAXWIN_LANES(expression)                     \
+  V r;                                               \
+  for (int i = 0; i < 4; ++i) r.v[i] = (expression); \
   return r
 inline Mask make_mask(int64_t n) { return {n}; }
 inline V set1(float x) { JAXWIN_LANES(x); }
