@@ -163,7 +163,7 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::Any
 ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingArgs args,
                     ffi::RemainingRets rets) {
   const size_t operands = 2 + (site->has_bias ? 1 : 0) + (site->has_residual ? 1 : 0);
-  if (args.size() != operands || rets.size() < 1 || rets.size() > 2) {
+  if (args.size() != operands || rets.empty() || rets.size() > 2) {
     return invalid("expected " + std::to_string(operands) + " operands and one or two results");
   }
   constexpr size_t kMostOperands = 4;
@@ -228,8 +228,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
     workspace = static_cast<float*>(own.get());
   }
 
-  const int64_t threads =
-      std::min<int64_t>(plan.target.threads, static_cast<int64_t>(thread_pool.num_threads()) + 1);
+  const int64_t threads = std::min<int64_t>(plan.target.threads, thread_pool.num_threads() + 1);
   const Threads pool(
       [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },
       threads);

@@ -443,8 +443,9 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   const int64_t column = p.c * t.kernels->width;
   const int64_t rows1 = p.win[0] * ((p.win[1] - 1) * p.rhs_dilation[1] + 1);
   const int64_t window_cols = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+  const int64_t max_pixels = t.kernels->max_pixels;
   int64_t cols = p.out[2];
-  while (cols > 2 * t.kernels->max_pixels &&
+  while (cols > 2 * max_pixels &&
          rows1 * ((cols - 1) * p.stride[2] + window_cols) * column > limit) {
     cols = ceil_div(cols, 2);
   }
