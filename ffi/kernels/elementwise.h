@@ -4,6 +4,8 @@
 // transposition, lane expansion.
 #pragma once
 
+#include <cstring>
+
 #include "kernels/kernels.h"
 #include "kernels/vec.h"
 

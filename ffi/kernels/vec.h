@@ -10,12 +10,9 @@
 // set can be picked by the linker for a caller on an older one.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
-#endif
+
+#include <cstdint>
 
 // Every loop over an accumulator array must be unrolled before scalar replacement, or GCC keeps
 // the array in memory (a factor of three in speed).
@@ -110,75 +107,80 @@ inline V permute(V a, const int32_t* index) {
       _mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)))};
 }
 
-#else  // baseline x86-64: no FMA unit
+#else  // baseline x86-64: SSE2, no FMA unit
 
 inline constexpr int kWidth = 4;
 inline constexpr int kRegisters = 16;
 struct V {
-  float v[4];
+  __m128 v;
 };
 struct Mask {
   int64_t n;
 };
 
-// fma(a, b, c) in float through doubles: the product of two floats is exact in double; the sum is
-// rounded to odd, after which the conversion to float rounds once and right (Boldo and Melquiond,
-// "Emulation of FMA and correctly rounded sums", 2008, section 3).
-inline float fma1(float a, float b, float c) {
-  const double product = static_cast<double>(a) * static_cast<double>(b);
-  const double addend = static_cast<double>(c);
-  double sum = product + addend;
-  const double back = sum - product;
-  const double error = (product - (sum - back)) + (addend - back);
-  int64_t bits;
-  std::memcpy(&bits, &sum, sizeof(bits));
-  const bool finite = (bits & 0x7FF0000000000000) != 0x7FF0000000000000;
-  if (finite && error != 0.0 && (bits & 1) == 0) {
-    bits += ((error > 0.0) == (sum > 0.0)) ? 1 : -1;
-    std::memcpy(&sum, &bits, sizeof(bits));
-  }
-  return static_cast<float>(sum);
+// a * b + c for two lanes, rounded to odd in double: the product of two floats is exact there, and
+// a sum rounded to odd converts to float with one correct rounding (Boldo and Melquiond,
+// "Emulation of FMA and correctly rounded sums", 2008, section 3). Rounding to odd: truncate
+// towards zero, and set the last bit where something was lost.
+inline __m128d fma_round_to_odd(__m128d a, __m128d b, __m128d c) {
+  const __m128d product = _mm_mul_pd(a, b);
+  const __m128d sum = _mm_add_pd(product, c);
+  const __m128d back = _mm_sub_pd(sum, product);
+  const __m128d error = _mm_add_pd(_mm_sub_pd(product, _mm_sub_pd(sum, back)), _mm_sub_pd(c, back));
+  // Ordered comparisons: false where the error is NaN, as it is for infinite sums.
+  const __m128d zero = _mm_setzero_pd();
+  const __m128d inexact = _mm_or_pd(_mm_cmplt_pd(error, zero), _mm_cmpgt_pd(error, zero));
+  const __m128i last = _mm_and_si128(_mm_castpd_si128(inexact), _mm_set_epi32(0, 1, 0, 1));
+  const __m128i opposite =
+      _mm_and_si128(_mm_srli_epi64(_mm_castpd_si128(_mm_xor_pd(error, sum)), 63), last);
+  const __m128i odd = _mm_or_si128(_mm_sub_epi64(_mm_castpd_si128(sum), opposite), last);
+  return _mm_castsi128_pd(odd);
 }
 
-#define JAXWIN_LANES(expression)                     \
-  V r;                                               \
-  for (int i = 0; i < 4; ++i) r.v[i] = (expression); \
-  return r
 inline Mask make_mask(int64_t n) { return {n}; }
-inline V set1(float x) { JAXWIN_LANES(x); }
-inline V zero() { return set1(0.0F); }
-inline V load(const float* p) { JAXWIN_LANES(p[i]); }
-inline V load(const float* p, Mask m) { JAXWIN_LANES(i < m.n ? p[i] : 0.0F); }
-inline void store(float* p, V a) {
-  for (int i = 0; i < 4; ++i) p[i] = a.v[i];
+inline V zero() { return {_mm_setzero_ps()}; }
+inline V set1(float x) { return {_mm_set1_ps(x)}; }
+inline V load(const float* p) { return {_mm_loadu_ps(p)}; }
+inline V load(const float* p, Mask m) {
+  float lanes[4] = {0.0F, 0.0F, 0.0F, 0.0F};
+  for (int i = 0; i < 4 && i < m.n; ++i) lanes[i] = p[i];
+  return load(lanes);
 }
+inline void store(float* p, V a) { _mm_storeu_ps(p, a.v); }
 inline void store(float* p, V a, Mask m) {
-  for (int i = 0; i < 4 && i < m.n; ++i) p[i] = a.v[i];
+  float lanes[4];
+  store(lanes, a);
+  for (int i = 0; i < 4 && i < m.n; ++i) p[i] = lanes[i];
 }
-inline V fma(V a, V b, V c) { JAXWIN_LANES(fma1(a.v[i], b.v[i], c.v[i])); }
-inline V add(V a, V b) { JAXWIN_LANES(a.v[i] + b.v[i]); }
-inline V sub(V a, V b) { JAXWIN_LANES(a.v[i] - b.v[i]); }
-inline V mul(V a, V b) { JAXWIN_LANES(a.v[i] * b.v[i]); }
-inline V div(V a, V b) { JAXWIN_LANES(a.v[i] / b.v[i]); }
-inline V max(V a, V b) { JAXWIN_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-inline V min(V a, V b) { JAXWIN_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-inline V select_less(V a, V b, V yes, V no) { JAXWIN_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]); }
+inline V fma(V a, V b, V c) {
+  const __m128d low = fma_round_to_odd(_mm_cvtps_pd(a.v), _mm_cvtps_pd(b.v), _mm_cvtps_pd(c.v));
+  const __m128d high =
+      fma_round_to_odd(_mm_cvtps_pd(_mm_movehl_ps(a.v, a.v)), _mm_cvtps_pd(_mm_movehl_ps(b.v, b.v)),
+                       _mm_cvtps_pd(_mm_movehl_ps(c.v, c.v)));
+  return {_mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high))};
+}
+inline V add(V a, V b) { return {_mm_add_ps(a.v, b.v)}; }
+inline V sub(V a, V b) { return {_mm_sub_ps(a.v, b.v)}; }
+inline V mul(V a, V b) { return {_mm_mul_ps(a.v, b.v)}; }
+inline V div(V a, V b) { return {_mm_div_ps(a.v, b.v)}; }
+inline V max(V a, V b) { return {_mm_max_ps(a.v, b.v)}; }
+inline V min(V a, V b) { return {_mm_min_ps(a.v, b.v)}; }
+inline V select_less(V a, V b, V yes, V no) {
+  const __m128 less = _mm_cmplt_ps(a.v, b.v);
+  return {_mm_or_ps(_mm_and_ps(less, yes.v), _mm_andnot_ps(less, no.v))};
+}
 inline V power_of_two(V a, V b, bool low_half) {
-  V r;
-  for (int i = 0; i < 4; ++i) {
-    int32_t x, y;
-    std::memcpy(&x, &a.v[i], 4);
-    std::memcpy(&y, &b.v[i], 4);
-    const int32_t n = static_cast<int32_t>(static_cast<uint32_t>(x) - static_cast<uint32_t>(y));
-    const int32_t half = n >> 1;
-    const int32_t e = low_half ? half : n - half;
-    const uint32_t out = static_cast<uint32_t>(e + 127) << 23;
-    std::memcpy(&r.v[i], &out, 4);
-  }
-  return r;
+  const __m128i n = _mm_sub_epi32(_mm_castps_si128(a.v), _mm_castps_si128(b.v));
+  const __m128i half = _mm_srai_epi32(n, 1);
+  const __m128i e = low_half ? half : _mm_sub_epi32(n, half);
+  return {_mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(e, _mm_set1_epi32(127)), 23))};
 }
-inline V permute(V a, const int32_t* index) { JAXWIN_LANES(a.v[index[i] & 3]); }
-#undef JAXWIN_LANES
+inline V permute(V a, const int32_t* index) {
+  float lanes[4];
+  store(lanes, a);
+  return {_mm_setr_ps(lanes[index[0] & 3], lanes[index[1] & 3], lanes[index[2] & 3],
+                      lanes[index[3] & 3])};
+}
 
 #endif
 
