@@ -11,6 +11,16 @@ namespace {
 
 constexpr int64_t kStripLimit = (1 << 20) / sizeof(float);  // per thread
 
+// Values of the parameter `pack`.
+enum Pack {
+  kInPlace,  // the micro-kernel reads the filters where they lie
+  kShared,   // all panels are packed first, once per call
+  kLocal,    // every block packs the panels it is about to use, for itself
+};
+
+// As much of B as leaves most of the second-level cache to A and C.
+int64_t panel_floats() { return caches().l2 / static_cast<int64_t>(sizeof(float)) / 4; }
+
 // Everything that follows from problem, parameters and machine: computed the same way when the
 // workspace is declared and when the convolution runs.
 struct Layout {
@@ -22,17 +32,20 @@ struct Layout {
   int64_t panels;      // per group
   int64_t reduction;   // c * window
   int64_t out_rows;    // z * y
+  int64_t all_rows;    // n * z * y
   int64_t rows, cols;  // of one block: output rows, output pixels
   int64_t row_blocks, col_blocks;
   int64_t panel_split;  // tasks along the features
+  int64_t group;        // panels that are passed over together, kc steps of the reduction at a time
   int64_t unit;         // window order: floats per input column, Kd * Kh * C
   bool disjoint;        // window order: windows share no column
   int64_t strip_row;    // floats of A per output row of a block
   int64_t pixel_stride, a_step;
-  bool buffered;  // features are not contiguous in y
-  int64_t packed_floats, full_floats, strip_floats, buffer_floats;  // the last two per thread
+  bool buffered;                                      // features are not contiguous in y
+  int64_t packed_floats, full_floats;                 // shared
+  int64_t strip_floats, local_floats, buffer_floats;  // per thread
 
-  int64_t thread_floats() const { return strip_floats + buffer_floats; }
+  int64_t thread_floats() const { return strip_floats + local_floats + buffer_floats; }
 };
 
 int64_t strip_columns(const Problem& p, bool disjoint, int64_t pixels) {
@@ -56,9 +69,10 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.reduction = p.reduction();
   l.kc = params[kKc] == 0 ? l.reduction : std::min(params[kKc], l.reduction);
   l.out_rows = p.out[0] * p.out[1];
-  l.rows = l.full != 0 || params[kRows] == 0 ? l.out_rows : std::min(params[kRows], l.out_rows);
+  l.all_rows = p.n * l.out_rows;
+  l.rows = l.full != 0 ? 1 : params[kRows] == 0 ? l.all_rows : std::min(params[kRows], l.all_rows);
   l.cols = l.full != 0 || params[kCols] == 0 ? p.out[2] : std::min(params[kCols], p.out[2]);
-  l.row_blocks = ceil_div(l.out_rows, l.rows);
+  l.row_blocks = ceil_div(l.all_rows, l.rows);
   l.col_blocks = ceil_div(p.out[2], l.cols);
   l.unit = p.win[0] * p.win[1] * p.c;
   const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
@@ -75,20 +89,24 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.strip_row = l.cols * l.pixel_stride;
   }
   l.buffered = p.y.k != 1;
-  const bool k_outer = lowering == Lowering::kColumns && l.full == 0;
-  l.packed_floats = l.pack != 0 ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
-  const int64_t block_rows = l.full != 0 ? p.g * p.n * l.out_rows : l.rows;
-  const int64_t strip = l.strip_row == 0 ? 0 : round_up(l.strip_row * block_rows, 16);
-  l.full_floats = l.full != 0 ? strip : 0;
-  l.strip_floats = l.full != 0 ? 0 : strip;
-  const int64_t buffer_pixels = (l.full != 0 ? 1 : l.rows) * l.cols;
-  l.buffer_floats =
-      l.buffered ? round_up(buffer_pixels * (k_outer ? l.panels : 1) * l.panel, 16) : 0;
-  const int64_t blocks = p.g * p.n * l.row_blocks * l.col_blocks;
+  // The blocked patch matrix is made once per kc steps, for all features.
+  const bool columns = lowering == Lowering::kColumns && l.full == 0;
+  const int64_t blocks = p.g * l.row_blocks * l.col_blocks;
   const int64_t wanted = useful_threads(problem, t.threads);
   l.panel_split =
-      k_outer ? 1
+      columns ? 1
               : std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, blocks)), 1, l.panels);
+  l.group = columns             ? l.panels
+            : l.pack == kShared ? 1
+                                : std::clamp<int64_t>(panel_floats() / (l.kc * l.panel), 1,
+                                                      ceil_div(l.panels, l.panel_split));
+  l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
+  const int64_t strip =
+      l.strip_row == 0 ? 0 : round_up(l.strip_row * (l.full != 0 ? p.g * l.all_rows : l.rows), 16);
+  l.full_floats = l.full != 0 ? strip : 0;
+  l.strip_floats = l.full != 0 ? 0 : strip;
+  l.local_floats = l.pack == kLocal ? round_up(l.group * l.panel * l.kc, 16) : 0;
+  l.buffer_floats = l.buffered ? round_up(l.rows * l.cols * l.group * l.panel, 16) : 0;
   return l;
 }
 
@@ -213,11 +231,13 @@ std::vector<std::vector<Run>> make_runs(const Layout& l) {
     while (len > 0) {
       auto& block = blocks[r / l.kc];
       const int64_t piece = std::min(len, l.kc - r % l.kc);
+      // What is packed locally begins with its block.
+      const int64_t base = l.pack == kLocal ? r / l.kc * l.kc * l.panel : 0;
       if (!block.empty() && block.back().a + block.back().len * l.a_step == a &&
-          block.back().b + block.back().len * b_step == b) {
+          block.back().b + block.back().len * b_step == b - base) {
         block.back().len += piece;
       } else {
-        block.push_back({a, b, piece});
+        block.push_back({a, b - base, piece});
       }
       r += piece;
       a += piece * l.a_step;
@@ -243,8 +263,8 @@ std::vector<std::vector<Run>> make_runs(const Layout& l) {
         break;
     }
     const int64_t b =
-        l.pack != 0 ? tap * p.c * l.panel : z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
-    const int64_t b_step = l.pack != 0 ? l.panel : p.w.c;
+        l.pack != kInPlace ? tap * p.c * l.panel : z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
+    const int64_t b_step = l.pack != kInPlace ? l.panel : p.w.c;
     if (l.lowering == Lowering::kColumns && l.full == 0) {
       // Each block is lowered on its own, so its A begins at 0.
       for (int64_t c = 0; c < p.c;) {
@@ -271,7 +291,8 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, const float
               const std::vector<Run>& runs, int64_t features, bool load, float* c,
               const int64_t* c_rows, int64_t c_pixel) {
   const int64_t nv = ceil_div(features, l.width);
-  const bool strided = l.a_step != 1;
+  // The strided kernel also masks what it reads of B: in place, nothing may follow the features.
+  const bool strided = l.a_step != 1 || (l.pack == kInPlace && features % l.width != 0);
   const int64_t mr_max = std::min<int64_t>(l.mr, k.max_mr[nv]);
   GemmArgs args{};
   args.b = b;
@@ -279,7 +300,7 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, const float
   args.n_runs = static_cast<int64_t>(runs.size());
   args.a_row = l.pixel_stride;
   args.a_step = l.a_step;
-  args.b_step = l.pack != 0 ? l.panel : l.p.w.c;
+  args.b_step = l.pack != kInPlace ? l.panel : l.p.w.c;
   args.c_row = c_pixel;
   args.cols = features;
   args.load = load ? 1 : 0;
@@ -294,10 +315,6 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, const float
       (strided ? k.strided : k.packed)[nv][mr](&args);
     }
   }
-}
-
-int64_t y_row_offset(const Problem& p, int64_t n, int64_t g, int64_t r) {
-  return n * p.y.n + g * p.y.g + (r / p.out[1]) * p.y.sp[0] + (r % p.out[1]) * p.y.sp[1];
 }
 
 }  // namespace
@@ -345,49 +362,53 @@ void finish_rows(const Problem& p, const Kernels& k, const Operands& o, const fl
   }
 }
 
-void pack_panel(const Problem& p, const Kernels& k, const float* w, int64_t g, int64_t panel,
-                int64_t panel_width, float* dst) {
-  const int64_t k0 = panel * panel_width;
-  const int64_t features = std::min(panel_width, p.k - k0);
-  const float* base = w + g * p.w.g + k0 * p.w.k;
-  const auto fill = [&](float* to, const float* from, int64_t step, int64_t n) {
-    // to[i][j] = from[i * step + j * w.k]
-    if (p.w.k == 1 || step == 1) {
-      k.copy(to, panel_width, from, step, p.w.k, n, features);
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t j = 0; j < features; ++j) {
-          to[i * panel_width + j] = from[i * step + j * p.w.k];
-        }
-      }
-    }
-  };
+namespace {
+
+// Packs rows [r0, r1) of the reduction, panels [panel0, panel1) of group g: panel after panel
+// (stride `ld` in dst), each [r - r0][feature], features beyond k zero.
+void pack_panels(const Layout& l, const Kernels& k, const float* w, int64_t g, int64_t panel0,
+                 int64_t panel1, int64_t r0, int64_t r1, float* dst, int64_t ld) {
+  const Problem& p = l.p;
   const int64_t taps = p.window();
-  if (features < panel_width) {
-    std::memset(dst, 0, p.reduction() * panel_width * sizeof(float));
+  const float* base = w + g * p.w.g;
+  const auto features = [&](int64_t panel) { return std::min(l.panel, p.k - panel * l.panel); };
+  if (features(panel1 - 1) < l.panel) {
+    std::memset(dst + (panel1 - 1 - panel0) * ld, 0, (r1 - r0) * l.panel * sizeof(float));
   }
   // Filters stored with the window innermost (OIHW): walk each filter's memory in order.
-  if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1) {
-    for (int64_t c = 0; c < p.c; ++c) {
-      for (int64_t z = 0; z < p.win[0]; ++z) {
-        for (int64_t y = 0; y < p.win[1]; ++y) {
-          const float* from = base + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
-          const int64_t tap0 = y * p.win[0] + z;
-          k.copy(dst + (tap0 * p.c + c) * panel_width, p.win[0] * p.win[1] * p.c * panel_width,
-                 from, 1, p.w.k, p.win[2], features);
+  if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1 && r0 == 0 && r1 == l.reduction) {
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      float* to = dst + (panel - panel0) * ld;
+      for (int64_t c = 0; c < p.c; ++c) {
+        for (int64_t z = 0; z < p.win[0]; ++z) {
+          for (int64_t y = 0; y < p.win[1]; ++y) {
+            k.copy(to + ((y * p.win[0] + z) * p.c + c) * l.panel, l.unit * l.panel,
+                   base + panel * l.panel * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1], 1,
+                   p.w.k, p.win[2], features(panel));
+          }
         }
       }
     }
     return;
   }
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    const int64_t z = tap % p.win[0];
-    const int64_t y = (tap / p.win[0]) % p.win[1];
-    const int64_t v = tap / (p.win[0] * p.win[1]);
-    fill(dst + tap * p.c * panel_width, base + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2], p.w.c,
-         p.c);
+  // Otherwise a few rows at a time, all panels of them: filters stored with the features innermost
+  // are read in the order of their memory.
+  for (int64_t r = r0; r < r1;) {
+    const int64_t tap = r / p.c;
+    const int64_t c = r % p.c;
+    const int64_t rows = std::min({p.c - c, r1 - r, p.w.k == 1 ? int64_t{16} : r1 - r});
+    const float* from = base + c * p.w.c + tap % p.win[0] * p.w.sp[0] +
+                        tap / p.win[0] % p.win[1] * p.w.sp[1] +
+                        tap / (p.win[0] * p.win[1]) * p.w.sp[2];
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      k.copy(dst + (panel - panel0) * ld + (r - r0) * l.panel, l.panel,
+             from + panel * l.panel * p.w.k, p.w.c, p.w.k, rows, features(panel));
+    }
+    r += rows;
   }
 }
+
+}  // namespace
 
 void gemm_run(const Problem& problem, const Params& params, const Operands& o, const Execution& e,
               Lowering lowering) {
@@ -395,23 +416,35 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
   const auto blocks = make_runs(l);
+  const auto n_blocks = static_cast<int64_t>(blocks.size());
   float* packed = e.workspace;
   float* full = packed + l.packed_floats;
   float* scratch = full + l.full_floats;
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
+  const bool columns = lowering == Lowering::kColumns && l.full == 0;
+  // Row R of all_rows is row r of image n.
+  const auto input = [&](int64_t g, int64_t row) {
+    return o.x + g * p.x.g + row / l.out_rows * p.x.n;
+  };
+  const auto output = [&](int64_t g, int64_t row) {
+    const int64_t r = row % l.out_rows;
+    return row / l.out_rows * p.y.n + g * p.y.g + r / p.out[1] * p.y.sp[0] +
+           r % p.out[1] * p.y.sp[1];
+  };
 
-  const int64_t packs = l.pack != 0 ? p.g * l.panels : 0;
-  const int64_t fills = l.full != 0 ? p.g * p.n * l.out_rows : 0;
+  const int64_t packs = l.pack == kShared ? p.g * l.panels : 0;
+  const int64_t fills = l.full != 0 ? p.g * l.all_rows : 0;
   pool.run(packs + fills, [&](int64_t task, int64_t) {
     if (task < packs) {
-      pack_panel(p, k, o.w, task / l.panels, task % l.panels, l.panel,
-                 packed + task * l.panel * l.reduction);
+      const int64_t panel = task % l.panels;
+      pack_panels(l, k, o.w, task / l.panels, panel, panel + 1, 0, l.reduction,
+                  packed + task * l.panel * l.reduction, 0);
       return;
     }
-    const int64_t row = task - packs;
-    const float* x = o.x + (row / l.out_rows % p.n) * p.x.n + (row / l.out_rows / p.n) * p.x.g;
-    float* to = full + row * l.strip_row;
+    const int64_t row = (task - packs) % l.all_rows;
+    const float* x = input((task - packs) / l.all_rows, row);
+    float* to = full + (task - packs) * l.strip_row;
     if (lowering == Lowering::kWindow) {
       fill_window_order(l, k, x, row % l.out_rows, 0, p.out[2], to);
     } else {
@@ -419,94 +452,89 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
   });
 
-  const bool k_outer = lowering == Lowering::kColumns && l.full == 0;
-  const int64_t block_rows = l.full != 0 ? 1 : l.rows;
-  const int64_t row_blocks = ceil_div(l.out_rows, block_rows);
-  const int64_t tasks = p.g * p.n * row_blocks * l.col_blocks * l.panel_split;
-  pool.run(tasks, [&](int64_t task, int64_t worker) {
+  pool.run(p.g * l.row_blocks * l.col_blocks * l.panel_split, [&](int64_t task, int64_t worker) {
     const int64_t split = task % l.panel_split;
     const int64_t cb = task / l.panel_split % l.col_blocks;
-    const int64_t rb = task / l.panel_split / l.col_blocks % row_blocks;
-    const int64_t image = task / l.panel_split / l.col_blocks / row_blocks;
-    const int64_t n = image % p.n;
-    const int64_t g = image / p.n;
-    const int64_t r0 = rb * block_rows;
-    const int64_t r1 = std::min(r0 + block_rows, l.out_rows);
+    const int64_t rb = task / l.panel_split / l.col_blocks % l.row_blocks;
+    const int64_t g = task / l.panel_split / l.col_blocks / l.row_blocks;
+    const int64_t r0 = rb * l.rows;
+    const int64_t r1 = std::min(r0 + l.rows, l.all_rows);
     const int64_t j0 = cb * l.cols;
     const int64_t j1 = std::min(j0 + l.cols, p.out[2]);
-    const float* x = o.x + n * p.x.n + g * p.x.g;
     float* strip = scratch + worker * l.thread_floats();
-    float* buffer = strip + l.strip_floats;
-    const int64_t buffer_ld = k_outer ? l.panels * l.panel : l.panel;
+    float* local = strip + l.strip_floats;
+    float* buffer = local + l.local_floats;
+    const int64_t buffer_ld = l.group * l.panel;
 
     Block block{};
     block.cols = j1 - j0;
     block.rows = r1 - r0;
     block.row_stride = l.strip_row;
-    block.a = strip;
-    if (lowering == Lowering::kDirect) {
-      // Row by row below: the rows of a block need not be evenly spaced.
-      block.a = nullptr;
-    } else if (l.full != 0) {
-      block.a = full + (image * l.out_rows + r0) * l.strip_row;
-    } else if (lowering == Lowering::kWindow) {
+    block.a = l.full != 0 ? full + (g * l.all_rows + r0) * l.strip_row : strip;
+    if (lowering == Lowering::kWindow && l.full == 0) {
       for (int64_t r = r0; r < r1; ++r) {
-        fill_window_order(l, k, x, r, j0, j1, strip + (r - r0) * l.strip_row);
+        fill_window_order(l, k, input(g, r), r % l.out_rows, j0, j1,
+                          strip + (r - r0) * l.strip_row);
       }
     }
 
     std::vector<int64_t> c_rows(block.rows);
     for (int64_t r = r0; r < r1; ++r) {
-      c_rows[r - r0] = l.buffered ? (r - r0) * block.cols * buffer_ld
-                                  : y_row_offset(p, n, g, r) + j0 * p.y.sp[2];
+      c_rows[r - r0] =
+          l.buffered ? (r - r0) * block.cols * buffer_ld : output(g, r) + j0 * p.y.sp[2];
     }
-    const auto one_panel = [&](int64_t panel, size_t kb) {
+    const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-      const float* b = l.pack != 0 ? packed + (g * l.panels + panel) * l.panel * l.reduction
-                                   : o.w + g * p.w.g + panel * l.panel;
-      float* c = l.buffered ? buffer + (k_outer ? panel * l.panel : 0) : o.y + panel * l.panel;
+      const float* b = l.pack == kShared  ? packed + (g * l.panels + panel) * l.panel * l.reduction
+                       : l.pack == kLocal ? local + (panel - first) * l.panel * l.kc
+                                          : o.w + g * p.w.g + panel * l.panel;
+      float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
       if (lowering != Lowering::kDirect) {
         multiply(l, k, block, b, blocks[kb], features, kb > 0, c, c_rows.data(), c_pixel);
         return;
       }
+      // Row by row: the rows of a block need not be evenly spaced.
       for (int64_t r = r0; r < r1; ++r) {
-        const int64_t iz = (r / p.out[1]) * p.stride[0] - p.pad[0];
-        const int64_t iy = (r % p.out[1]) * p.stride[1] - p.pad[1];
+        const int64_t y = r % l.out_rows;
         Block row = block;
         row.rows = 1;
-        row.a = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
+        row.a = input(g, r) + (y / p.out[1] * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+                (y % p.out[1] * p.stride[1] - p.pad[1]) * p.x.sp[1] +
+                (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
         multiply(l, k, row, b, blocks[kb], features, kb > 0, c, c_rows.data() + (r - r0), c_pixel);
       }
     };
-    const auto finish_panel = [&](int64_t panel) {
+    const auto finish_panel = [&](int64_t panel, int64_t first) {
       if (!l.buffered && !o.has_epilogue()) return;
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       for (int64_t r = r0; r < r1; ++r) {
-        const int64_t at = y_row_offset(p, n, g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
+        const int64_t at = output(g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
         const float* from =
-            l.buffered ? buffer + (k_outer ? panel * l.panel : 0) + c_rows[r - r0] : o.y + at;
+            l.buffered ? buffer + (panel - first) * l.panel + c_rows[r - r0] : o.y + at;
         finish_rows(p, k, o, from, l.buffered ? buffer_ld : p.y.sp[2], block.cols, features, g,
                     panel * l.panel, at);
       }
     };
 
-    if (k_outer) {
-      for (size_t kb = 0; kb < blocks.size(); ++kb) {
-        const int64_t k0 = static_cast<int64_t>(kb) * l.kc;
-        for (int64_t r = r0; r < r1; ++r) {
-          fill_columns(l, k, x, r, j0, j1, k0, std::min(k0 + l.kc, l.reduction),
-                       strip + (r - r0) * l.strip_row);
-        }
-        for (int64_t panel = 0; panel < l.panels; ++panel) one_panel(panel, kb);
-      }
-      for (int64_t panel = 0; panel < l.panels; ++panel) finish_panel(panel);
-      return;
-    }
     const int64_t panel_end = l.panels * (split + 1) / l.panel_split;
-    for (int64_t panel = l.panels * split / l.panel_split; panel < panel_end; ++panel) {
-      for (size_t kb = 0; kb < blocks.size(); ++kb) one_panel(panel, kb);
-      finish_panel(panel);
+    for (int64_t first = l.panels * split / l.panel_split; first < panel_end; first += l.group) {
+      const int64_t last = std::min(first + l.group, panel_end);
+      for (int64_t kb = 0; kb < n_blocks; ++kb) {
+        const int64_t k0 = kb * l.kc;
+        const int64_t k1 = std::min(k0 + l.kc, l.reduction);
+        if (columns) {
+          for (int64_t r = r0; r < r1; ++r) {
+            fill_columns(l, k, input(g, r), r % l.out_rows, j0, j1, k0, k1,
+                         strip + (r - r0) * l.strip_row);
+          }
+        }
+        if (l.pack == kLocal) {
+          pack_panels(l, k, o.w, g, first, last, k0, k1, local, l.panel * l.kc);
+        }
+        for (int64_t panel = first; panel < last; ++panel) one_panel(panel, first, kb);
+      }
+      for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
     }
   });
 }
@@ -560,19 +588,14 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   params[kMr] = tile.mr;
   params[kNv] = tile.nv;
   const int64_t panel = tile.nv * k.width;
-  const int64_t l2 = caches().l2 / static_cast<int64_t>(sizeof(float));
-  // As much of a panel of B as leaves most of the second-level cache to the strip.
-  const int64_t kc_limit = std::max<int64_t>(256, l2 / 4 / panel);
+  const int64_t kc_limit = std::max<int64_t>(256, panel_floats() / panel);
   params[kKc] = p.reduction() <= kc_limit
                     ? 0
                     : round_up(ceil_div(p.reduction(), ceil_div(p.reduction(), kc_limit)), 8);
-  // Few pixels do not repay packing, if the features lie as the micro-kernel wants them.
-  const bool contiguous = p.w.k == 1 && p.k % k.width == 0;
-  params[kPack] = contiguous && p.n * p.pixels() <= 64 ? 0 : 1;
   params[kFull] = 0;
   params[kCols] = 0;
   const int64_t threads = useful_threads(problem, t.threads);
-  const int64_t out_rows = p.out[0] * p.out[1];
+  const int64_t all_rows = p.n * p.out[0] * p.out[1];
   int64_t row_floats = p.out[2] * p.stride[2] * p.x.sp[2];  // direct: the input it walks over
   if (lowering == Lowering::kWindow) {
     const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
@@ -593,16 +616,40 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   } else if (p.out[2] > 4096) {
     params[kCols] = round_up(std::min<int64_t>(1024, ceil_div(p.out[2], threads)), tile.mr);
   }
-  // Rows of a block: enough pixels to use a panel of B many times, a strip that stays in half
-  // the second-level cache, and a block for every thread.
-  int64_t rows = std::clamp<int64_t>(l2 / 2 / std::max<int64_t>(1, row_floats), 1, 8);
-  if (lowering != Lowering::kDirect) {
-    rows = std::min(rows, std::max<int64_t>(1, kStripLimit / row_floats));
+  // Where all pixels make one block or two, each block can afford to pass over the filters by
+  // itself: as they lie if the pixels are few, else packed a piece at a time, which stays in the
+  // second-level cache where the copy of all of them would not.
+  const int64_t pixels = p.n * p.pixels();
+  const int64_t fitting =
+      lowering == Lowering::kDirect
+          ? all_rows
+          : std::max<int64_t>(1, kStripLimit / std::max<int64_t>(1, row_floats));
+  const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
+  const bool few_blocks = p.w.k == 1 && lowering != Lowering::kColumns && fewest <= 2 &&
+                          params[kCols] == 0 && p.k > panel;
+  if (few_blocks && pixels <= 8 * k.width) {
+    params[kPack] = kInPlace;
+    params[kKc] = std::clamp<int64_t>(panel_floats() / p.k / 8 * 8, 128, 512);
+  } else if (few_blocks && p.k * p.reduction() > panel_floats()) {
+    params[kPack] = kLocal;
+    params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);
+  } else {
+    params[kPack] = p.w.k == 1 && p.k <= panel ? kInPlace : kShared;
   }
-  rows = std::min(rows, out_rows);
-  if (p.g * p.n < 2 * threads && out_rows > 1 && threads > 1) {
-    const int64_t blocks = round_up(std::max(ceil_div(out_rows, rows), threads), threads);
-    rows = ceil_div(out_rows, blocks);
+  int64_t rows;
+  if (few_blocks && params[kPack] != kShared) {
+    if (params[kKc] >= p.reduction()) params[kKc] = 0;
+    const int64_t panels = ceil_div(p.k, panel);
+    rows = ceil_div(all_rows, std::max(fewest, ceil_div(threads, p.g * panels)));
+  } else {
+    // Enough pixels to use a panel of B many times, a strip that stays in half the second-level
+    // cache, and a block for every thread.
+    rows = std::clamp<int64_t>(2 * panel_floats() / std::max<int64_t>(1, row_floats), 1, 8);
+    rows = std::min({rows, fitting, all_rows});
+    if (p.g < 2 * threads && all_rows > 1 && threads > 1) {
+      const int64_t blocks = round_up(std::max(ceil_div(all_rows, rows), threads), threads);
+      rows = ceil_div(all_rows, blocks);
+    }
   }
   params[kRows] = std::max<int64_t>(1, rows);
   return params;
@@ -618,9 +665,9 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kKc] < 0) return "kc: negative";
   if (params[kKc] > 0 && params[kKc] < std::min<int64_t>(8, p.reduction())) return "kc: too small";
   if (params[kRows] < 0 || params[kCols] < 0) return "rows, cols: negative";
-  if (params[kPack] != 0 && params[kPack] != 1) return "pack: 0 or 1";
-  if (params[kPack] == 0 && (p.w.k != 1 || p.k % k.width != 0)) {
-    return "pack: unpacked filters need contiguous features, a multiple of the vector width";
+  if (params[kPack] < kInPlace || params[kPack] > kLocal) return "pack: 0, 1 or 2";
+  if (params[kPack] == kInPlace && p.w.k != 1) {
+    return "pack: reading the filters in place needs contiguous features";
   }
   if (params[kFull] != 0 && (params[kFull] != 1 || lowering == Lowering::kDirect)) {
     return "full: 0 or 1";
@@ -650,7 +697,7 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
   const double width = static_cast<double>(k.width);
   const double w_floats = static_cast<double>(p.g * p.k * p.reduction());
-  if (params[kPack] != 0) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
+  if (params[kPack] != kInPlace) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
   const double unit = static_cast<double>(p.win[0] * p.win[1]);
   const double copy = p.x.c == 1 ? 2.0 : 4.0;
   const double run = static_cast<double>(ceil_div(p.c, k.width));
@@ -674,9 +721,11 @@ std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
        {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
       {"nv", "vectors of output features of the register tile", {1, 2, 3, 4}},
       {"kc", "reduction steps per pass over the tile's panel; 0: all", {0, 128, 256, 512, 1024}},
-      {"rows", "output rows per block; 0: all", {1, 2, 3, 4, 6, 8, 12, 16}},
+      {"rows", "output rows per block, of any images; 0: all", {0, 1, 2, 3, 4, 6, 8, 12, 16}},
       {"cols", "output pixels per block; 0: the whole row", {0, 56, 112, 448, 1024}},
-      {"pack", "1: filters packed into panels in every call; 0: read in place", {0, 1}},
+      {"pack",
+       "filters are 0: read in place, 1: packed into panels first, 2: packed by every block",
+       {0, 1, 2}},
       {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
   };
   if (lowering != Lowering::kDirect) specs.back().values = {0, 1};

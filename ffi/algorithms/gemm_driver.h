@@ -34,11 +34,6 @@ struct Tile {
 double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
 Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
 
-// Packs group g of w into panels of nv * W features: panel[r][j], r in canonical reduction order,
-// features beyond k zero. Panels p with p % stride == start.
-void pack_panel(const Problem& p, const Kernels& k, const float* w, int64_t g, int64_t panel,
-                int64_t panel_width, float* dst);
-
 // Writes `rows x cols` finished results (leading dimension ld) to y and applies the epilogue.
 // Row r is output pixel x = j0 + r of the output row at `y_offset` (from o.y), columns are
 // features k0... of group g.
