@@ -98,6 +98,7 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> instantiate(ffi::Dictionary attributes) 
   JAXWIN_ATTRIBUTE("padding", padding);
   JAXWIN_ATTRIBUTE("lhs_dilation", site->params.lhs_dilation);
   JAXWIN_ATTRIBUTE("rhs_dilation", site->params.rhs_dilation);
+  JAXWIN_ATTRIBUTE("rhs_reversal", site->params.rhs_reversal);
   JAXWIN_ATTRIBUTE("feature_group_count", site->params.feature_group_count);
   JAXWIN_ATTRIBUTE("batch_group_count", site->params.batch_group_count);
   JAXWIN_ATTRIBUTE("algorithm", site->request.algorithm);
@@ -188,7 +189,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
 
   Operands o{};
   o.x = data[0];
-  o.w = data[1];
+  o.w = data[1] + problem.w_first;
   o.y = static_cast<float*>((*out)->untyped_data());
   o.activation = site->activation;
   size_t next = 2;

@@ -47,6 +47,7 @@ ConvParams conv_params(const nb::dict& d) {
   }
   p.lhs_dilation = field<std::vector<int64_t>>(d, "lhs_dilation");
   p.rhs_dilation = field<std::vector<int64_t>>(d, "rhs_dilation");
+  p.rhs_reversal = field<std::vector<int64_t>>(d, "rhs_reversal");
   p.feature_group_count = field<int64_t>(d, "feature_group_count");
   p.batch_group_count = field<int64_t>(d, "batch_group_count");
   return p;
@@ -149,7 +150,7 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
   }
   if (activation < 0 || activation >= kActivationCount) return "activation: unknown";
   const Operands o{x.data(),
-                   w.data(),
+                   w.data() + p.w_first,
                    bias.has_value() ? bias->data() : nullptr,
                    residual.has_value() ? residual->data() : nullptr,
                    y.data(),

@@ -80,8 +80,9 @@ std::string make_problem(const ConvParams& a, Problem* p) {
   }
   if (a.window_strides.size() != spatial || a.padding_low.size() != spatial ||
       a.padding_high.size() != spatial || a.lhs_dilation.size() != spatial ||
-      a.rhs_dilation.size() != spatial) {
-    return "window_strides, padding, dilation: one value per spatial dimension is needed";
+      a.rhs_dilation.size() != spatial || a.rhs_reversal.size() != spatial) {
+    return "window_strides, padding, dilation, rhs_reversal: one value per spatial dimension is "
+           "needed";
   }
   if (elements(a.lhs_shape) < 0 || elements(a.rhs_shape) < 0 || elements(a.out_shape) < 0) {
     return "shapes: an operand is negative or too large";
@@ -134,6 +135,11 @@ std::string make_problem(const ConvParams& a, Problem* p) {
     p->x.sp[d] = xs[a.lhs_spec[2 + s]];
     p->w.sp[d] = ws[a.rhs_spec[2 + s]];
     p->y.sp[d] = ys[a.out_spec[2 + s]];
+    if (a.rhs_reversal[s] != 0) {
+      if (a.rhs_reversal[s] != 1) return "rhs_reversal: must be 0 or 1";
+      p->w_first += std::max<int64_t>(0, p->win[d] - 1) * p->w.sp[d];
+      p->w.sp[d] = -p->w.sp[d];
+    }
     if (p->stride[d] < 1 || p->lhs_dilation[d] < 1 || p->rhs_dilation[d] < 1) {
       return "window_strides, lhs_dilation, rhs_dilation: must be at least 1";
     }

@@ -20,6 +20,7 @@ struct ConvParams {
   std::vector<int64_t> lhs_shape, rhs_shape, out_shape;
   std::vector<int64_t> lhs_spec, rhs_spec, out_spec;  // batch/out feature, feature, spatial...
   std::vector<int64_t> window_strides, padding_low, padding_high, lhs_dilation, rhs_dilation;
+  std::vector<int64_t> rhs_reversal;  // 1: the window runs backwards along this dimension
   int64_t feature_group_count = 1;
   int64_t batch_group_count = 1;
 };
@@ -32,7 +33,9 @@ struct Problem {
   Dim3 in{1, 1, 1}, out{1, 1, 1}, win{1, 1, 1};
   Dim3 stride{1, 1, 1}, pad{0, 0, 0}, lhs_dilation{1, 1, 1}, rhs_dilation{1, 1, 1};
 
-  // Strides in elements: x[n, g, c, in], w[g, k, c, win], y[n, g, k, out].
+  // Strides in elements: x[n, g, c, in], w[g, k, c, win], y[n, g, k, out]. Those of the window are
+  // negative where it is reversed; w_first is where its position 0 then lies.
+  int64_t w_first = 0;
   struct {
     int64_t n, g, c;
     Dim3 sp;

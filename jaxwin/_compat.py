@@ -93,15 +93,25 @@ def lower_through_lax(ctx: Any, lhs: Any, rhs: Any, **conv_params: Any) -> Seque
     return result
 
 
+def register_cpu_lowering(primitive: Any, rule: Callable[..., Any]) -> None:
+    """Makes `rule` the CPU lowering of `primitive`, called where each operation stands.
+
+    By default JAX lowers equal operations once, in a function of its own, where a rule cannot see
+    what its operands come from.
+    """
+    _mlir.register_lowering(primitive, rule, platform="cpu", cacheable=False)
+
+
 def replace_lax_cpu_lowering(rule: Callable[..., Any]) -> None:
     """Makes `rule` the CPU lowering of lax's convolution primitive."""
-    _mlir.register_lowering(lax_conv_p, rule, platform="cpu")
+    register_cpu_lowering(lax_conv_p, rule)
     require_devices(lax_conv_p)
 
 
 def restore_lax_cpu_lowering() -> None:
     """Undoes `replace_lax_cpu_lowering`."""
     _mlir._platform_specific_lowerings["cpu"][lax_conv_p] = _LAX_CPU_ENTRY
+    _mlir._uncacheable_primitives.discard(lax_conv_p)
     _dispatch.prim_requires_devices_during_lowering.discard(lax_conv_p)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax import lax
 
 from jaxwin import _compat, _dispatch, _ffi, _install
 from jaxwin._fused import fused_conv_p
@@ -120,6 +121,11 @@ def explain(fn_or_problem: Callable[..., Any] | Problem, *args: Any, **kwargs: A
 
 
 def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
+    reversed_dimensions = {
+        equation.outvars[0]: equation.params["dimensions"]
+        for equation in jaxpr.eqns
+        if equation.primitive is lax.rev_p
+    }
     for equation in jaxpr.eqns:
         primitive = equation.primitive
         if primitive in (conv_p, fused_conv_p, _compat.lax_conv_p):
@@ -133,6 +139,9 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
                 bias=params.get("has_bias", False),
                 residual=params.get("has_residual", False),
                 activation=params.get("activation"),
+                reversed_dimensions=_spatial(
+                    reversed_dimensions.get(equation.invars[1], ()), params
+                ),
             )
             native = primitive is not _compat.lax_conv_p or _install.is_installed()
             options = tuple(
@@ -142,6 +151,12 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
             found[key] = found.get(key, 0) + 1
         for inner in _compat.inner_jaxprs(equation.params):
             _walk(inner, found)
+
+
+def _spatial(dimensions: tuple[int, ...], params: dict[str, Any]) -> tuple[int, ...]:
+    """The reversed dimensions, if the lowering would take them into the problem."""
+    spatial = params["dimension_numbers"].rhs_spec[2:]
+    return dimensions if set(dimensions) <= set(spatial) else ()
 
 
 def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRow:

@@ -355,4 +355,4 @@ ad.primitive_jvps[fused_conv_p] = _jvp
 batching.primitive_batchers[fused_conv_p] = _batch
 _compat.require_devices(fused_conv_p)
 mlir.register_lowering(fused_conv_p, _lower_decomposed)
-mlir.register_lowering(fused_conv_p, _lower_on_cpu, platform="cpu")
+_compat.register_cpu_lowering(fused_conv_p, _lower_on_cpu)

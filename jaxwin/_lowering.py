@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.interpreters import mlir
+from jaxlib.mlir import ir
 
 from jaxwin import _compat, _dispatch, _ffi, _registry
 from jaxwin._plan import Plan
@@ -41,6 +42,9 @@ def lower_conv(
     lax's primitive.
     """
     out = ctx.avals_out[0]
+    unreversed, reversed_dimensions = _without_reversal(
+        rhs, conv_params["dimension_numbers"].rhs_spec[2:]
+    )
     problem = from_parameters(
         ctx.avals_in[0],
         ctx.avals_in[1],
@@ -49,13 +53,29 @@ def lower_conv(
         bias=has_bias,
         residual=has_residual,
         activation=activation,
+        reversed_dimensions=reversed_dimensions,
     )
     decision = _dispatch.decide(problem, algorithm=algorithm, max_workspace=max_workspace)
     if decision.plan is not None:
-        return _custom_call(ctx, problem, decision.plan, lhs, rhs, *epilogue)
+        return _custom_call(ctx, problem, decision.plan, lhs, unreversed, *epilogue)
     if epilogue or activation is not None:
         raise NotImplementedError(decision.reason)
     return _compat.lower_through_lax(ctx, lhs, rhs, **conv_params)
+
+
+def _without_reversal(rhs: Any, spatial: Sequence[int]) -> tuple[Any, tuple[int, ...]]:
+    """What a reversed filter was before, and the reversed dimensions; else `rhs` and none.
+
+    Input gradients are convolutions with a reversed filter: our kernels walk it backwards, and XLA
+    drops the copy that nobody reads.
+    """
+    owner = rhs.owner if isinstance(rhs, ir.OpResult) else None
+    if owner is None or owner.name != "stablehlo.reverse":
+        return rhs, ()
+    dimensions = tuple(int(d) for d in owner.attributes["dimensions"])
+    if not set(dimensions) <= set(spatial):
+        return rhs, ()
+    return owner.operands[0], dimensions
 
 
 def _custom_call(
@@ -75,6 +95,7 @@ def _custom_call(
             "padding",
             "lhs_dilation",
             "rhs_dilation",
+            "rhs_reversal",
         )
     }
     activations = _registry.registry()["activations"]

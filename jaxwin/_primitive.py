@@ -386,7 +386,7 @@ def _register() -> None:
     _compat.derive_rules(_compat.lax_conv_p, conv_p, _derive)
     _compat.require_devices(conv_p)
     mlir.register_lowering(conv_p, _lower_to_lax_primitive)
-    mlir.register_lowering(conv_p, lower_on_cpu, platform="cpu")
+    _compat.register_cpu_lowering(conv_p, lower_on_cpu)
 
 
 _register()

@@ -20,7 +20,8 @@ class Problem:
     Shapes are those of the operands as stored; `*_spec` say which stored dimension is the batch
     (for rhs: the output feature), the feature, and each spatial dimension. `padding` holds one
     (low, high) pair per spatial dimension. `bias`, `residual` and `activation` describe a fused
-    epilogue.
+    epilogue. `rhs_reversal` says along which spatial dimensions the window is read backwards, as
+    input gradients do; empty for none.
     """
 
     lhs_shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class Problem:
     bias: bool = False
     residual: bool = False
     activation: str | None = None
+    rhs_reversal: tuple[bool, ...] = ()
 
     @property
     def spatial_rank(self) -> int:
@@ -60,6 +62,7 @@ class Problem:
             "padding": [value for pair in self.padding for value in pair],
             "lhs_dilation": self.lhs_dilation,
             "rhs_dilation": self.rhs_dilation,
+            "rhs_reversal": [int(v) for v in self.rhs_reversal] or [0] * self.spatial_rank,
             "feature_group_count": self.feature_group_count,
             "batch_group_count": self.batch_group_count,
         }
@@ -100,6 +103,8 @@ class Problem:
             parts.append(f"ld{dims(self.lhs_dilation)}")
         if any(d != 1 for d in self.rhs_dilation):
             parts.append(f"rd{dims(self.rhs_dilation)}")
+        if any(self.rhs_reversal):
+            parts.append("reversed")
         if self.feature_group_count > 1:
             parts.append(f"g{self.feature_group_count}")
         if self.batch_group_count > 1:
@@ -121,10 +126,12 @@ def from_parameters(
     bias: bool = False,
     residual: bool = False,
     activation: str | None = None,
+    reversed_dimensions: Sequence[int] = (),
 ) -> Problem:
     """The problem of a convolution with these abstract operands and lax's parameters.
 
-    lhs, rhs, out: anything with `shape` and `dtype`, sizes static.
+    lhs, rhs, out: anything with `shape` and `dtype`, sizes static. reversed_dimensions: those
+    dimensions of rhs that are read backwards; spatial ones only.
     """
     numbers = params["dimension_numbers"]
 
@@ -150,4 +157,9 @@ def from_parameters(
         bias=bias,
         residual=residual,
         activation=activation,
+        rhs_reversal=(
+            tuple(d in reversed_dimensions for d in numbers.rhs_spec[2:])
+            if reversed_dimensions
+            else ()
+        ),
     )

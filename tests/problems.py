@@ -33,6 +33,7 @@ def make(
     rhs_dilation: tuple[int, ...] | None = None,
     groups: int = 1,
     batch_groups: int = 1,
+    reversal: tuple[bool, ...] = (),
     layout: tuple[str, str] | None = None,
     out_layout: str | None = None,
 ) -> Problem | None:
@@ -75,6 +76,7 @@ def make(
         rhs_dilation=rhs_dilation,
         feature_group_count=groups,
         batch_group_count=batch_groups,
+        rhs_reversal=reversal,
     )
 
 
@@ -126,6 +128,7 @@ def draw(rng: np.random.Generator, kind: str | None = None) -> Problem:
             rhs_dilation=rdil,
             groups=groups,
             batch_groups=batch_groups,
+            reversal=tuple(bool(v) for v in ints(0, 1)) if rng.random() < 0.2 else (),
             layout=(lhs, rhs),
             out_layout=out if rng.random() < 0.3 else lhs,
         )

@@ -34,6 +34,7 @@ def _canonical(problem: Problem, lhs: np.ndarray, rhs: np.ndarray):
     missing = 3 - p.spatial_rank
     x = np.transpose(lhs, p.lhs_spec)
     w = np.transpose(rhs, p.rhs_spec)
+    w = np.flip(w, [2 + d for d, backwards in enumerate(p.rhs_reversal) if backwards])
     groups = max(p.feature_group_count, p.batch_group_count)
     ones = (1,) * missing
     x = x.reshape(x.shape[:2] + ones + x.shape[2:])

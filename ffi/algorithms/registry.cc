@@ -67,7 +67,7 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   if (!p.touches_padding()) return;
   const int64_t size = p.g * p.k * p.reduction();
-  if (e.target.kernels->all_finite(o.w, size) != 0) return;
+  if (e.target.kernels->all_finite(o.w - p.w_first, size) != 0) return;
   // Rare and slow: every (feature, window position) with a value that is not finite makes NaN of
   // the outputs for which that position is skipped.
   for (int64_t g = 0; g < p.g; ++g) {
