@@ -216,4 +216,23 @@ Progression window_positions(const Problem& p, int d, int64_t o) {
   return {first, step, n, q / ld, q_step / ld};
 }
 
+int64_t residue_period(const Problem& p, int d) {
+  return p.lhs_dilation[d] / std::gcd(p.lhs_dilation[d], p.stride[d]);
+}
+
+Residue residue(const Problem& p, int d, int64_t r) {
+  const int64_t l = p.lhs_dilation[d];
+  Residue s{};
+  s.out = r < p.out[d] ? ceil_div(p.out[d] - r, residue_period(p, d)) : 0;
+  s.step = l / std::gcd(l, p.rhs_dilation[d]);
+  s.stride = residue_period(p, d) * p.stride[d] / l;
+  s.dilation = p.rhs_dilation[d] * s.step / l;
+  const int64_t base = r * p.stride[d] - p.pad[d];
+  while (s.first < s.step && (base + s.first * p.rhs_dilation[d]) % l != 0) ++s.first;
+  if (s.first >= s.step || s.first >= p.win[d]) return s;  // win 0: no real positions
+  s.win = (p.win[d] - 1 - s.first) / s.step + 1;
+  s.pad = -(base + s.first * p.rhs_dilation[d]) / l;
+  return s;
+}
+
 }  // namespace jaxwin

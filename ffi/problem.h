@@ -82,6 +82,16 @@ struct Progression {
 };
 Progression window_positions(const Problem& p, int dim, int64_t out_position);
 
+// With lhs_dilation l and stride s, the outputs o = r + t * period (period = l / gcd(l, s)) of one
+// dimension see the same window positions of the dilated input, and among themselves form an
+// ordinary convolution: window positions first + i * step, i < win (0: none is real), reading input
+// index t * stride + i * dilation - pad, for t < out.
+struct Residue {
+  int64_t out, first, step, win, stride, dilation, pad;
+};
+int64_t residue_period(const Problem& p, int dim);
+Residue residue(const Problem& p, int dim, int64_t r);
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -629,8 +629,8 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
           ? all_rows
           : std::max<int64_t>(1, kStripLimit / std::max<int64_t>(1, row_floats));
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
-  const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns && fewest <= 2 &&
-                          params[kCols] == 0 && p.k > panel;
+  const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
+                          fewest <= 2 && params[kCols] == 0 && p.k > panel;
   if (few_blocks && p.w.k == 1 && pixels <= 8 * k.width) {
     params[kPack] = kInPlace;
     params[kKc] = std::clamp<int64_t>(panel_floats() / p.k / 8 * 8, 128, 512);

@@ -9,38 +9,12 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
-#include <numeric>
 
 #include "algorithms/gemm_driver.h"
 #include "algorithms/registry.h"
 
 namespace jaxwin {
 namespace {
-
-// One dimension of a residue class: the outputs o = residue + i * period.
-struct Residue {
-  int64_t out, first, step, win, stride, dilation, pad;
-};
-
-int64_t period(const Problem& p, int d) {
-  return p.lhs_dilation[d] / std::gcd(p.lhs_dilation[d], p.stride[d]);
-}
-
-Residue residue(const Problem& p, int d, int64_t r) {
-  const int64_t l = p.lhs_dilation[d];
-  Residue s{};
-  s.out = r < p.out[d] ? ceil_div(p.out[d] - r, period(p, d)) : 0;
-  s.step = l / std::gcd(l, p.rhs_dilation[d]);
-  s.stride = period(p, d) * p.stride[d] / l;
-  s.dilation = p.rhs_dilation[d] * s.step / l;
-  const int64_t base = r * p.stride[d] - p.pad[d];
-  while (s.first < s.step && (base + s.first * p.rhs_dilation[d]) % l != 0) ++s.first;
-  if (s.first >= s.step || s.first >= p.win[d]) return s;  // win 0: no real positions
-  s.win = (p.win[d] - 1 - s.first) / s.step + 1;
-  s.pad = -(base + s.first * p.rhs_dilation[d]) / l;
-  return s;
-}
 
 struct Part {
   Problem problem;
@@ -51,9 +25,9 @@ struct Part {
 // The parts one by one; `visit(part)`.
 template <typename Visit>
 void for_each_part(const Problem& p, const Visit& visit) {
-  for (int64_t z = 0; z < period(p, 0); ++z) {
-    for (int64_t y = 0; y < period(p, 1); ++y) {
-      for (int64_t x = 0; x < period(p, 2); ++x) {
+  for (int64_t z = 0; z < residue_period(p, 0); ++z) {
+    for (int64_t y = 0; y < residue_period(p, 1); ++y) {
+      for (int64_t x = 0; x < residue_period(p, 2); ++x) {
         const std::array<int64_t, 3> at{z, y, x};
         Part part{p, 0, 0, false};
         bool none = false;
@@ -67,7 +41,7 @@ void for_each_part(const Problem& p, const Visit& visit) {
           q.lhs_dilation[d] = 1;
           q.pad[d] = s.pad;
           q.w.sp[d] = p.w.sp[d] * s.step;
-          q.y.sp[d] = p.y.sp[d] * period(p, d);
+          q.y.sp[d] = p.y.sp[d] * residue_period(p, d);
           part.w_offset += s.first * p.w.sp[d];
           part.y_offset += at[d] * p.y.sp[d];
           none = none || s.out == 0;
@@ -93,7 +67,7 @@ std::string rejects(const Problem& p) {
   if (!p.dilated_input()) return "no lhs_dilation";
   if (p.chunk_rows > 0) return "the reduction is chunked (weight gradient)";
   double parts = 1;
-  for (int d = 0; d < 3; ++d) parts *= static_cast<double>(period(p, d));
+  for (int d = 0; d < 3; ++d) parts *= static_cast<double>(residue_period(p, d));
   if (parts > 4096) return "more than 4096 residues";
   return {};
 }
