@@ -5,8 +5,8 @@
 // transposed, columns in between strides are set apart), so that a window position is a vector load
 // of neighbouring pixels; the filter is broadcast. Pays where output features are too few to fill
 // vectors: the input gradients of first layers, the last layers of generators. With lhs_dilation
-// the outputs of one residue are neighbours in the same strip, as in the segregated algorithm
-// (arXiv 2209.03704). Rows that lie on padding are skipped.
+// the outputs of all residues share their loads, as rows of one tile (residues as in the segregated
+// algorithm, arXiv 2209.03704). Input rows that are padding are skipped.
 
 #include <algorithm>
 #include <limits>
@@ -22,39 +22,42 @@ enum PlanarParam { kPlanarMr, kPlanarNv, kPlanarRows, kPlanarCols, kPlanarParams
 
 constexpr int64_t kStripLimit = (1 << 20) / sizeof(float);  // per thread
 
+// The outputs of one residue of the last dimension. Lane j computes output t = j + shift, from
+// columns j * advance + i * dilation - pad, i < win: the same for every residue.
+struct Class {
+  int64_t residue, out, win, first, step, shift;
+};
+
 struct Layout {
   Problem p;  // collapsed
   int64_t mr, nv, rows, cols;
   int64_t width;
   int64_t period;              // residues of the output columns
-  int64_t advance;             // input columns from one output of a residue to its next
-  int64_t pixels;              // outputs of one residue
+  std::vector<Class> classes;  // by decreasing `win`: these times p.k are the rows of the product
+  int64_t advance, dilation, pad;
+  int64_t win;     // window positions of the first class
+  int64_t filter;  // floats of one row of the gathered filter
+  int64_t lane_begin, lane_end;
   bool in_place;               // the micro-kernel reads the input itself
   int64_t in_rows, lane, row;  // of the strip: input rows, floats of one set of columns, of a row
   int64_t row_blocks, col_blocks;
   int64_t w_floats, strip_floats, tile_floats;  // shared; per thread
+
+  int64_t lanes() const { return lane_end - lane_begin; }
+  int64_t product_rows() const { return static_cast<int64_t>(classes.size()) * p.k; }
 };
 
-// The columns that outputs [t0, t1) of every residue read: from `first` on, `count` of them.
 struct Columns {
   int64_t first, count;
 };
-Columns columns(const Problem& p, int64_t period, int64_t t0, int64_t t1) {
-  int64_t first = std::numeric_limits<int64_t>::max();
-  int64_t last = std::numeric_limits<int64_t>::min();
-  for (int64_t r = 0; r < std::min(period, p.out[2]); ++r) {
-    const Residue s = residue(p, 2, r);
-    if (s.win == 0) continue;
-    first = std::min(first, t0 * s.stride - s.pad);
-    last = std::max(last, (t1 - 1) * s.stride + (s.win - 1) * s.dilation - s.pad);
-  }
-  return first > last ? Columns{0, 0} : Columns{first, last - first + 1};
+Columns columns(const Layout& l, int64_t lane0, int64_t lane1) {
+  return {lane0 * l.advance - l.pad,
+          (lane1 - 1 - lane0) * l.advance + (l.win - 1) * l.dilation + 1};
 }
 
-int64_t strip_rows(const Problem& p, int64_t rows) {
-  const int64_t span =
-      ((rows - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1]) / p.lhs_dilation[1] + 2;
-  return std::min(span, p.in[1]);
+// Input rows from the first to the last that one output row reads.
+int64_t strip_rows(const Problem& p) {
+  return std::min((p.win[1] - 1) * p.rhs_dilation[1] / p.lhs_dilation[1] + 2, p.in[1]);
 }
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params) {
@@ -65,39 +68,64 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.mr = params[kPlanarMr];
   l.nv = params[kPlanarNv];
   l.period = residue_period(p, 2);
-  l.advance = l.period * p.stride[2] / p.lhs_dilation[2];
-  l.pixels = ceil_div(p.out[2], l.period);
+  std::vector<Residue> residues;
+  for (int64_t r = 0; r < std::min(l.period, p.out[2]); ++r) residues.push_back(residue(p, 2, r));
+  const Residue* reference = nullptr;
+  for (const Residue& s : residues) {
+    if (s.win > 0 && (reference == nullptr || s.pad > reference->pad)) reference = &s;
+  }
+  l.advance = residues[0].stride;
+  l.dilation = residues[0].dilation;
+  l.pad = reference == nullptr ? 0 : reference->pad;
+  l.lane_begin = std::numeric_limits<int64_t>::max();
+  for (size_t r = 0; r < residues.size(); ++r) {
+    const Residue& s = residues[r];
+    const int64_t shift = s.win == 0 ? 0 : (s.pad - l.pad) / l.advance;
+    l.classes.push_back({static_cast<int64_t>(r), s.out, s.win, s.first, s.step, shift});
+    l.lane_begin = std::min(l.lane_begin, -shift);
+    l.lane_end = std::max(l.lane_end, s.out - shift);
+  }
+  std::stable_sort(l.classes.begin(), l.classes.end(),
+                   [](const Class& a, const Class& b) { return a.win > b.win; });
+  l.win = l.classes[0].win;
+  l.filter = l.win * p.win[1] * p.win[0] * p.c;
   l.rows = params[kPlanarRows] == 0 ? p.out[1] : std::min(params[kPlanarRows], p.out[1]);
-  l.cols = params[kPlanarCols] == 0 ? l.pixels : std::min(params[kPlanarCols], l.pixels);
+  l.cols = params[kPlanarCols] == 0 ? l.lanes() : std::min(params[kPlanarCols], l.lanes());
   l.row_blocks = ceil_div(p.out[1], l.rows);
-  l.col_blocks = ceil_div(l.pixels, l.cols);
-  const Columns all = columns(p, l.period, 0, l.pixels);
+  l.col_blocks = ceil_div(l.lanes(), l.cols);
+  const Columns all = columns(l, l.lane_begin, l.lane_end);
   l.in_place =
       p.x.sp[2] == 1 && l.advance == 1 && all.first >= 0 && all.first + all.count <= p.in[2];
   if (!l.in_place) {
-    const Columns block = columns(p, l.period, 0, l.cols);
-    l.in_rows = strip_rows(p, l.rows);
+    const Columns block = columns(l, 0, l.cols);
+    l.in_rows = strip_rows(p);
     // Vectors may read past the last column of a set.
     l.lane = round_up(ceil_div(block.count, l.advance), l.width) + l.width;
-    l.row = l.lane * l.advance;
+    // An odd number of cache lines, or channels one after another would share few sets.
+    l.row = round_up(l.lane * l.advance, 16);
+    if (l.row / 16 % 2 == 0) l.row += 16;
     l.strip_floats =
         round_up(std::min(p.win[0], p.in[0]) * l.in_rows * p.c * l.row + l.nv * l.width, 16);
   }
-  l.w_floats = round_up(p.g * p.k * p.reduction(), 16);
-  l.tile_floats = l.mr * l.nv * l.width;
+  l.w_floats = round_up(p.g * l.product_rows() * l.filter, 16);
+  l.tile_floats = round_up(l.mr * l.nv * l.width, 16);
   return l;
 }
 
-// The filters of all groups as [g][k][reduction in canonical order].
-void gather_filters(const Problem& p, const float* w, float* dst) {
+// The filters as [group][class][feature][window x of the class][window y][window z][channel].
+void gather_filters(const Layout& l, const float* w, float* dst) {
+  const Problem& p = l.p;
   for (int64_t g = 0; g < p.g; ++g) {
-    for (int64_t k = 0; k < p.k; ++k) {
-      const float* from = w + g * p.w.g + k * p.w.k;
-      for (int64_t v = 0; v < p.win[2]; ++v) {
-        for (int64_t y = 0; y < p.win[1]; ++y) {
-          for (int64_t z = 0; z < p.win[0]; ++z) {
-            const float* tap = from + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
-            for (int64_t c = 0; c < p.c; ++c) *dst++ = tap[c * p.w.c];
+    for (const Class& s : l.classes) {
+      for (int64_t k = 0; k < p.k; ++k, dst += l.filter) {
+        float* to = dst;
+        for (int64_t i = 0; i < s.win; ++i) {
+          for (int64_t y = 0; y < p.win[1]; ++y) {
+            for (int64_t z = 0; z < p.win[0]; ++z, to += p.c) {
+              const float* from = w + g * p.w.g + k * p.w.k + z * p.w.sp[0] + y * p.w.sp[1] +
+                                  (s.first + i * s.step) * p.w.sp[2];
+              for (int64_t c = 0; c < p.c; ++c) to[c] = from[c * p.w.c];
+            }
           }
         }
       }
@@ -108,17 +136,18 @@ void gather_filters(const Problem& p, const float* w, float* dst) {
 struct Strip {
   const float* data;
   int64_t plane, row, channel;  // strides: window z, input row, input channel
-  int64_t first_row, first_col;
+  int64_t slots;                // input row y lies at y % slots
 };
 
-// Input rows [y0, y1) of the planes that window_positions `z` names, columns from `cols.first` on.
+// Input rows [y0, y1) of the planes that window_positions `z` names, columns from `cols.first` on,
+// each to its slot.
 void fill_strip(const Layout& l, const Kernels& k, const float* x, const Progression& z, int64_t y0,
                 int64_t y1, const Columns& cols, float* strip) {
   const Problem& p = l.p;
   for (int64_t i = 0; i < z.n; ++i) {
     for (int64_t y = y0; y < y1; ++y) {
       const float* row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1];
-      float* to = strip + (i * l.in_rows + y - y0) * p.c * l.row;
+      float* to = strip + (i * l.in_rows + y % l.in_rows) * p.c * l.row;
       for (int64_t s = 0; s < l.advance; ++s) {
         // Columns cols.first + s + j * advance, those inside the input for j in [begin, end).
         const int64_t q = cols.first + s;
@@ -142,29 +171,35 @@ void fill_strip(const Layout& l, const Kernels& k, const float* x, const Progres
   }
 }
 
-// The reduction of the outputs of residue `s` in one output row.
-void make_runs(const Layout& l, const Strip& strip, const Progression& z, const Progression& y,
-               const Residue& s, std::vector<Run>* runs) {
+// The reduction of one output row: runs [begin[i], begin[i + 1]) are window position i along x.
+struct Reduction {
+  std::vector<Run> runs;
+  std::vector<size_t> begin;
+};
+void make_reduction(const Layout& l, const Strip& strip, const Progression& z, const Progression& y,
+                    Reduction* reduction) {
   const Problem& p = l.p;
-  runs->clear();
-  for (int64_t i = 0; i < s.win; ++i) {
-    const int64_t q = i * s.dilation - s.pad - strip.first_col;
+  std::vector<Run>& runs = reduction->runs;
+  runs.clear();
+  reduction->begin.assign(1, 0);
+  for (int64_t i = 0; i < l.win; ++i) {
+    const int64_t q = i * l.dilation;
     const int64_t column = l.in_place ? q : q % l.advance * l.lane + q / l.advance;
     for (int64_t u = 0; u < y.n; ++u) {
       for (int64_t d = 0; d < z.n; ++d) {
-        const int64_t tap = ((s.first + i * s.step) * p.win[1] + y.first + u * y.step) * p.win[0] +
-                            z.first + d * z.step;
-        const int64_t a = tap * p.c;
+        const int64_t a =
+            ((i * p.win[1] + y.first + u * y.step) * p.win[0] + z.first + d * z.step) * p.c;
         const int64_t b =
-            d * strip.plane + (y.at + u * y.at_step - strip.first_row) * strip.row + column;
-        if (!runs->empty() && runs->back().a + runs->back().len == a &&
-            runs->back().b + runs->back().len * strip.channel == b) {
-          runs->back().len += p.c;
+            d * strip.plane + (y.at + u * y.at_step) % strip.slots * strip.row + column;
+        if (runs.size() > reduction->begin.back() && runs.back().a + runs.back().len == a &&
+            runs.back().b + runs.back().len * strip.channel == b) {
+          runs.back().len += p.c;
         } else {
-          runs->push_back({a, b, p.c});
+          runs.push_back({a, b, p.c});
         }
       }
     }
+    reduction->begin.push_back(runs.size());
   }
 }
 
@@ -213,14 +248,13 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const Layout l = make_layout(problem, e.target, params);
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  Problem apart = p;  // the outputs of one residue
+  Problem apart = p;  // the outputs of one class
   apart.y.sp[2] *= l.period;
-  const bool direct_store = apart.y.sp[2] == 1 && p.y.k >= l.pixels;
+  const bool direct_store = apart.y.sp[2] == 1;
   float* w = e.workspace;
   float* scratch = w + l.w_floats;
-  const int64_t own = l.strip_floats + round_up(l.tile_floats, 16);
-  const int64_t reduction = p.reduction();
-  gather_filters(p, o.w, w);
+  const int64_t own = l.strip_floats + l.tile_floats;
+  gather_filters(l, o.w, w);
 
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
@@ -233,68 +267,82 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     const int64_t g = task / l.col_blocks / l.row_blocks / p.out[0] / p.n;
     const int64_t y0 = rb * l.rows;
     const int64_t y1 = std::min(y0 + l.rows, p.out[1]);
-    const int64_t t0 = cb * l.cols;
-    const int64_t t1 = std::min(t0 + l.cols, l.pixels);
+    const int64_t lane0 = l.lane_begin + cb * l.cols;
+    const int64_t lane1 = std::min(lane0 + l.cols, l.lane_end);
     float* strip_data = scratch + worker * own;
     float* tile = strip_data + l.strip_floats;
     const float* x = o.x + n * p.x.n + g * p.x.g;
 
     const Progression z = window_positions(p, 0, oz);
-    int64_t in0 = p.in[1];
-    int64_t in1 = 0;
-    for (int64_t oy = y0; oy < y1; ++oy) {
-      const Progression y = window_positions(p, 1, oy);
-      if (y.n == 0) continue;
-      in0 = std::min(in0, y.at);
-      in1 = std::max(in1, y.at + (y.n - 1) * y.at_step + 1);
-    }
-    const Columns cols = columns(p, l.period, t0, t1);
-    Strip strip{};
-    if (l.in_place) {
-      strip = {x + z.at * p.x.sp[0], z.at_step * p.x.sp[0], p.x.sp[1], p.x.c, 0, 0};
-    } else {
-      if (z.n > 0 && cols.count > 0) {
-        fill_strip(l, k, x, z, in0, std::max(in0, in1), cols, strip_data);
-      }
-      // Offsets are those of output t0: the strip begins at its first column.
-      strip = {strip_data, l.in_rows * p.c * l.row,    p.c * l.row, l.row,
-               in0,        cols.first - t0 * l.advance};
-    }
+    const Columns cols = columns(l, lane0, lane1);
+    Strip strip{x + z.at * p.x.sp[0] + cols.first, z.at_step * p.x.sp[0], p.x.sp[1], p.x.c,
+                p.in[1]};
+    if (!l.in_place) strip = {strip_data, l.in_rows * p.c * l.row, p.c * l.row, l.row, l.in_rows};
+    int64_t filled = 0;  // input rows before this one are in their slots, or were
 
-    std::vector<Run> runs;
+    Reduction reduction;
+    const int64_t product_rows = l.product_rows();
+    const int64_t vectors = ceil_div(lane1 - lane0, l.width);
+    const int64_t tiles = ceil_div(vectors, l.nv);
     for (int64_t oy = y0; oy < y1; ++oy) {
       const Progression y = window_positions(p, 1, oy);
-      for (int64_t r = 0; r < l.period; ++r) {
-        const Residue s = residue(p, 2, r);
-        const int64_t count = std::min(t1, s.out) - t0;
-        if (count <= 0) continue;
-        make_runs(l, strip, z, y, s, &runs);
-        const int64_t vectors = ceil_div(count, l.width);
-        const int64_t tiles = ceil_div(vectors, l.nv);
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t from = vectors * i / tiles * l.width;
-          const int64_t pixels = std::min(vectors * (i + 1) / tiles * l.width, count) - from;
-          const int64_t nv = ceil_div(pixels, l.width);
-          const int64_t feature_tiles = ceil_div(p.k, std::min<int64_t>(l.mr, k.max_mr[nv]));
-          for (int64_t f = 0; f < feature_tiles; ++f) {
-            const int64_t k0 = p.k * f / feature_tiles;
-            const int64_t features = p.k * (f + 1) / feature_tiles - k0;
-            const int64_t at = n * p.y.n + g * p.y.g + oz * p.y.sp[0] + oy * p.y.sp[1] +
-                               r * p.y.sp[2] + (t0 + from) * apart.y.sp[2] + k0 * p.y.k;
-            GemmArgs args{};
-            args.a = w + (g * p.k + k0) * reduction;
-            args.a_row = reduction;
-            args.a_step = 1;
-            args.b = strip.data + from + (l.in_place ? t0 : 0);
-            args.b_step = strip.channel;
-            args.runs = runs.data();
-            args.n_runs = static_cast<int64_t>(runs.size());
-            args.cols = pixels;
-            args.c = direct_store ? o.y + at : tile;
-            args.c_row = direct_store ? p.y.k : nv * l.width;
+      if (!l.in_place && y.n > 0) {
+        // From where the window begins, not from its first row on real input: with rhs_dilation the
+        // next output row may need earlier ones.
+        const int64_t begin =
+            std::max<int64_t>(0, ceil_div(oy * p.stride[1] - p.pad[1], p.lhs_dilation[1]));
+        const int64_t end = y.at + (y.n - 1) * y.at_step + 1;
+        fill_strip(l, k, x, z, std::max(filled, begin), end, cols, strip_data);
+        filled = std::max(filled, end);
+      }
+      make_reduction(l, strip, z, y, &reduction);
+      const int64_t y_row = n * p.y.n + g * p.y.g + oz * p.y.sp[0] + oy * p.y.sp[1];
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t from = vectors * i / tiles * l.width;
+        const int64_t pixels = std::min(vectors * (i + 1) / tiles * l.width, lane1 - lane0) - from;
+        const int64_t nv = ceil_div(pixels, l.width);
+        const int64_t row_tiles = ceil_div(product_rows, std::min<int64_t>(l.mr, k.max_mr[nv]));
+        for (int64_t f = 0; f < row_tiles; ++f) {
+          const int64_t m0 = product_rows * f / row_tiles;
+          const int64_t m1 = product_rows * (f + 1) / row_tiles;
+          // To y itself where all pixels of the tile are outputs next to each other there.
+          const Class& only = l.classes[m0 / p.k];
+          const bool to_y = direct_store && l.lanes() == only.out;
+          const int64_t y_at = y_row + m0 * p.y.k + lane0 + from;
+          GemmArgs args{};
+          args.a = w + (g * product_rows + m0) * l.filter;
+          args.a_row = l.filter;
+          args.a_step = 1;
+          args.b = strip.data + from;
+          args.b_step = strip.channel;
+          args.cols = pixels;
+          args.c = to_y ? o.y + y_at : tile;
+          args.c_row = to_y ? p.y.k : nv * l.width;
+          // Rows of later classes have fewer window positions, the last of them: the others go on.
+          int64_t done = 0;
+          for (int64_t rows = m1 - m0; rows > 0;) {
+            const int64_t win = l.classes[(m0 + rows - 1) / p.k].win;
+            args.runs = reduction.runs.data() + reduction.begin[done];
+            args.n_runs = static_cast<int64_t>(reduction.begin[win] - reduction.begin[done]);
+            args.load = rows < m1 - m0 ? 1 : 0;
             // In place, nothing of the input may follow the last pixel.
-            (l.in_place ? k.strided : k.packed)[nv][features](&args);
-            finish(apart, k, o, args.c, args.c_row, features, pixels, g, k0, at);
+            (l.in_place ? k.strided : k.packed)[nv][rows](&args);
+            done = win;
+            while (rows > 0 && l.classes[(m0 + rows - 1) / p.k].win == win) --rows;
+          }
+          for (int64_t m = m0; m < m1;) {
+            const Class& s = l.classes[m / p.k];
+            const int64_t features = std::min(m1, (m / p.k + 1) * p.k) - m;
+            // The lanes of this tile that are outputs of this class.
+            const int64_t t = lane0 + from + s.shift;
+            const int64_t begin = std::max<int64_t>(0, -t);
+            const int64_t end = std::min(pixels, s.out - t);
+            if (end > begin) {
+              finish(apart, k, o, args.c + (m - m0) * args.c_row + begin, args.c_row, features,
+                     end - begin, g, m % p.k,
+                     y_row + s.residue * p.y.sp[2] + (t + begin) * apart.y.sp[2] + m % p.k * p.y.k);
+            }
+            m += features;
           }
         }
       }
@@ -305,38 +353,67 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
 
 std::string rejects(const Problem& p) {
   if (p.chunk_rows > 0) return "the reduction is chunked (weight gradient)";
-  if (residue_period(p, 2) > 64) return "more than 64 residues of the output columns";
+  const int64_t period = residue_period(p, 2);
+  if (period > 64) return "more than 64 residues of the output columns";
+  if (period > 1 && period * p.stride[2] != p.lhs_dilation[2]) {
+    return "stride that neither divides lhs_dilation nor is a multiple of it";
+  }
   return {};
 }
 
+// Modelled cycles of one reduction step of a tile of mr rows and nv vectors of pixels.
+double step_cycles(const Layout& l, const Kernels& k, int64_t mr, int64_t nv) {
+  const Problem& p = l.p;
+  const auto as_double = [](int64_t v) { return static_cast<double>(v); };
+  // A window position along x reads what the last one read, moved by a pixel: from the first-level
+  // cache if that holds a tile's part of all rows and channels. A vector of the strip touches two
+  // lines.
+  const int64_t rows =
+      ceil_div(p.win[1], p.lhs_dilation[1]) * ceil_div(p.win[0], p.lhs_dilation[0]) * p.c;
+  const int64_t lines = nv * k.width / 16 + 1;
+  const bool stays = rows * lines * 64 <= caches().l1 * 3 / 4;
+  const double from_l2 =
+      3.0 * as_double(lines) / (stays ? as_double(std::max<int64_t>(1, l.win)) : 1.0);
+  const double arithmetic = std::max(as_double(mr * nv) / 2.0, 4.0);
+  return std::max(arithmetic, from_l2) + 0.45 * as_double(mr) + 1.1 * as_double(nv);
+}
+
+double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64_t nv_limit) {
+  const int64_t vectors = ceil_div(std::min(l.cols, l.lanes()), l.width);
+  const int64_t tiles = ceil_div(vectors, nv_limit);
+  const int64_t nv = ceil_div(vectors, tiles);
+  const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
+  const int64_t mr = ceil_div(l.product_rows(), row_tiles);
+  return static_cast<double>(tiles * row_tiles) * step_cycles(l, k, mr, nv);
+}
+
 Params defaults(const Problem& problem, const Target& t) {
-  const Problem p = collapse(problem);
-  const int64_t pixels = ceil_div(p.out[2], residue_period(p, 2));
-  const Tile tile = best_tile(*t.kernels, p.k, pixels);
+  const Kernels& k = *t.kernels;
   Params params{};
-  params[kPlanarMr] = tile.mr;
-  params[kPlanarNv] = tile.nv;
-  params[kPlanarRows] = 1;
+  params[kPlanarMr] = params[kPlanarNv] = params[kPlanarRows] = 1;
+  const Layout l = make_layout(problem, t, params);
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t nv = 1; nv <= kMaxNv; ++nv) {
+    if (k.max_mr[nv] == 0) continue;
+    const double cycles = product_cycles(l, k, k.max_mr[nv], nv);
+    if (cycles >= best * 0.999) continue;
+    best = cycles;
+    params[kPlanarMr] = k.max_mr[nv];
+    params[kPlanarNv] = nv;
+  }
   const auto strip = [&] { return make_layout(problem, t, params).strip_floats; };
   const int64_t limit =
       std::min(kStripLimit, caches().l2 / static_cast<int64_t>(sizeof(float)) / 2);
-  while (strip() > limit) {
-    const int64_t cols = params[kPlanarCols] == 0 ? pixels : params[kPlanarCols];
-    const int64_t vector = tile.nv * t.kernels->width;
-    if (cols <= vector) break;
-    params[kPlanarCols] = round_up(ceil_div(cols, 2), vector);
-    if (params[kPlanarCols] >= cols) break;
+  const int64_t vector = params[kPlanarNv] * k.width;
+  for (int64_t cols = l.lanes(); strip() > limit && cols > vector;) {
+    cols = round_up(ceil_div(cols, 2), vector);
+    params[kPlanarCols] = cols;
   }
-  // Rows of a block share what they read: as many as fit, and a block for every thread.
+  // Consecutive rows share what they read; some blocks for every thread.
   const int64_t threads = useful_threads(problem, t.threads);
-  const int64_t most = ceil_div(p.out[1] * p.g * p.n * p.out[0], threads);
-  for (const int64_t rows : {2, 4, 8, 16, 32}) {
-    if (rows > std::min(most, p.out[1])) break;
-    Params more = params;
-    more[kPlanarRows] = rows;
-    if (make_layout(problem, t, more).strip_floats > limit) break;
-    params = more;
-  }
+  const int64_t others = l.p.g * l.p.n * l.p.out[0];
+  params[kPlanarRows] =
+      threads == 1 ? 0 : ceil_div(l.p.out[1], std::min(l.p.out[1], ceil_div(4 * threads, others)));
   return params;
 }
 
@@ -345,43 +422,29 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   if (nv < 1 || nv > kMaxNv || t.kernels->max_mr[nv] == 0) return "nv: no such tile";
   if (params[kPlanarMr] < 1 || params[kPlanarMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
   if (params[kPlanarRows] < 0 || params[kPlanarCols] < 0) return "rows, cols: negative";
-  Params least = params;
-  least[kPlanarRows] = 1;
-  const int64_t limit = std::max(kStripLimit, make_layout(p, t, least).strip_floats);
-  if (make_layout(p, t, params).strip_floats > limit) {
-    return "rows: the strip is larger than its limit";
-  }
   return {};
 }
 
 int64_t workspace(const Problem& p, const Target& t, const Params& params) {
   const Layout l = make_layout(p, t, params);
-  return l.w_floats + (l.strip_floats + round_up(l.tile_floats, 16)) * useful_threads(p, t.threads);
+  return l.w_floats + (l.strip_floats + l.tile_floats) * useful_threads(p, t.threads);
 }
 
 double cost(const Problem& problem, const Target& t, const Params& params) {
   const Layout l = make_layout(problem, t, params);
   const Problem& p = l.p;
   const auto as_double = [](int64_t v) { return static_cast<double>(v); };
-  const Kernels& k = *t.kernels;
-  const double rows = as_double(p.g * p.n * p.out[0] * p.out[1] * std::min(l.period, p.out[2]));
-  double taps = as_double(p.reduction());
-  for (int d = 0; d < 3; ++d) taps /= as_double(p.lhs_dilation[d]);
-  const int64_t vectors = ceil_div(l.pixels, l.width);
-  const int64_t tiles = ceil_div(vectors, l.nv);
-  const int64_t nv = ceil_div(vectors, tiles);
-  const int64_t feature_tiles = ceil_div(p.k, std::min<int64_t>(l.mr, k.max_mr[nv]));
-  const int64_t mr = ceil_div(p.k, feature_tiles);
-  // Vectors of the strip are not aligned: half of the loads touch two lines.
-  const double step = tile_step_cycles(k, mr, nv) + 0.5 * as_double(nv);
-  double total =
-      rows * as_double(tiles * feature_tiles) * (taps * step + 20.0 + as_double(mr * nv));
+  const double rows = as_double(p.g * p.n * p.out[0] * p.out[1]);
+  const double taps = as_double(l.filter) / as_double(p.lhs_dilation[1] * p.lhs_dilation[0]);
+  double total = rows * as_double(l.col_blocks) * (taps + 4.0) *
+                 product_cycles(l, *t.kernels, params[kPlanarMr], params[kPlanarNv]);
   if (!l.in_place) {
-    const double blocks = as_double(p.g * p.n * p.out[0] * l.row_blocks * l.col_blocks);
-    const double floats = blocks * as_double(l.strip_floats);
+    const double blocks = as_double(p.g * p.n * p.out[0] * l.col_blocks);
+    const double rows_read = as_double(p.in[1] + (l.row_blocks - 1) * l.in_rows);
+    const double floats = blocks * rows_read * as_double(std::min(p.win[0], p.in[0]) * p.c * l.row);
     total += floats * (p.x.sp[2] == 1 && l.advance == 1 ? 2.0 / as_double(l.width) : 0.8);
   }
-  if (l.period != 1 || p.y.sp[2] != 1) total += rows * as_double(l.pixels * p.k);
+  if (l.period != 1 || p.y.sp[2] != 1) total += rows * as_double(p.out[2] * p.k);
   return total + 2.0 * as_double(l.w_floats);
 }
 
@@ -394,8 +457,10 @@ const Algorithm& algorithm_planar() {
       "this project; residues after arXiv 2209.03704",
       {{"mr", "output features of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
        {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
-       {"rows", "output rows per block; 0: all", {1, 2, 4, 8, 16, 32}},
-       {"cols", "output pixels of a residue per block; 0: the whole row", {0, 64, 128, 256}}},
+       {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
+       {"cols",
+        "lanes (output pixels of a residue) per block; 0: the whole row",
+        {0, 64, 128, 256}}},
       rejects,
       defaults,
       check,

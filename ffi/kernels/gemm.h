@@ -50,6 +50,7 @@ void gemm_tile(const GemmArgs* g) {
       JAXWIN_UNROLL
       for (int v = 0; v < NV; ++v) {
         bv[v] = (kStrided && v + 1 == NV) ? load(b + v * kWidth, tail) : load(b + v * kWidth);
+        keep(&bv[v]);
       }
       JAXWIN_UNROLL
       for (int r = 0; r < MR; ++r) {

@@ -21,6 +21,11 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
+// Keeps a value in a register: in tiles of few rows GCC otherwise folds the load of B into every
+// multiplication, and vectors that touch two cache lines are paid for each time.
+#define JAXWIN_KEEP(constraint) \
+  inline void keep(V* a) { asm("" : "+" constraint(a->v)); }
+
 #if defined(__AVX512F__)
 
 inline constexpr int kWidth = 16;
@@ -28,6 +33,7 @@ inline constexpr int kRegisters = 32;
 struct V {
   __m512 v;
 };
+JAXWIN_KEEP("v")
 struct Mask {
   __mmask16 m;
 };
@@ -71,6 +77,7 @@ inline constexpr int kRegisters = 16;
 struct V {
   __m256 v;
 };
+JAXWIN_KEEP("x")
 struct Mask {
   __m256i m;
 };
@@ -114,6 +121,7 @@ inline constexpr int kRegisters = 16;
 struct V {
   __m128 v;
 };
+JAXWIN_KEEP("x")
 struct Mask {
   int64_t n;
 };
@@ -183,6 +191,7 @@ inline V permute(V a, const int32_t* index) {
 }
 
 #endif
+#undef JAXWIN_KEEP
 
 }  // namespace
 }  // namespace jaxwin::JAXWIN_TARGET
