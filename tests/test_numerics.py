@@ -12,7 +12,7 @@ import reference
 from jax import lax
 
 import jaxwin
-from jaxwin import _registry
+from jaxwin import _ffi, _registry
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 ISAS = [row["name"] for row in _registry.registry()["isas"] if row["runnable"]]
@@ -126,6 +126,32 @@ def test_nonfinite_values_spread_as_in_lax(value: float, where: str, groups: int
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
         np.testing.assert_array_equal(np.isposinf(a), np.isposinf(b))
         np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((5, 0), (0, 6))])
+def test_padding_multiplies_nonfinite_filters_in_every_algorithm(value, padding) -> None:
+    """Rows on padding are skipped; a filter value that is not finite must be felt all the same."""
+    problem = problems.make(2, 5, 18, (7, 6), (3, 3), padding=padding)
+    rng = np.random.default_rng(8)
+    for tap in np.ndindex(3, 3):
+        x, w = problems.operands(problem, rng)
+        w[(*tap, 2, 4)] = value
+        theirs = np.asarray(lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=NHWC))
+        for name, candidate in _ffi.candidates(problem.native()).items():
+            if "rejected" in candidate:
+                continue
+            base = candidate["params"]
+            variants = [base]
+            if name in ("im2win", "im2col"):  # the ways to pack, and the whole tensor at once
+                variants += [[*base[:5], pack, 0] for pack in range(3)] + [[*base[:6], 1]]
+            for params in variants:
+                label = f"{name} {params}"
+                y = problems.run(problem, x, w, name, threads=2, params=tuple(params))
+                np.testing.assert_array_equal(np.isnan(y), np.isnan(theirs), err_msg=label)
+                np.testing.assert_array_equal(np.isposinf(y), np.isposinf(theirs), err_msg=label)
+                relu = problems.run(problem, x, w, name, params=tuple(params), activation="relu")
+                np.testing.assert_array_equal(relu, np.maximum(y, 0), err_msg=label)
 
 
 def test_denormals_are_flushed_on_every_thread() -> None:

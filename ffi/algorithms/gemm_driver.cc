@@ -3,6 +3,8 @@
 #include "algorithms/gemm_driver.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -222,8 +224,17 @@ void fill_columns(const Layout& l, const Kernels& k, const float* x, int64_t r, 
   }
 }
 
-// The reduction as runs over A and B, cut at multiples of kc.
-std::vector<std::vector<Run>> make_runs(const Layout& l) {
+// Window positions along z and y that an output row reads from the input; the others are padding.
+struct Real {
+  int64_t z0, z1, y0, y1;
+
+  bool operator==(const Real& o) const {
+    return z0 == o.z0 && z1 == o.z1 && y0 == o.y0 && y1 == o.y1;
+  }
+};
+
+// The reduction over these positions as runs over A and B, cut at multiples of kc.
+std::vector<std::vector<Run>> make_runs(const Layout& l, const Real& real) {
   const Problem& p = l.p;
   const int64_t taps = p.window();
   std::vector<std::vector<Run>> blocks(ceil_div(l.reduction, l.kc));
@@ -249,6 +260,7 @@ std::vector<std::vector<Run>> make_runs(const Layout& l) {
     const int64_t z = tap % p.win[0];
     const int64_t y = (tap / p.win[0]) % p.win[1];
     const int64_t v = tap / (p.win[0] * p.win[1]);
+    if (z < real.z0 || z >= real.z1 || y < real.y0 || y >= real.y1) continue;
     int64_t a = 0;
     switch (l.lowering) {
       case Lowering::kDirect:
@@ -280,33 +292,77 @@ std::vector<std::vector<Run>> make_runs(const Layout& l) {
   return blocks;
 }
 
+// Output rows that read the same window positions share their runs. A position on padding adds
+// fma(0, w, sum) = sum, so leaving it out changes no bit where w is finite.
+struct RowKinds {
+  std::vector<Real> real;
+  std::vector<std::vector<std::vector<Run>>> runs;  // of a kind, of a kc block
+  std::vector<int64_t> first_row;                   // of a kind, in [0, out_rows)
+  std::vector<int64_t> of_row;                      // in [0, out_rows)
+  bool skips = false;                               // some kind leaves positions out
+  bool covers = true;                               // every position is in some kind
+};
+RowKinds make_row_kinds(const Layout& l) {
+  const Problem& p = l.p;
+  const auto range = [&](int d, int64_t o) {  // of window positions inside the input
+    const int64_t base = o * p.stride[d] - p.pad[d];
+    const int64_t rd = p.rhs_dilation[d];
+    const int64_t begin = std::clamp<int64_t>(base >= 0 ? 0 : ceil_div(-base, rd), 0, p.win[d]);
+    const int64_t end =
+        std::clamp<int64_t>(p.in[d] <= base ? 0 : ceil_div(p.in[d] - base, rd), begin, p.win[d]);
+    return std::array<int64_t, 2>{begin, end};
+  };
+  RowKinds kinds;
+  kinds.of_row.resize(l.out_rows);
+  std::vector<bool> covered(p.win[0] * p.win[1], false);
+  for (int64_t r = 0; r < l.out_rows; ++r) {
+    const auto z = range(0, r / p.out[1]);
+    const auto y = range(1, r % p.out[1]);
+    const Real real{z[0], z[1], y[0], y[1]};
+    const auto known = std::find(kinds.real.begin(), kinds.real.end(), real);
+    kinds.of_row[r] = known - kinds.real.begin();
+    if (known != kinds.real.end()) continue;
+    kinds.real.push_back(real);
+    kinds.runs.push_back(make_runs(l, real));
+    kinds.first_row.push_back(r);
+    for (int64_t i = z[0]; i < z[1]; ++i) {
+      for (int64_t u = y[0]; u < y[1]; ++u) covered[i * p.win[1] + u] = true;
+    }
+    kinds.skips = kinds.skips || (z[1] - z[0]) * (y[1] - y[0]) < p.win[0] * p.win[1];
+  }
+  kinds.covers = std::find(covered.begin(), covered.end(), false) == covered.end();
+  return kinds;
+}
+
 struct Block {  // one block of A rows, ready for the micro-kernel
   const float* a;
   int64_t row_stride;  // between output rows
   int64_t rows, cols;
+  int64_t first_row;  // in [0, all_rows)
 };
 
-// One panel of features against a block: rows x cols pixels, the reduction `runs`.
+// One panel of features against a block: rows x cols pixels, block kb of the reduction.
 void multiply(const Layout& l, const Kernels& k, const Block& block, const float* b,
-              const std::vector<Run>& runs, int64_t features, bool load, float* c,
-              const int64_t* c_rows, int64_t c_pixel) {
+              const RowKinds& kinds, int64_t kb, int64_t features, float* c, const int64_t* c_rows,
+              int64_t c_pixel) {
   const int64_t nv = ceil_div(features, l.width);
   // The strided kernel also masks what it reads of B: in place, nothing may follow the features.
   const bool strided = l.a_step != 1 || (l.pack == kInPlace && features % l.width != 0);
   const int64_t mr_max = std::min<int64_t>(l.mr, k.max_mr[nv]);
   GemmArgs args{};
   args.b = b;
-  args.runs = runs.data();
-  args.n_runs = static_cast<int64_t>(runs.size());
   args.a_row = l.pixel_stride;
   args.a_step = l.a_step;
   args.b_step = l.pack != kInPlace ? l.panel : l.p.w.c;
   args.c_row = c_pixel;
   args.cols = features;
-  args.load = load ? 1 : 0;
+  args.load = kb > 0 ? 1 : 0;
   // Tiles of nearly equal height: 55 pixels are 14 + 14 + 14 + 13.
   const int64_t tiles = ceil_div(block.cols, mr_max);
   for (int64_t r = 0; r < block.rows; ++r) {
+    const auto& runs = kinds.runs[kinds.of_row[(block.first_row + r) % l.out_rows]][kb];
+    args.runs = runs.data();
+    args.n_runs = static_cast<int64_t>(runs.size());
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t j0 = block.cols * t / tiles;
       const int64_t mr = block.cols * (t + 1) / tiles - j0;
@@ -415,8 +471,9 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const Layout l = make_layout(problem, e.target, params, lowering);
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  const auto blocks = make_runs(l);
-  const auto n_blocks = static_cast<int64_t>(blocks.size());
+  const RowKinds kinds = make_row_kinds(l);
+  const int64_t n_blocks = ceil_div(l.reduction, l.kc);
+  std::atomic<bool> suspicious{!kinds.covers};
   float* packed = e.workspace;
   float* full = packed + l.packed_floats;
   float* scratch = full + l.full_floats;
@@ -470,6 +527,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     block.cols = j1 - j0;
     block.rows = r1 - r0;
     block.row_stride = l.strip_row;
+    block.first_row = r0;
     block.a = l.full != 0 ? full + (g * l.all_rows + r0) * l.strip_row : strip;
     if (lowering == Lowering::kWindow && l.full == 0) {
       for (int64_t r = r0; r < r1; ++r) {
@@ -491,7 +549,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
       if (lowering != Lowering::kDirect) {
-        multiply(l, k, block, b, blocks[kb], features, kb > 0, c, c_rows.data(), c_pixel);
+        multiply(l, k, block, b, kinds, kb, features, c, c_rows.data(), c_pixel);
         return;
       }
       // Row by row: the rows of a block need not be evenly spaced.
@@ -499,15 +557,24 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         const int64_t y = r % l.out_rows;
         Block row = block;
         row.rows = 1;
+        row.first_row = r;
         row.a = input(g, r) + (y / p.out[1] * p.stride[0] - p.pad[0]) * p.x.sp[0] +
                 (y % p.out[1] * p.stride[1] - p.pad[1]) * p.x.sp[1] +
                 (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
-        multiply(l, k, row, b, blocks[kb], features, kb > 0, c, c_rows.data() + (r - r0), c_pixel);
+        multiply(l, k, row, b, kinds, kb, features, c, c_rows.data() + (r - r0), c_pixel);
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
-      if (!l.buffered && !o.has_epilogue()) return;
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
+      // A filter value that is not finite leaves its mark on every output that did not skip it: one
+      // pixel of each kind of row tells whether the skipped ones must be looked at.
+      for (size_t i = 0; kinds.skips && j0 == 0 && i < kinds.first_row.size(); ++i) {
+        const int64_t r = kinds.first_row[i];
+        if (r < r0 || r >= r1) continue;
+        const float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
+        if (k.all_finite(c + c_rows[r - r0], features) == 0) suspicious = true;
+      }
+      if (!l.buffered && !o.has_epilogue()) return;
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t at = output(g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
         const float* from =
@@ -537,6 +604,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
     }
   });
+  if (suspicious) add_skipped_nonfinite(p, o, e);
 }
 
 int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering) {
