@@ -692,10 +692,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   // itself: as they lie if the pixels are few, else packed a piece at a time, which stays in the
   // second-level cache where the copy of all of them would not.
   const int64_t pixels = p.n * p.pixels();
-  const int64_t fitting =
-      lowering == Lowering::kDirect
-          ? all_rows
-          : std::max<int64_t>(1, kStripLimit / std::max<int64_t>(1, row_floats));
+  const int64_t fitting = std::max<int64_t>(1, kStripLimit / std::max<int64_t>(1, row_floats));
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
                           fewest <= 2 && params[kCols] == 0 && p.k > panel;
@@ -780,8 +777,10 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     cost += rows * static_cast<double>(p.out[2]) * unit * static_cast<double>(p.win[2]) * run *
             copy * 1.5;
   } else if (p.window() > 1) {
-    // Broadcasts from rows that lie far apart miss the first-level cache more often.
-    cost *= p.x.c == 1 ? 1.03 : 1.3;
+    // Every window position is a run of its own. Rows that lie apart stay in the first-level cache
+    // as well as a strip does, channels that lie apart do not.
+    cost += rows * tiles * panels * static_cast<double>(p.window()) * 2.5;
+    if (p.x.c != 1) cost *= 1.3;
   }
   return cost;
 }
