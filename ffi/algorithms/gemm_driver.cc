@@ -42,6 +42,8 @@ struct Layout {
   int64_t unit;         // window order: floats per input column, Kd * Kh * C
   bool disjoint;        // window order: windows share no column
   int64_t strip_row;    // floats of A per output row of a block
+  // Padded rows: input rows of one (image, z) in a block, floats of one of them.
+  int64_t plane_rows, input_row;
   int64_t pixel_stride, a_step;
   bool buffered;                                      // features are not contiguous in y
   int64_t packed_floats, full_floats;                 // shared
@@ -53,6 +55,17 @@ struct Layout {
 int64_t strip_columns(const Problem& p, bool disjoint, int64_t pixels) {
   if (disjoint) return pixels * p.win[2];
   return (pixels - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+}
+
+// Padded rows: the input rows that `rows` output rows of one (image, z) read.
+int64_t rows_read(const Problem& p, int64_t rows) {
+  return std::min((rows - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1] + 1, p.in[1]);
+}
+
+// Padded rows: floats of the strip for `rows` output rows of `cols` pixels.
+int64_t padded_floats(const Problem& p, int64_t rows, int64_t cols) {
+  const int64_t planes = std::max<int64_t>(1, rows / p.out[1]) * p.win[0];
+  return planes * rows_read(p, std::min(rows, p.out[1])) * strip_columns(p, false, cols) * p.c;
 }
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params,
@@ -75,6 +88,17 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.rows = l.full != 0 ? 1 : params[kRows] == 0 ? l.all_rows : std::min(params[kRows], l.all_rows);
   l.cols = l.full != 0 || params[kCols] == 0 ? p.out[2] : std::min(params[kCols], p.out[2]);
   l.row_blocks = ceil_div(l.all_rows, l.rows);
+  if (lowering == Lowering::kRows) {
+    // Blocks are parts of one (image, z), or whole ones.
+    if (l.rows >= p.out[1]) {
+      l.rows = l.rows / p.out[1] * p.out[1];
+      l.row_blocks = ceil_div(l.all_rows, l.rows);
+    } else {
+      l.row_blocks = p.n * p.out[0] * ceil_div(p.out[1], l.rows);
+    }
+    l.plane_rows = rows_read(p, std::min(l.rows, p.out[1]));
+    l.input_row = strip_columns(p, false, l.cols) * p.c;
+  }
   l.col_blocks = ceil_div(p.out[2], l.cols);
   l.unit = p.win[0] * p.win[1] * p.c;
   const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
@@ -86,6 +110,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   } else if (lowering == Lowering::kWindow) {
     l.pixel_stride = (l.disjoint ? p.win[2] : p.stride[2]) * l.unit;
     l.strip_row = strip_columns(p, l.disjoint, l.cols) * l.unit;
+  } else if (lowering == Lowering::kRows) {
+    l.pixel_stride = p.stride[2] * p.c;
   } else {
     l.pixel_stride = l.full != 0 ? l.reduction : l.kc;
     l.strip_row = l.cols * l.pixel_stride;
@@ -103,8 +129,10 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
                                 : std::clamp<int64_t>(panel_floats() / (l.kc * l.panel), 1,
                                                       ceil_div(l.panels, l.panel_split));
   l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
-  const int64_t strip =
-      l.strip_row == 0 ? 0 : round_up(l.strip_row * (l.full != 0 ? p.g * l.all_rows : l.rows), 16);
+  const int64_t strip = round_up(lowering == Lowering::kRows ? padded_floats(p, l.rows, l.cols)
+                                 : l.full != 0               ? l.strip_row * p.g * l.all_rows
+                                                             : l.strip_row * l.rows,
+                                 16);
   l.full_floats = l.full != 0 ? strip : 0;
   l.strip_floats = l.full != 0 ? 0 : strip;
   l.local_floats = l.pack == kLocal ? round_up(l.group * l.panel * l.kc, 16) : 0;
@@ -198,6 +226,40 @@ void fill_window_order(const Layout& l, const Kernels& k, const float* x, int64_
   }
 }
 
+// The input rows under output rows [r0, r1), with their padding along x, channels innermost:
+// dst[image and z][window z][input row][column][channel]. Rows that are all padding are left out.
+void fill_rows(const Layout& l, const Kernels& k, const Problem& p, const float* x, int64_t r0,
+               int64_t r1, int64_t j0, int64_t j1, float* dst) {
+  const int64_t columns = strip_columns(p, false, j1 - j0);
+  const int64_t offset = j0 * p.stride[2] - p.pad[2];
+  const Range in = inside(0, columns, 1, offset, p.in[2]);
+  const bool contiguous = p.x.c == 1 && p.x.sp[2] == p.c;
+  for (int64_t r = r0; r < r1;) {  // one (image, z) after another
+    const int64_t part = r / p.out[1];
+    const int64_t end = std::min(r1, (part + 1) * p.out[1]);
+    const int64_t y0 = std::max<int64_t>(0, r % p.out[1] * p.stride[1] - p.pad[1]);
+    const int64_t y1 = std::min(p.in[1], (end - 1 - part * p.out[1]) * p.stride[1] - p.pad[1] +
+                                             (p.win[1] - 1) * p.rhs_dilation[1] + 1);
+    for (int64_t z = 0; z < p.win[0]; ++z, dst += l.plane_rows * l.input_row) {
+      const int64_t iz = part % p.out[0] * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
+      if (iz < 0 || iz >= p.in[0]) continue;
+      const float* plane = x + part / p.out[0] * p.x.n + iz * p.x.sp[0];
+      for (int64_t y = y0; y < y1; ++y) {
+        float* to = dst + (y - y0) * l.input_row;
+        const float* from = plane + y * p.x.sp[1] + (in.begin + offset) * p.x.sp[2];
+        std::memset(to, 0, in.begin * p.c * sizeof(float));
+        if (contiguous) {
+          std::memcpy(to + in.begin * p.c, from, (in.end - in.begin) * p.c * sizeof(float));
+        } else if (in.end > in.begin) {
+          k.copy(to + in.begin * p.c, p.c, from, p.x.sp[2], p.x.c, in.end - in.begin, p.c);
+        }
+        std::memset(to + in.end * p.c, 0, (columns - in.end) * p.c * sizeof(float));
+      }
+    }
+    r = end;
+  }
+}
+
 // Rows [k0, k1) of the patch matrix's reduction for pixels [j0, j1) of output row r.
 void fill_columns(const Layout& l, const Kernels& k, const float* x, int64_t r, int64_t j0,
                   int64_t j1, int64_t k0, int64_t k1, float* dst) {
@@ -266,6 +328,9 @@ std::vector<std::vector<Run>> make_runs(const Layout& l, const Real& real) {
       case Lowering::kDirect:
         a = z * p.rhs_dilation[0] * p.x.sp[0] + y * p.rhs_dilation[1] * p.x.sp[1] +
             v * p.rhs_dilation[2] * p.x.sp[2];
+        break;
+      case Lowering::kRows:
+        a = (z * l.plane_rows + y * p.rhs_dilation[1]) * l.input_row + v * p.rhs_dilation[2] * p.c;
         break;
       case Lowering::kWindow:
         a = (l.disjoint ? v : v * p.rhs_dilation[2]) * l.unit + (y * p.win[0] + z) * p.c;
@@ -514,8 +579,13 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     const int64_t cb = task / l.panel_split % l.col_blocks;
     const int64_t rb = task / l.panel_split / l.col_blocks % l.row_blocks;
     const int64_t g = task / l.panel_split / l.col_blocks / l.row_blocks;
-    const int64_t r0 = rb * l.rows;
-    const int64_t r1 = std::min(r0 + l.rows, l.all_rows);
+    int64_t r0 = rb * l.rows;
+    int64_t r1 = std::min(r0 + l.rows, l.all_rows);
+    if (lowering == Lowering::kRows && l.rows < p.out[1]) {
+      const int64_t parts = ceil_div(p.out[1], l.rows);
+      r0 = rb / parts * p.out[1] + rb % parts * l.rows;
+      r1 = std::min(r0 + l.rows, (rb / parts + 1) * p.out[1]);
+    }
     const int64_t j0 = cb * l.cols;
     const int64_t j1 = std::min(j0 + l.cols, p.out[2]);
     float* strip = scratch + worker * l.thread_floats();
@@ -536,6 +606,25 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
     }
 
+    // Where each output row begins in A, if not at equal distances.
+    std::vector<const float*> a_rows;
+    if (lowering == Lowering::kRows) fill_rows(l, k, p, input(g, 0), r0, r1, j0, j1, strip);
+    if (lowering == Lowering::kRows || lowering == Lowering::kDirect) a_rows.resize(block.rows);
+    for (int64_t r = r0; r < r1 && !a_rows.empty(); ++r) {
+      const int64_t y = r % p.out[1] * p.stride[1] - p.pad[1];
+      if (lowering == Lowering::kRows) {
+        const int64_t part = r / p.out[1];
+        const int64_t top = std::max(r0, part * p.out[1]) % p.out[1] * p.stride[1] - p.pad[1];
+        a_rows[r - r0] = strip + ((part - r0 / p.out[1]) * p.win[0] * l.plane_rows + y -
+                                  std::max<int64_t>(0, top)) *
+                                     l.input_row;
+      } else {
+        a_rows[r - r0] = input(g, r) +
+                         (r % l.out_rows / p.out[1] * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+                         y * p.x.sp[1] + (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
+      }
+    }
+
     std::vector<int64_t> c_rows(block.rows);
     for (int64_t r = r0; r < r1; ++r) {
       c_rows[r - r0] =
@@ -548,19 +637,15 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
                                           : o.w + g * p.w.g + panel * l.panel;
       float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
-      if (lowering != Lowering::kDirect) {
+      if (a_rows.empty()) {
         multiply(l, k, block, b, kinds, kb, features, c, c_rows.data(), c_pixel);
         return;
       }
-      // Row by row: the rows of a block need not be evenly spaced.
       for (int64_t r = r0; r < r1; ++r) {
-        const int64_t y = r % l.out_rows;
         Block row = block;
         row.rows = 1;
         row.first_row = r;
-        row.a = input(g, r) + (y / p.out[1] * p.stride[0] - p.pad[0]) * p.x.sp[0] +
-                (y % p.out[1] * p.stride[1] - p.pad[1]) * p.x.sp[1] +
-                (j0 * p.stride[2] - p.pad[2]) * p.x.sp[2];
+        row.a = a_rows[r - r0];
         multiply(l, k, row, b, kinds, kb, features, c, c_rows.data() + (r - r0), c_pixel);
       }
     };
@@ -681,6 +766,13 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
       if (pixels < tile.mr) params[kCols] = pixels;
       row_floats = strip_columns(p, disjoint, params[kCols]) * unit;
     }
+  } else if (lowering == Lowering::kRows) {
+    int64_t cols = p.out[2];
+    while (padded_floats(p, 1, cols) > kStripLimit && cols > tile.mr) {
+      cols = round_up(ceil_div(cols, 2), tile.mr);
+    }
+    if (cols < p.out[2]) params[kCols] = cols;
+    row_floats = std::min(p.stride[1], p.in[1]) * strip_columns(p, false, cols) * p.c * p.win[0];
   } else if (lowering == Lowering::kColumns) {
     params[kKc] = std::min<int64_t>(p.reduction(), 512);
     params[kCols] = std::min<int64_t>(p.out[2], 8 * tile.mr);
@@ -692,7 +784,14 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   // itself: as they lie if the pixels are few, else packed a piece at a time, which stays in the
   // second-level cache where the copy of all of them would not.
   const int64_t pixels = p.n * p.pixels();
-  const int64_t fitting = std::max<int64_t>(1, kStripLimit / std::max<int64_t>(1, row_floats));
+  int64_t fitting = std::max<int64_t>(1, kStripLimit / std::max<int64_t>(1, row_floats));
+  if (lowering == Lowering::kRows) {
+    const int64_t cols = params[kCols] == 0 ? p.out[2] : params[kCols];
+    if (fitting >= p.out[1]) fitting = fitting / p.out[1] * p.out[1];
+    while (fitting > 1 && padded_floats(p, fitting, cols) > kStripLimit) {
+      fitting = fitting > p.out[1] ? fitting - p.out[1] : ceil_div(fitting, 2);
+    }
+  }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
                           fewest <= 2 && params[kCols] == 0 && p.k > panel;
@@ -738,7 +837,8 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kPack] == kInPlace && p.w.k != 1) {
     return "pack: reading the filters in place needs contiguous features";
   }
-  if (params[kFull] != 0 && (params[kFull] != 1 || lowering == Lowering::kDirect)) {
+  const bool has_full = lowering == Lowering::kWindow || lowering == Lowering::kColumns;
+  if (params[kFull] != 0 && (params[kFull] != 1 || !has_full)) {
     return "full: 0 or 1";
   }
   const double floats = static_cast<double>(p.g * p.n * p.out[0] * p.out[1]) *
@@ -746,8 +846,8 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
                         static_cast<double>(p.stride[2]) * static_cast<double>(p.reduction());
   if (params[kFull] != 0 && floats > 1e12) return "full: too large";
   const Layout l = make_layout(problem, t, params, lowering);
-  if (lowering != Lowering::kDirect && params[kFull] == 0 &&
-      l.strip_row * l.rows > kStripLimit + l.strip_row) {
+  const int64_t least = lowering == Lowering::kRows ? padded_floats(p, 1, l.cols) : l.strip_row;
+  if (l.strip_floats > kStripLimit + least) {
     return "rows, cols: the strip is larger than its limit";
   }
   return {};
@@ -776,10 +876,17 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   } else if (lowering == Lowering::kColumns) {
     cost += rows * static_cast<double>(p.out[2]) * unit * static_cast<double>(p.win[2]) * run *
             copy * 1.5;
+  } else if (lowering == Lowering::kRows) {
+    const Layout l = make_layout(problem, t, params, lowering);
+    const double blocks = static_cast<double>(p.g * l.row_blocks * l.col_blocks);
+    const double columns = static_cast<double>(padded_floats(p, l.rows, l.cols) / p.c);
+    cost += blocks * columns *
+            (p.x.c == 1 && p.x.sp[2] == p.c ? static_cast<double>(p.c) / width : run) * copy;
+    cost += rows * tiles * panels * static_cast<double>(p.window());
   } else if (p.window() > 1) {
     // Every window position is a run of its own. Rows that lie apart stay in the first-level cache
     // as well as a strip does, channels that lie apart do not.
-    cost += rows * tiles * panels * static_cast<double>(p.window()) * 2.5;
+    cost += rows * tiles * panels * static_cast<double>(p.window());
     if (p.x.c != 1) cost *= 1.3;
   }
   return cost;
@@ -799,7 +906,7 @@ std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
        {0, 1, 2}},
       {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
   };
-  if (lowering != Lowering::kDirect) specs.back().values = {0, 1};
+  if (lowering == Lowering::kWindow || lowering == Lowering::kColumns) specs.back().values = {0, 1};
   return specs;
 }
 

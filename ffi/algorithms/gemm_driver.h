@@ -11,6 +11,7 @@ namespace jaxwin {
 
 enum class Lowering {
   kDirect,   // A is the input itself
+  kRows,     // A is a copy of the input rows with their padding, channels innermost
   kWindow,   // A is a strip in window order: im2win
   kColumns,  // A is the explicit patch matrix: im2col
 };
