@@ -882,11 +882,11 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     const double columns = static_cast<double>(padded_floats(p, l.rows, l.cols) / p.c);
     cost += blocks * columns *
             (p.x.c == 1 && p.x.sp[2] == p.c ? static_cast<double>(p.c) / width : run) * copy;
-    cost += rows * tiles * panels * static_cast<double>(p.window());
+    cost += rows * tiles * panels * 0.5 * static_cast<double>(p.window());
   } else if (p.window() > 1) {
     // Every window position is a run of its own. Rows that lie apart stay in the first-level cache
     // as well as a strip does, channels that lie apart do not.
-    cost += rows * tiles * panels * static_cast<double>(p.window());
+    cost += rows * tiles * panels * 0.5 * static_cast<double>(p.window());
     if (p.x.c != 1) cost *= 1.3;
   }
   return cost;
