@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
+from jax._src import effects as _effects
 from jax._src import linear_util as _lu
 from jax._src import mesh as _mesh
 from jax._src import sharding_impls as _sharding_impls
@@ -79,8 +80,37 @@ def derive_rules(source: Any, target: Any, derive: Callable[[Any], Any]) -> None
 
 # --- lowering --------------------------------------------------------------------------------
 
-# lax's own CPU rule, taken before anybody can have replaced it through jaxwin.
-_LAX_CPU_ENTRY: Any = _mlir._platform_specific_lowerings["cpu"][lax_conv_p]
+
+def register_lowering(primitive: Any, cpu: Callable[..., Any], other: Callable[..., Any]) -> None:
+    """Makes `cpu` and `other` the lowering rules of `primitive`, called where it stands.
+
+    By default JAX lowers equal operations once, in a function of its own, where a rule cannot see
+    what its operands come from. Where it does not, in programs for several platforms it can call
+    one rule only (jax 0.10): so there is one, which chooses.
+    """
+    rule = _rule_by_platform(primitive, {"cpu": cpu}, other)
+    _mlir.register_lowering(primitive, rule, cacheable=False)
+
+
+def _rule_by_platform(
+    primitive: Any, rules: dict[str, Callable[..., Any]], default: Callable[..., Any]
+) -> Callable[..., Any]:
+    def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+        widened = ctx.replace(avals_out=list(ctx.avals_out))
+        return _mlir.lower_per_platform(
+            widened, str(primitive), rules, default, _effects.no_effects, *args, **params
+        )
+
+    return rule
+
+
+# lax's own rules, taken before anybody can have replaced them through jaxwin.
+_LAX_RULES: dict[str, Any] = {
+    platform: rules[lax_conv_p]
+    for platform, rules in _mlir._platform_specific_lowerings.items()
+    if lax_conv_p in rules
+}
+_LAX_DEFAULT_RULE: Any = _mlir._lowerings[lax_conv_p]
 
 
 def lower_through_lax(ctx: Any, lhs: Any, rhs: Any, **conv_params: Any) -> Sequence[Any]:
@@ -89,28 +119,26 @@ def lower_through_lax(ctx: Any, lhs: Any, rhs: Any, **conv_params: Any) -> Seque
     It stays that rule while `jaxwin.install()` is in force, so a fallback cannot recurse.
     `ctx.avals_in` and `ctx.avals_out` must be those of the convolution.
     """
-    result: Sequence[Any] = _LAX_CPU_ENTRY.rule(ctx, lhs, rhs, **conv_params)
+    entry = _LAX_RULES.get("cpu", _LAX_DEFAULT_RULE)
+    result: Sequence[Any] = entry.rule(ctx, lhs, rhs, **conv_params)
     return result
-
-
-def register_cpu_lowering(primitive: Any, rule: Callable[..., Any]) -> None:
-    """Makes `rule` the CPU lowering of `primitive`, called where each operation stands.
-
-    By default JAX lowers equal operations once, in a function of its own, where a rule cannot see
-    what its operands come from.
-    """
-    _mlir.register_lowering(primitive, rule, platform="cpu", cacheable=False)
 
 
 def replace_lax_cpu_lowering(rule: Callable[..., Any]) -> None:
     """Makes `rule` the CPU lowering of lax's convolution primitive."""
-    register_cpu_lowering(lax_conv_p, rule)
+    for platform in _LAX_RULES:
+        del _mlir._platform_specific_lowerings[platform][lax_conv_p]
+    rules = {platform: entry.rule for platform, entry in _LAX_RULES.items()} | {"cpu": rule}
+    by_platform = _rule_by_platform(lax_conv_p, rules, _LAX_DEFAULT_RULE.rule)
+    _mlir.register_lowering(lax_conv_p, by_platform, cacheable=False)
     require_devices(lax_conv_p)
 
 
 def restore_lax_cpu_lowering() -> None:
     """Undoes `replace_lax_cpu_lowering`."""
-    _mlir._platform_specific_lowerings["cpu"][lax_conv_p] = _LAX_CPU_ENTRY
+    for platform, entry in _LAX_RULES.items():
+        _mlir._platform_specific_lowerings[platform][lax_conv_p] = entry
+    _mlir._lowerings[lax_conv_p] = _LAX_DEFAULT_RULE
     _mlir._uncacheable_primitives.discard(lax_conv_p)
     _dispatch.prim_requires_devices_during_lowering.discard(lax_conv_p)
 

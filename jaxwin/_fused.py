@@ -354,5 +354,4 @@ fused_conv_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[fused_conv_p] = _jvp
 batching.primitive_batchers[fused_conv_p] = _batch
 _compat.require_devices(fused_conv_p)
-mlir.register_lowering(fused_conv_p, _lower_decomposed)
-_compat.register_cpu_lowering(fused_conv_p, _lower_on_cpu)
+_compat.register_lowering(fused_conv_p, _lower_on_cpu, _lower_decomposed)

@@ -72,7 +72,8 @@ def _without_reversal(rhs: Any, spatial: Sequence[int]) -> tuple[Any, tuple[int,
     owner = rhs.owner if isinstance(rhs, ir.OpResult) else None
     if owner is None or owner.name != "stablehlo.reverse":
         return rhs, ()
-    dimensions = tuple(int(d) for d in owner.attributes["dimensions"])
+    attribute: Any = owner.attributes["dimensions"]
+    dimensions = tuple(int(d) for d in attribute)
     if not set(dimensions) <= set(spatial):
         return rhs, ()
     return owner.operands[0], dimensions

@@ -385,8 +385,7 @@ def _register() -> None:
     conv_p.def_effectful_abstract_eval(_compat.lax_conv_p.abstract_eval)
     _compat.derive_rules(_compat.lax_conv_p, conv_p, _derive)
     _compat.require_devices(conv_p)
-    mlir.register_lowering(conv_p, _lower_to_lax_primitive)
-    _compat.register_cpu_lowering(conv_p, lower_on_cpu)
+    _compat.register_lowering(conv_p, lower_on_cpu, _lower_to_lax_primitive)
 
 
 _register()

@@ -21,8 +21,11 @@ def clean():
     yield
     uninstall()
     assert not is_installed()
-    entry = _compat._mlir._platform_specific_lowerings["cpu"][_compat.lax_conv_p]
-    assert entry is _compat._LAX_CPU_ENTRY
+    mlir = _compat._mlir
+    assert mlir._lowerings[_compat.lax_conv_p] is _compat._LAX_DEFAULT_RULE
+    for platform, entry in _compat._LAX_RULES.items():
+        assert mlir._platform_specific_lowerings[platform][_compat.lax_conv_p] is entry
+    assert _compat.lax_conv_p not in mlir._uncacheable_primitives
 
 
 @pytest.fixture
@@ -213,3 +216,27 @@ def test_symbolic_batch_size_exports(operands):
     with installed():
         exported = jax.export.export(jax.jit(conv))(*like)
     close(exported.call(x, w), conv(x, w))
+
+
+def test_input_gradient_reads_the_filter_backwards(operands):
+    x, w = operands
+
+    def gradient(x, w):
+        return jax.grad(lambda x: conv(x, w).sum())(x)
+
+    with installed():
+        compiled = jax.jit(gradient).lower(x, w).compile()
+    assert "reverse(" not in compiled.as_text()
+    close(compiled(x, w), gradient(x, w))
+
+
+def test_export_for_several_platforms(operands):
+    x, w = operands
+    want = conv(x, w)
+    checks = _primitive.export_safety_checks()
+    with installed():
+        exported = jax.export.export(
+            jax.jit(conv), platforms=("cpu", "cuda", "tpu"), disabled_checks=checks
+        )(x, w)
+    assert "jaxwin_conv" in exported.mlir_module()
+    close(exported.call(x, w), want)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jaxwin
 from jaxwin import _compat
 from jaxwin._primitive import (
     conv_general_dilated,
@@ -410,6 +411,21 @@ def test_export(problem, platforms):
         for c in (again.call, bound(lax.conv_general_dilated, problem))
     ]
     close(*gradients)
+
+
+@pytest.mark.parametrize("problem", ["dense", "strided", "dilated", "transposed", "depthwise"])
+def test_input_gradient_makes_no_reversed_copy_of_the_filter(problem):
+    x, w = operands(problem)
+    f = bound(conv_general_dilated, problem)
+
+    def gradient(f):
+        return jax.jit(lambda x, w: jax.vjp(lambda x: f(x, w), x)[1](jnp.ones_like(f(x, w))))
+
+    compiled = gradient(f).lower(x, w).compile()
+    assert "reverse(" not in compiled.as_text()
+    close(compiled(x, w), gradient(bound(lax.conv_general_dilated, problem))(x, w))
+    rows = list(jaxwin.explain(gradient(f), x, w))
+    assert any(any(row.problem.rhs_reversal) for row in rows)
 
 
 EXPORTED = """
