@@ -30,7 +30,18 @@ REFERENCES = [name for name in ("baseline", "avx2") if ISAS[name]["runnable"]]
 _CANARY = np.float32(1.2345e30)
 
 _POINTERS = ("a", "b", "c", "runs")
-_NUMBERS = ("n_runs", "a_row", "a_step", "b_step", "c_row", "cols", "load", "add")
+_NUMBERS = (
+    "n_runs",
+    "a_row",
+    "a_step",
+    "b_step",
+    "c_row",
+    "cols",
+    "load",
+    "add",
+    "blocks",
+    "b_block",
+)
 
 
 class GemmArgs(ctypes.Structure):
@@ -170,14 +181,16 @@ def test_gemm(kernels: Kernels, mr: int, nv: int, strided: int) -> None:
 @pytest.mark.parametrize("pixels", range(1, ISAS["avx512"]["max_pixels"] + 1))
 def test_lanes(kernels: Kernels, pixels: int) -> None:
     rng = np.random.default_rng(pixels)
-    for cols in (1, WIDTH - 3, WIDTH):
+    for cols in (1, WIDTH - 3, WIDTH, 2 * WIDTH + 5):
         runs = guarded(np.array([(7, 2 * WIDTH, 1), (0, 0, 1), (3, WIDTH, 1)], np.int64))
         a_row, c_row = cols + 1, cols + 2
+        blocks, b_block = -(-cols // WIDTH), 3 * WIDTH + 2
         a = _matrix(rng, (pixels - 1) * a_row + 7 + cols)
-        b = _matrix(rng, 3 * WIDTH)
+        b = _matrix(rng, blocks * b_block - 2)
         start = np.full((pixels - 1) * c_row + cols, _CANARY)
         c = guarded(start)
-        arguments = _gemm_args(a, b, c, runs, a_row=a_row, c_row=c_row, cols=cols)
+        numbers = {"a_row": a_row, "c_row": c_row, "blocks": blocks, "b_block": b_block}
+        arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
         kernels.emulated("lanes", pixels, arguments, buffers=(a, b, c, runs))
         for isa in REFERENCES:
             width = ISAS[isa]["width"]
@@ -186,10 +199,11 @@ def test_lanes(kernels: Kernels, pixels: int) -> None:
                 for j in range(0, cols, width):
                     piece = _gemm_args(
                         a[p * a_row + j :],
-                        b[j:],
+                        b[j // WIDTH * b_block + j % WIDTH :],
                         expected[p * c_row + j :],
                         runs,
                         cols=min(width, cols - j),
+                        blocks=1,
                     )
                     kernels.native(isa, "lanes", 1, piece)
             _same(c, expected, f"{isa} cols {cols}")

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "algorithms/gemm_driver.h"
 
@@ -91,19 +92,6 @@ struct Forward {
 // The lanes of a block lie side by side in the input.
 bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1; }
 
-// The output positions [begin, end) of one dimension whose window touches no padding.
-struct Inside {
-  int64_t begin, end;
-
-  Inside(const Problem& p, int d) {
-    const int64_t span = (p.win[d] - 1) * p.rhs_dilation[d] + 1;
-    begin = p.pad[d] <= 0 ? 0 : std::min(p.out[d], ceil_div(p.pad[d], p.stride[d]));
-    const int64_t room = p.in[d] + p.pad[d] - span;  // largest offset of a window inside
-    end = room < 0 ? begin : std::clamp(room / p.stride[d] + 1, begin, p.out[d]);
-  }
-  bool holds(int64_t o) const { return o >= begin && o < end; }
-};
-
 Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   Forward f{};
   f.width = t.kernels->width;
@@ -118,14 +106,132 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   f.in_cols = (f.cols - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
   f.column = p.c * f.width;
   f.w_floats = f.blocks * p.reduction() * f.width;
-  if (f.strip || p.touches_padding()) {
+  if (f.strip) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
   }
-  f.buffer_floats = p.y.k == 1 ? 0 : round_up(std::max(f.rows, f.cols) * f.width, 16);
+  f.buffer_floats =
+      p.y.k == 1 ? 0 : round_up((f.strip ? std::max(f.rows, f.cols) : f.pixels) * f.width, 16);
   return f;
 }
 
+// packed[block][tap][channel][lane]
+void pack_filters(const Problem& p, const Forward& f, const float* w, const Threads& pool,
+                  float* packed) {
+  const int64_t reduction = p.reduction();
+  const int64_t features = p.g * p.k;
+  pool.run(f.blocks, [&](int64_t block, int64_t) {
+    float* dst = packed + block * reduction * f.width;
+    const int64_t f0 = block * f.width;
+    const int64_t lanes = std::min(f.width, features - f0);
+    for (int64_t r = 0; r < reduction; ++r, dst += f.width) {
+      const int64_t tap = r / p.c;
+      const int64_t z = tap % p.win[0];
+      const int64_t y = tap / p.win[0] % p.win[1];
+      const int64_t v = tap / p.win[0] / p.win[1];
+      const float* from = w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
+      for (int64_t l = 0; l < f.width; ++l) dst[l] = l < lanes ? from[(f0 + l) * p.w.k] : 0.0F;
+    }
+  });
+}
+
+// Depthwise, channels side by side in the input: a few pixels at a time, all channels of them, so
+// that memory is walked in its order. Window positions on padding are left out.
+void run_in_place(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+  const Forward f = make_forward(p, e.target, params);
+  const Kernels& k = *e.target.kernels;
+  const Problem flat = flatten_groups(p);
+  Problem flat_along_y = flat;  // output lines that run along y
+  flat_along_y.y.sp[2] = p.y.sp[1];
+  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  float* packed = e.workspace;
+  float* scratch = packed + round_up(f.w_floats, 16);
+  pack_filters(p, f, o.w, pool, packed);
+
+  pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
+    const int64_t rblock = task % f.row_blocks;
+    const int64_t oz = task / f.row_blocks % p.out[0];
+    const int64_t n = task / f.row_blocks / p.out[0];
+    const int64_t r1 = std::min((rblock + 1) * f.rows, p.out[1]);
+    float* buffer = scratch + worker * f.thread_floats();
+    const Progression z = window_positions(p, 0, oz);
+    std::vector<Run> runs;
+    const auto make_runs = [&](const Progression& y, const Progression& v) {
+      runs.clear();
+      for (int64_t iv = v.first; iv < v.first + v.n; ++iv) {
+        for (int64_t iy = y.first; iy < y.first + y.n; ++iy) {
+          for (int64_t iz = z.first; iz < z.first + z.n; ++iz) {
+            runs.push_back({iz * p.rhs_dilation[0] * p.x.sp[0] +
+                                iy * p.rhs_dilation[1] * p.x.sp[1] +
+                                iv * p.rhs_dilation[2] * p.x.sp[2],
+                            ((iv * p.win[1] + iy) * p.win[0] + iz) * f.width, 1});
+          }
+        }
+      }
+    };
+    // `pixels` outputs from (r, j) on, along y or x, all channels, by `runs`.
+    const auto compute = [&](int64_t r, int64_t j, int64_t pixels, bool along_y) {
+      const float* a = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+                       (r * p.stride[1] - p.pad[1]) * p.x.sp[1] +
+                       (j * p.stride[2] - p.pad[2]) * p.x.sp[2];
+      const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2];
+      const Problem& line = along_y ? flat_along_y : flat;
+      GemmArgs args{};
+      args.runs = runs.data();
+      args.n_runs = static_cast<int64_t>(runs.size());
+      args.a_row = along_y ? p.stride[1] * p.x.sp[1] : p.stride[2] * p.x.sp[2];
+      args.c_row = p.y.k == 1 ? line.y.sp[2] : f.width;
+      const int64_t tiles = ceil_div(pixels, f.pixels);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i0 = pixels * t / tiles;
+        const int64_t count = pixels * (t + 1) / tiles - i0;
+        // All channels at once, or a vector of them at a time through the buffer.
+        const int64_t blocks = p.y.k == 1 ? f.blocks : 1;
+        for (int64_t block = 0; block < f.blocks; block += blocks) {
+          const int64_t k0 = block * f.width;
+          const int64_t y_at = at + i0 * line.y.sp[2] + k0 * p.y.k;
+          args.a = a + i0 * args.a_row + k0;
+          args.b = packed + k0 * p.window();
+          args.b_block = p.window() * f.width;
+          args.c = p.y.k == 1 ? o.y + y_at : buffer;
+          args.blocks = blocks;
+          args.cols = std::min(blocks * f.width, flat.k - k0);
+          k.lanes[count](&args);
+          if (p.y.k != 1 || o.has_epilogue()) {
+            finish_rows(line, k, o, args.c, args.c_row, count, args.cols, 0, k0, y_at);
+          }
+        }
+      }
+    };
+
+    // Columns whose windows lie inside the input; the others are done one by one.
+    int64_t ja = 0;
+    int64_t jb = p.out[2];
+    while (ja < jb && window_positions(p, 2, ja).n < p.win[2]) ++ja;
+    while (jb > ja && window_positions(p, 2, jb - 1).n < p.win[2]) --jb;
+    for (int64_t r = rblock * f.rows; r < r1;) {
+      // Rows that see the same part of the window.
+      const Progression y = window_positions(p, 1, r);
+      int64_t end = r + 1;
+      for (; end < r1; ++end) {
+        const Progression other = window_positions(p, 1, end);
+        if (other.first != y.first || other.n != y.n) break;
+      }
+      if (ja < jb) make_runs(y, window_positions(p, 2, ja));
+      for (int64_t row = r; row < end && ja < jb; ++row) compute(row, ja, jb - ja, false);
+      for (const auto& [from, to] : {std::pair{int64_t{0}, ja}, std::pair{jb, p.out[2]}}) {
+        for (int64_t j = from; j < to; ++j) {
+          make_runs(y, window_positions(p, 2, j));
+          compute(r, j, end - r, true);
+        }
+      }
+      r = end;
+    }
+  });
+  add_skipped_nonfinite(p, o, e);
+}
+
+// Any layout and groups, through padded and expanded copies of the input.
 void run_forward(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
   const Forward f = make_forward(p, e.target, params);
   const Kernels& k = *e.target.kernels;
@@ -136,40 +242,20 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
   const int64_t reduction = p.reduction();
   float* packed = e.workspace;
   float* scratch = packed + round_up(f.w_floats, 16);
+  pack_filters(p, f, o.w, pool, packed);
 
-  // packed[block][tap][channel][lane]
-  pool.run(f.blocks, [&](int64_t block, int64_t) {
-    float* dst = packed + block * reduction * f.width;
-    const int64_t f0 = block * f.width;
-    const int64_t lanes = std::min(f.width, flat.k - f0);
-    for (int64_t r = 0; r < reduction; ++r, dst += f.width) {
-      const int64_t tap = r / p.c;
-      const int64_t z = tap % p.win[0];
-      const int64_t y = tap / p.win[0] % p.win[1];
-      const int64_t v = tap / p.win[0] / p.win[1];
-      const float* from = o.w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
-      for (int64_t l = 0; l < f.width; ++l) dst[l] = l < lanes ? from[(f0 + l) * p.w.k] : 0.0F;
-    }
-  });
-
-  // The window's positions, in a strip and in the input itself.
-  std::vector<Run> strip_runs;
-  std::vector<Run> input_runs;
+  // The window's positions in a strip.
+  std::vector<Run> runs;
   for (int64_t r = 0; r < reduction; ++r) {
     const int64_t tap = r / p.c;
     const int64_t z = tap % p.win[0];
     const int64_t y = tap / p.win[0] % p.win[1];
     const int64_t v = tap / p.win[0] / p.win[1];
-    strip_runs.push_back(
+    runs.push_back(
         {((z * f.in_rows + y * p.rhs_dilation[1]) * f.in_cols + v * p.rhs_dilation[2]) * f.column +
              (r % p.c) * f.width,
          r * f.width, 1});
-    input_runs.push_back({z * p.rhs_dilation[0] * p.x.sp[0] + y * p.rhs_dilation[1] * p.x.sp[1] +
-                              v * p.rhs_dilation[2] * p.x.sp[2],
-                          r * f.width, 1});
   }
-  // Output positions whose whole window lies inside the input.
-  const Inside inside[3] = {Inside(p, 0), Inside(p, 1), Inside(p, 2)};
 
   const int64_t tasks = p.n * f.blocks * p.out[0] * f.row_blocks * f.col_blocks;
   pool.run(tasks, [&](int64_t task, int64_t worker) {
@@ -193,7 +279,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
 
     // `pixels` outputs from (r, j) along y or x, from A rows at `a`, a_row floats apart.
     const auto compute = [&](int64_t r, int64_t j, int64_t pixels, bool along_y, const float* a,
-                             int64_t a_row, const std::vector<Run>& runs) {
+                             int64_t a_row) {
       const int64_t at =
           n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] + block * f.width * p.y.k;
       const Problem& line = along_y ? flat_along_y : flat;
@@ -205,6 +291,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       args.a_row = a_row;
       args.c_row = p.y.k == 1 ? line.y.sp[2] : f.width;
       args.cols = lanes;
+      args.blocks = 1;
       const int64_t tiles = ceil_div(pixels, f.pixels);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i0 = pixels * t / tiles;
@@ -218,66 +305,41 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       }
     };
 
-    // Output rows [r0, r1), pixels [j0, j1), through a padded copy of what they read.
-    const auto through_strip = [&](int64_t r0, int64_t r1, int64_t j0, int64_t j1) {
-      if (r0 >= r1 || j0 >= j1) return;
-      const int64_t rows = (r1 - r0 - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1] + 1;
-      const int64_t columns = (j1 - j0 - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
-      const int64_t ix0 = j0 * p.stride[2] - p.pad[2];
-      const int64_t left = std::clamp<int64_t>(-ix0, 0, columns);
-      const int64_t right = std::clamp<int64_t>(p.in[2] - ix0, left, columns);
-      for (int64_t z = 0; z < p.win[0]; ++z) {
-        const int64_t iz = oz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t iy = r0 * p.stride[1] - p.pad[1] + r;
-          float* to = strip + (z * f.in_rows + r) * f.in_cols * f.column;
-          if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) {
-            std::memset(to, 0, columns * f.column * sizeof(float));
-            continue;
-          }
-          std::memset(to, 0, left * f.column * sizeof(float));
-          if (right > left) {
-            const float* row = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (ix0 + left) * p.x.sp[2];
-            fill_lanes(k, s, row, p.x.sp[2], right - left, to + left * f.column, f.column,
-                       strip + f.strip_floats);
-          }
-          std::memset(to + right * f.column, 0, (columns - right) * f.column * sizeof(float));
+    // A padded copy of what the outputs read.
+    const int64_t rows = (r1 - r0 - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1] + 1;
+    const int64_t columns = (j1 - j0 - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+    const int64_t ix0 = j0 * p.stride[2] - p.pad[2];
+    const int64_t left = std::clamp<int64_t>(-ix0, 0, columns);
+    const int64_t right = std::clamp<int64_t>(p.in[2] - ix0, left, columns);
+    for (int64_t z = 0; z < p.win[0]; ++z) {
+      const int64_t iz = oz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t iy = r0 * p.stride[1] - p.pad[1] + r;
+        float* to = strip + (z * f.in_rows + r) * f.in_cols * f.column;
+        if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) {
+          std::memset(to, 0, columns * f.column * sizeof(float));
+          continue;
         }
-      }
-      const int64_t down = p.stride[1] * f.in_cols * f.column;
-      const int64_t right_step = p.stride[2] * f.column;
-      if (r1 - r0 > j1 - j0) {  // a border of few columns: pixels below each other
-        for (int64_t j = j0; j < j1; ++j) {
-          compute(r0, j, r1 - r0, true, strip + (j - j0) * right_step, down, strip_runs);
+        std::memset(to, 0, left * f.column * sizeof(float));
+        if (right > left) {
+          const float* row = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (ix0 + left) * p.x.sp[2];
+          fill_lanes(k, s, row, p.x.sp[2], right - left, to + left * f.column, f.column,
+                     strip + f.strip_floats);
         }
-        return;
+        std::memset(to + right * f.column, 0, (columns - right) * f.column * sizeof(float));
       }
-      for (int64_t r = r0; r < r1; ++r) {
-        compute(r, j0, j1 - j0, false, strip + (r - r0) * down, right_step, strip_runs);
+    }
+    const int64_t down = p.stride[1] * f.in_cols * f.column;
+    const int64_t right_step = p.stride[2] * f.column;
+    if (r1 - r0 > j1 - j0) {  // a border of few columns: pixels below each other
+      for (int64_t j = j0; j < j1; ++j) {
+        compute(r0, j, r1 - r0, true, strip + (j - j0) * right_step, down);
       }
-    };
-
-    if (f.strip) {
-      through_strip(r0, r1, j0, j1);
       return;
     }
-    // The inner part in place; above, below, left and right of it through strips.
-    const bool any = inside[0].holds(oz);
-    const int64_t ra = any ? std::clamp(inside[1].begin, r0, r1) : r1;
-    const int64_t rb = any ? std::clamp(inside[1].end, ra, r1) : r1;
-    const int64_t ja = std::clamp(inside[2].begin, j0, j1);
-    const int64_t jb = std::clamp(inside[2].end, ja, j1);
-    through_strip(r0, ra, j0, j1);
-    through_strip(ra, rb, j0, ja);
-    for (int64_t r = ra; r < rb && ja < jb; ++r) {
-      compute(r, ja, jb - ja, false,
-              x + block * f.width + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
-                  (r * p.stride[1] - p.pad[1]) * p.x.sp[1] +
-                  (ja * p.stride[2] - p.pad[2]) * p.x.sp[2],
-              p.stride[2] * p.x.sp[2], input_runs);
+    for (int64_t r = r0; r < r1; ++r) {
+      compute(r, j0, j1 - j0, false, strip + (r - r0) * down, right_step);
     }
-    through_strip(ra, rb, jb, j1);
-    through_strip(rb, r1, j0, j1);
   });
 }
 
@@ -438,6 +500,15 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   params[kLanesPixels] = t.kernels->max_pixels;
   params[kLanesStrip] = p.chunk_rows == 0 && readable_in_place(p) ? 0 : 1;
   if (p.chunk_rows > 0) return params;
+  const int64_t threads = useful_threads(p, t.threads);
+  if (params[kLanesStrip] == 0) {
+    params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
+    const int64_t others = p.n * p.out[0];
+    params[kLanesRows] = threads == 1 || others >= 4 * threads
+                             ? 0
+                             : ceil_div(p.out[1], ceil_div(4 * threads, others));
+    return params;
+  }
   // A strip of at most a quarter of the second-level cache, and some tasks for every thread.
   const int64_t limit = caches().l2 / 4 / static_cast<int64_t>(sizeof(float));
   const int64_t column = p.c * t.kernels->width;
@@ -452,7 +523,6 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   params[kLanesCols] = cols;
   const int64_t row = p.win[0] * ((cols - 1) * p.stride[2] + window_cols) * column * p.stride[1];
   int64_t rows = std::clamp<int64_t>((limit - rows1 * row / p.stride[1]) / row, 1, p.out[1]);
-  const int64_t threads = useful_threads(p, t.threads);
   const int64_t others = p.n * ceil_div(p.g * p.k, t.kernels->width) * p.out[0];
   if (threads > 1 && others < 4 * threads) {
     rows = std::min(rows, ceil_div(p.out[1], ceil_div(4 * threads, others)));
@@ -484,21 +554,23 @@ void lanes_run(const Problem& p, const Params& params, const Operands& o, const 
   if (p.chunk_rows > 0) {
     run_grad(p, o, e);
   } else {
-    run_forward(p, params, o, e);
+    (params[kLanesStrip] != 0 ? run_forward : run_in_place)(p, params, o, e);
   }
 }
 
 double lanes_cost(const Problem& p, const Target& t, const Params&) {
   const double vectors = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width));
   const double taps = static_cast<double>(p.n * p.pixels()) * static_cast<double>(p.reduction());
-  return vectors * taps * 0.9;  // one load per fma
+  // One load per fma; several channels per group are copied into lanes first.
+  const double channels = static_cast<double>(p.chunk_rows > 0 ? 1 : p.c);
+  return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
 }
 
 std::vector<ParamSpec> lanes_param_specs() {
   return {
       {"rows", "output rows per block; 0: all", {0, 1, 2, 4, 8, 16}},
       {"cols", "output pixels per block; 0: the whole row", {0, 28, 56, 112, 448}},
-      {"pixels", "output pixels of the register tile", {4, 6, 8, 10, 12, 14, 16}},
+      {"pixels", "output pixels of the register tile", {2, 4, 6, 8, 10, 12, 14, 16}},
       {"strip", "1: a padded copy of the block's input; 0: read in place but at borders", {0, 1}},
   };
 }

@@ -26,7 +26,7 @@ constexpr void fill_tile(Kernels& k) {
 template <int P>
 constexpr void fill_lanes(Kernels& k) {
   if constexpr (P > 0) {
-    k.lanes[P] = lanes_tile_full<P>;
+    k.lanes[P] = lanes_tile<P>;
     k.lanes_grad[P] = lanes_grad_tile<P>;
     fill_lanes<P - 1>(k);
   }

@@ -37,12 +37,15 @@ struct GemmArgs {
   int64_t cols;  // (NV - 1) * W < cols <= NV * W
   int64_t load;
   int64_t add;
+  int64_t blocks;   // LanesFn only
+  int64_t b_block;  // LanesFn only
 };
 using GemmFn = void (*)(const GemmArgs*);
 
-// Channels as lanes: for p < P pixels, j < cols <= W:
+// Channels as lanes, `blocks` vectors of them: for p < P pixels, j < cols:
 //   C[p, j] = chain over runs t of X[p, t, j] * B[t, j]   (Run.len is not used)
-//   X[p, t, j] = a[p * a_row + run[t].a + j],  B[t, j] = b[run[t].b + j]
+//   X[p, t, j] = a[p * a_row + run[t].a + j],  B[t, j] = b[j / W * b_block + run[t].b + j % W]
+// where (blocks - 1) * W < cols <= blocks * W. Reads of B: whole vectors.
 using LanesFn = void (*)(const GemmArgs*);
 
 // Weight gradient with channels as lanes: for q < Q accumulators, j < cols <= W:

@@ -10,48 +10,46 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-template <int P>
-void lanes_tile(const GemmArgs* g) {
+template <int P, bool kWhole>
+void lanes_block(const GemmArgs* g, const float* a, const float* b, float* c, Mask tail) {
   V acc[P];
   JAXWIN_UNROLL
   for (int p = 0; p < P; ++p) acc[p] = zero();
   constexpr int kBases = (P + 3) / 4;
   const int64_t row = g->a_row;
-  const Mask tail = make_mask(g->cols);
-  for (int64_t t = 0; t < g->n_runs; ++t) {
-    const V w = load(g->b + g->runs[t].b);
+  const Run* const end = g->runs + g->n_runs;
+  for (const Run* run = g->runs; run != end; ++run) {
+    const V w = load(b + run->b);
     const float* base[kBases];
     JAXWIN_UNROLL
-    for (int q = 0; q < kBases; ++q) base[q] = g->a + g->runs[t].a + q * 4 * row;
+    for (int q = 0; q < kBases; ++q) base[q] = a + run->a + q * 4 * row;
     JAXWIN_UNROLL
-    for (int p = 0; p < P; ++p) acc[p] = fma(load(base[p / 4] + (p % 4) * row, tail), w, acc[p]);
+    for (int p = 0; p < P; ++p) {
+      const float* at = base[p / 4] + (p % 4) * row;
+      acc[p] = fma(kWhole ? load(at) : load(at, tail), w, acc[p]);
+    }
   }
   JAXWIN_UNROLL
-  for (int p = 0; p < P; ++p) store(g->c + p * g->c_row, acc[p], tail);
+  for (int p = 0; p < P; ++p) {
+    if (kWhole) {
+      store(c + p * g->c_row, acc[p]);
+    } else {
+      store(c + p * g->c_row, acc[p], tail);
+    }
+  }
 }
 
-// The same with whole vectors: no masks in the loop.
 template <int P>
-void lanes_tile_full(const GemmArgs* g) {
-  if (g->cols < kWidth) {
-    lanes_tile<P>(g);
-    return;
+void lanes_tile(const GemmArgs* g) {
+  const int64_t whole = g->cols / kWidth;
+  const Mask tail = make_mask(g->cols - whole * kWidth);
+  for (int64_t i = 0; i < whole; ++i) {
+    lanes_block<P, true>(g, g->a + i * kWidth, g->b + i * g->b_block, g->c + i * kWidth, tail);
   }
-  V acc[P];
-  JAXWIN_UNROLL
-  for (int p = 0; p < P; ++p) acc[p] = zero();
-  constexpr int kBases = (P + 3) / 4;
-  const int64_t row = g->a_row;
-  for (int64_t t = 0; t < g->n_runs; ++t) {
-    const V w = load(g->b + g->runs[t].b);
-    const float* base[kBases];
-    JAXWIN_UNROLL
-    for (int q = 0; q < kBases; ++q) base[q] = g->a + g->runs[t].a + q * 4 * row;
-    JAXWIN_UNROLL
-    for (int p = 0; p < P; ++p) acc[p] = fma(load(base[p / 4] + (p % 4) * row), w, acc[p]);
+  if (whole < g->blocks) {
+    lanes_block<P, false>(g, g->a + whole * kWidth, g->b + whole * g->b_block,
+                          g->c + whole * kWidth, tail);
   }
-  JAXWIN_UNROLL
-  for (int p = 0; p < P; ++p) store(g->c + p * g->c_row, acc[p]);
 }
 
 template <int Q>
