@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +84,57 @@ class Problem:
         """0: the reduction is one chain; else the window rows per chunk (numerical contract)."""
         return int(self._described.get("chunk_rows", 0))
 
+    @property
+    def direction(self) -> str:
+        """What the problem looks like: "fwd", "dx" (dilated input) or "dw" (weight gradient).
+
+        The parameters of lax do not say it: a transposed convolution is a "dx", a convolution with
+        a window larger than its output a "dw".
+        """
+        if any(d > 1 for d in self.lhs_dilation):
+            return "dx"
+        window = math.prod(self.rhs_shape[d] for d in self.rhs_spec[2:])
+        pixels = math.prod(self.out_shape[d] for d in self.out_spec[2:])
+        return "dw" if self.batch_group_count > 1 or window > pixels else "fwd"
+
+    @property
+    def key(self) -> str:
+        """The problem as text (JSON), the same for equal problems.
+
+        Fields with their default value are left out, so that a later version with more fields
+        writes the same text.
+        """
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_key(cls, text: str) -> Problem:
+        """The problem that `key` describes; the text may come from anywhere.
+
+        Raises:
+            ValueError: it describes no problem of this version.
+        """
+        try:
+            values = json.loads(text)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"problem: not JSON: {str(text)[:80]!r}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"problem: not an object: {text[:80]!r}")
+        try:
+            problem = cls(**{name: _tuples(value) for name, value in values.items()})
+        except TypeError:
+            names = {field.name for field in dataclasses.fields(cls)}
+            unknown = ", ".join(sorted(values.keys() - names))[:80]
+            wrong = f"unknown fields: {unknown}" if unknown else "fields are missing"
+            raise ValueError(f"problem: {wrong}") from None
+        if wrong := _malformed(problem):
+            raise ValueError(f"problem: {wrong}")
+        return problem
+
     def __str__(self) -> str:
         def dims(shape: Sequence[int]) -> str:
             return "x".join(map(str, shape))
@@ -115,6 +168,56 @@ class Problem:
         if self.lhs_dtype != "float32":
             parts.append(self.lhs_dtype)
         return " ".join(parts)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if type(value) is list else value
+
+
+_LIMIT = 2**62
+
+
+def _ints(value: Any, length: int, low: int) -> bool:
+    return (
+        type(value) is tuple
+        and len(value) == length
+        and (
+            not value or ({*map(type, value)} == {int} and low <= min(value) <= max(value) < _LIMIT)
+        )
+    )
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and value.isidentifier()
+
+
+def _malformed(p: Problem) -> str:
+    """Which field has not the form that its annotation and the others give it; else empty."""
+    if type(p.lhs_shape) is not tuple or not 2 <= len(p.lhs_shape) <= 64:
+        return "lhs_shape"
+    rank = len(p.lhs_shape)
+    for name in ("lhs_shape", "rhs_shape", "out_shape"):
+        if not _ints(getattr(p, name), rank, 1):
+            return name
+    for name in ("lhs_spec", "rhs_spec", "out_spec"):
+        if not _ints(getattr(p, name), rank, 0) or {*getattr(p, name)} != {*range(rank)}:
+            return name
+    for name in ("window_strides", "lhs_dilation", "rhs_dilation"):
+        if not _ints(getattr(p, name), rank - 2, 1):
+            return name
+    if type(p.padding) is not tuple or len(p.padding) != rank - 2:
+        return "padding"
+    if not all(_ints(pair, 2, -_LIMIT) for pair in p.padding):
+        return "padding"
+    if not _ints((p.feature_group_count, p.batch_group_count), 2, 1):
+        return "feature_group_count, batch_group_count"
+    if not all(map(_is_name, (p.lhs_dtype, p.rhs_dtype, p.out_dtype))):
+        return "lhs_dtype, rhs_dtype, out_dtype"
+    if type(p.bias) is not bool or type(p.residual) is not bool:
+        return "bias, residual"
+    if p.activation is not None and not _is_name(p.activation):
+        return "activation"
+    return ""
 
 
 def from_parameters(
