@@ -65,7 +65,7 @@ def untuned(problem: Problem, isa: str, threads: int) -> str:
     seen = [
         f"{file.path} ({file.state})"
         for file in _tuning.table().files
-        if file.state != "missing" or file.tier in ("environment", "user")
+        if file.state not in _tuning.ABSENT or file.tier in ("environment", "user")
     ]
     return (
         f"JAXWIN_MODE=require: no tuned row for {problem} with {isa} and {threads} threads in "

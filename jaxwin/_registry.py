@@ -68,6 +68,11 @@ def abi(algorithm: str) -> str:
     raise KeyError(algorithm)
 
 
+def kernels() -> list[str]:
+    """Every algorithm with the state of its kernels, as "algorithm abi"."""
+    return [f"{name} {abi(name)}" for name in algorithm_names()]
+
+
 @functools.cache
 def _build() -> str:
     # For a core that does not tell: any new build of it makes all measurements old.

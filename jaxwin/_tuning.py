@@ -22,6 +22,7 @@ import os
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x6A78776E  # in the header of the file: "jxwn"
 SCHEMA_VERSION = 1
 MODES = ("off", "cached", "require")
+# States of a file that nobody misses, unless it was asked for. Hidden: in a folder that is closed.
+ABSENT = ("missing", "empty", "hidden")
 
-_BUSY_SECONDS = 2.0
+_BUSY_SECONDS = 5.0
 _MAX_PARAMETERS = 4096  # characters of a row's parameters that are worth parsing
 
 
@@ -102,7 +105,7 @@ def describe_error(error: sqlite3.Error) -> tuple[str, str]:
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return "corrupt", f"is damaged ({error})"
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
         return "locked", "is locked by another process"
     if code == sqlite3.SQLITE_FULL:
         return "full", "cannot be written: the disk is full"
@@ -116,12 +119,13 @@ def check_header(path: Path, connection: sqlite3.Connection) -> int:
         Unusable: it is another program's database, or of a newer schema.
         sqlite3.Error: whatever reading its header meets.
     """
+    # In this order: where another process is just making the file, all of it appears at once.
+    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application == 0 and version == 0 and objects == 0:
         return 0
-    if application != APPLICATION_ID:
+    if application != APPLICATION_ID or version < 1:
         raise Unusable(path, "foreign", "is not a tuning database of jaxwin")
     if version > SCHEMA_VERSION:
         text = f"has schema {version}, this jaxwin knows {SCHEMA_VERSION}: upgrade jaxwin"
@@ -159,55 +163,73 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    """A connection with an open read transaction: what it sees does not change any more."""
     import sqlite3
 
     require_sqlite(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Unusable(path, "foreign", "is not a regular file")
-        with open(path, "rb"):
-            pass
+        kind = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise Unusable(path, "missing", "does not exist") from None
     except (OSError, ValueError) as error:
-        raise Unusable(path, "unreadable", f"cannot be read ({error})") from None
+        raise Unusable(path, "hidden", f"cannot be looked at ({error})") from None
+    if not stat.S_ISREG(kind):
+        raise Unusable(path, "foreign", "is not a regular file")
+    if not os.access(path, os.R_OK):
+        raise Unusable(path, "unreadable", "cannot be read: permission denied")
     uri = path.absolute().as_uri() + "?mode=ro"
-    # A file that was written with a write-ahead log needs a writable folder even to be read,
-    # unless SQLite is told that nobody writes to it. Only right where no log is left over.
-    resting = not any(
-        os.path.exists(f"{path}{suffix}") and os.path.getsize(f"{path}{suffix}")
-        for suffix in ("-wal", "-journal")
-    )
-    for address in (uri, uri + "&immutable=1"):
-        connection = sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    # A file with a write-ahead log needs a writable folder even to be read, unless SQLite is told
+    # that nobody writes to it: which is right where nobody can and no log is left over.
+    closed = not os.access(path.absolute().parent, os.W_OK)
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
         try:
-            connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-            connection.execute("PRAGMA trusted_schema = OFF")
-            version = check_header(path, connection)
-            if version == 0:
-                raise Unusable(path, "empty", "is empty")
-            if version < SCHEMA_VERSION:
-                text = (
-                    f"has the old schema {version}, this jaxwin knows {SCHEMA_VERSION}: "
-                    "`jaxwin-tune doctor --repair` upgrades it"
-                )
-                raise Unusable(path, "older", text)
-            return connection
+            return _connect_once(path, uri)
         except sqlite3.OperationalError as error:
-            connection.close()
             code = error.sqlite_errorcode & 0xFF
-            if code not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            cannot_open = code == sqlite3.SQLITE_CANTOPEN
+            if closed and (cannot_open or code == sqlite3.SQLITE_READONLY):
+                break
+            # SQLite does not wait for a writer that comes or goes.
+            busy = cannot_open or describe_error(error)[0] == "locked"
+            if not busy or time.monotonic() > deadline:
                 raise
-            if not resting:
-                text = (
-                    "holds an interrupted write that cannot be completed in a read-only folder: "
-                    "`jaxwin-tune doctor --repair` completes it where the folder is writable"
-                )
-                raise Unusable(path, "unreadable", text) from error
-        except BaseException:
-            connection.close()
-            raise
-    raise Unusable(path, "unreadable", "cannot be opened")
+        time.sleep(0.01)
+    if any(_size(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
+        text = (
+            "holds an interrupted write that cannot be completed in a read-only folder: "
+            "`jaxwin-tune doctor --repair` completes it for those who may write there"
+        )
+        raise Unusable(path, "unreadable", text)
+    return _connect_once(path, uri + "&immutable=1")
+
+
+def _connect_once(path: Path, uri: str) -> sqlite3.Connection:
+    import sqlite3
+
+    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("BEGIN")
+        version = check_header(path, connection)
+    except BaseException:
+        connection.close()
+        raise
+    if version == SCHEMA_VERSION:
+        return connection
+    connection.close()
+    if version == 0:
+        raise Unusable(path, "empty", "is empty")
+    text = f"has the old schema {version}, this jaxwin knows {SCHEMA_VERSION}"
+    raise Unusable(path, "older", f"{text}: `jaxwin-tune doctor --repair` upgrades it")
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -289,7 +311,7 @@ GROUP BY m.problem_id, m.isa, m.threads
 
 
 def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
-    kernels = [f"{name} {_registry.abi(name)}" for name in _registry.algorithm_names()]
+    kernels = json.dumps(_registry.kernels())
     rows: list[Row] = []
     bad = 0
     try:
@@ -300,9 +322,7 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
             for kind in ("same", "related"):
                 if not likeness[kind]:
                     continue
-                winners = connection.execute(
-                    _WINNERS, (json.dumps(likeness[kind]), json.dumps(kernels))
-                )
+                winners = connection.execute(_WINNERS, (json.dumps(likeness[kind]), kernels))
                 for key, algorithm, parameters, isa, threads, nanoseconds, created, _ in winners:
                     try:
                         row = Row(
@@ -486,7 +506,7 @@ def _read_files() -> Table:
     loaded = [_load_file(tier, path, here) for tier, path in files()]
     for file, _ in loaded:
         named = file.tier == "environment"
-        if file.state in ("missing", "empty") and not named:
+        if file.state in ABSENT and not named:
             continue
         if file.text:
             warnings.warn(f"jaxwin: tuning database {file.text}", RuntimeWarning, stacklevel=2)
@@ -529,7 +549,7 @@ def unused(loaded: Table, problem: Problem, isa: str, threads: int) -> list[Unus
     found = []
     for file in loaded.files:
         if file.state != "ok":
-            if file.state not in ("missing", "empty"):
+            if file.state not in ABSENT:
                 found.append(Unused("anything", file.text, file.path))
             continue
         try:

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import re
 import sqlite3
 import time
 import uuid
@@ -170,7 +171,7 @@ def _typed(cls: type[_T], values: Any) -> _T:
         raise ValueError(f"unknown fields: {', '.join(unknown)[:80]}")
     for name, value in values.items():
         if not any(_CHECKS[kind](value) for kind in fields[name].split(" | ")):
-            raise ValueError(f"{name}: {str(value)[:80]!r} is not {fields[name]}")
+            raise ValueError(f"{name}: {repr(value)[:80]} is not {fields[name]}")
     try:
         return cls(**values)
     except TypeError:
@@ -253,6 +254,10 @@ def default_path() -> Path:
     return path
 
 
+def _octal(match: re.Match[str]) -> str:
+    return chr(int(match[1], 8))
+
+
 def is_local(path: Path) -> bool:
     """Whether a file lies on a file system of this machine, as far as the system tells."""
     folder = os.path.realpath(path.parent)
@@ -261,11 +266,11 @@ def is_local(path: Path) -> bool:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             for line in file:
                 mount, _, system = line.partition(" - ")
-                point = mount.split()[4].encode().decode("unicode_escape")
+                point = re.sub(r"\\([0-7]{3})", _octal, mount.split()[4])
                 inside = folder == point or folder.startswith(point.rstrip("/") + "/")
                 if inside and len(point) >= len(best):
                     best, kind = point, system.split()[0]
-    except (OSError, IndexError, UnicodeError):
+    except (OSError, IndexError):
         return False  # unknown: the way that works everywhere
     return kind in _LOCAL_FILE_SYSTEMS
 
@@ -440,9 +445,9 @@ class Database:
             yield from read_measurements(self._connection, problem)
 
     def winners(self) -> list[dict[str, Any]]:
-        """The rows of the view `winners`."""
+        """What `read_winners` gives."""
         with self._errors():
-            return list(self.db.query("SELECT * FROM winners ORDER BY problem, brand, threads"))
+            return read_winners(self._connection)
 
     def merge(self, source: Path) -> tuple[int, int]:
         """Adds the measurements of another database; (how many it has, how many were new)."""
@@ -480,12 +485,11 @@ class Database:
             conditions.append("julianday(created) < julianday(?)")
             values.append(_utc(before))
         if stale:
-            kernels = [f"{name} {_registry.abi(name)}" for name in _registry.algorithm_names()]
             conditions.append(
                 "(algorithm <> 'xla' AND algorithm || ' ' || abi NOT IN "
                 "(SELECT value FROM json_each(?)))"
             )
-            values.append(json.dumps(kernels))
+            values.append(json.dumps(_registry.kernels()))
         if not conditions:
             raise ValueError("before, stale: one of them must be given")
         where = " OR ".join(conditions)
@@ -534,6 +538,28 @@ def read_measurements(
             values["confirmed"] = bool(values["confirmed"])
             values |= {"problem": problems[problem_id], "machine": machines[machine_id]}
             yield _typed(Measurement, values)
+
+
+_WINNERS = """
+SELECT p.text AS problem, p.direction, m.algorithm, m.parameters, m.isa, m.threads, m.ns_median,
+  m.ns_min, m.ns_mad, p.flops / m.ns_median AS gflops, c.brand, m.machine_id, m.family, m.abi,
+  m.confirmed, m.created, m.uid, min(m.preference) AS preference,
+  m.algorithm || ' ' || m.abi NOT IN (SELECT value FROM json_each(?)) AS stale
+FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
+  JOIN machines AS c ON c.id = m.machine_id
+GROUP BY m.problem_id, m.machine_id, m.isa, m.threads, m.family, stale
+ORDER BY problem, brand, threads
+"""
+
+
+def read_winners(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+    """The fastest row for each problem, machine, instruction set, thread count and family.
+
+    `stale` is 1 for the fastest of kernels that this build has not; they are apart.
+    """
+    cursor = connection.execute(_WINNERS, (json.dumps(_registry.kernels()),))
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
 class _Damaged(sqlite3.DatabaseError):

@@ -24,6 +24,7 @@ from jaxwin.tuner.database import (
     Measurement,
     default_path,
     read_measurements,
+    read_winners,
 )
 
 _EXIT_CODES = "Exit codes: 0 done, 2 wrong usage, 4 a database cannot be used."
@@ -76,15 +77,11 @@ def show(text: str | None, everything: bool, database: Path | None, as_json: boo
     here = this_machine()
     with _tuning.reading(path) as connection:
         machines = _tuning.machines(connection)
-        cursor = connection.execute("SELECT * FROM winners ORDER BY problem, brand, threads")
-        names = [column[0] for column in cursor.description]
-        rows = [dict(zip(names, row, strict=True)) for row in cursor]
+        rows = read_winners(connection)
     found = []
     for row in rows:
         machine = machines.get(row["machine_id"])
-        known = row["algorithm"] in _registry.algorithm_names()
         row["machine"] = here.likeness(machine) if machine else "other"
-        row["stale"] = not known or row["abi"] != _registry.abi(row["algorithm"])
         usable = row["machine"] != "other" and not row["stale"]
         if (everything or usable) and (text or "") in row["problem"]:
             found.append(row)
@@ -335,7 +332,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
                     entry["rows"] = _count(connection)
         except _tuning.Unusable as error:
             entry["state"] = error.state
-            if error.state == "missing" and tier != "environment":
+            if error.state in ("missing", "hidden") and tier != "environment":
                 continue
             advice = {
                 "corrupt": ": `jaxwin-tune doctor --repair` sets it aside",
