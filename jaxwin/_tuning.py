@@ -73,7 +73,7 @@ def mode() -> str:
 def named_files() -> list[Path]:
     """The files that `JAXWIN_TUNING_DB` names."""
     text = os.environ.get("JAXWIN_TUNING_DB", "")
-    return [Path(part) for part in text.split(os.pathsep) if part]
+    return [Path(os.path.expanduser(part)) for part in text.split(os.pathsep) if part]
 
 
 def user_file() -> Path | None:
