@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -174,16 +174,11 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if type(value) is list else value
 
 
-_LIMIT = 2**62
-
-
-def _ints(value: Any, length: int, low: int) -> bool:
+def _are_ints(values: Any) -> bool:
     return (
-        type(value) is tuple
-        and len(value) == length
-        and (
-            not value or ({*map(type, value)} == {int} and low <= min(value) <= max(value) < _LIMIT)
-        )
+        type(values) is tuple
+        and {*map(type, values)} <= {int}
+        and not (values and (min(values) < -_LIMIT or max(values) > _LIMIT))
     )
 
 
@@ -191,32 +186,40 @@ def _is_name(value: Any) -> bool:
     return type(value) is str and value.isidentifier()
 
 
+_LIMIT = 2**62
+# What a field may hold, by its annotation.
+_FORMS: dict[Any, Callable[[Any], bool]] = {
+    "tuple[int, ...]": _are_ints,
+    "tuple[bool, ...]": lambda v: type(v) is tuple and {*map(type, v)} <= {bool},
+    "tuple[tuple[int, int], ...]": lambda v: (
+        type(v) is tuple and all(_are_ints(pair) and len(pair) == 2 for pair in v)
+    ),
+    "int": lambda v: _are_ints((v,)),
+    "bool": lambda v: type(v) is bool,
+    "str": _is_name,
+    "str | None": lambda v: v is None or _is_name(v),
+}
+
+
 def _malformed(p: Problem) -> str:
-    """Which field has not the form that its annotation and the others give it; else empty."""
-    if type(p.lhs_shape) is not tuple or not 2 <= len(p.lhs_shape) <= 64:
+    """Which field has not the form that its annotation and the rank give it; else empty."""
+    rank = len(p.lhs_shape) if type(p.lhs_shape) is tuple else 0
+    if not 2 <= rank <= 64:
         return "lhs_shape"
-    rank = len(p.lhs_shape)
-    for name in ("lhs_shape", "rhs_shape", "out_shape"):
-        if not _ints(getattr(p, name), rank, 1):
+    for field in dataclasses.fields(p):
+        name, value = field.name, getattr(p, field.name)
+        if not _FORMS[field.type](value):
             return name
-    for name in ("lhs_spec", "rhs_spec", "out_spec"):
-        if not _ints(getattr(p, name), rank, 0) or {*getattr(p, name)} != {*range(rank)}:
+        of_arrays = name.endswith(("_shape", "_spec"))
+        if type(value) is tuple and value != field.default:
+            if len(value) != (rank if of_arrays else rank - 2):
+                return name
+        if name.endswith("_spec") and {*value} != {*range(rank)}:
             return name
-    for name in ("window_strides", "lhs_dilation", "rhs_dilation"):
-        if not _ints(getattr(p, name), rank - 2, 1):
+        if name.endswith(("_shape", "_strides", "_dilation")) and value and min(value) < 1:
             return name
-    if type(p.padding) is not tuple or len(p.padding) != rank - 2:
-        return "padding"
-    if not all(_ints(pair, 2, -_LIMIT) for pair in p.padding):
-        return "padding"
-    if not _ints((p.feature_group_count, p.batch_group_count), 2, 1):
-        return "feature_group_count, batch_group_count"
-    if not all(map(_is_name, (p.lhs_dtype, p.rhs_dtype, p.out_dtype))):
-        return "lhs_dtype, rhs_dtype, out_dtype"
-    if type(p.bias) is not bool or type(p.residual) is not bool:
-        return "bias, residual"
-    if p.activation is not None and not _is_name(p.activation):
-        return "activation"
+        if name.endswith("_count") and value < 1:
+            return name
     return ""
 
 

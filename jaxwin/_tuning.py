@@ -406,6 +406,7 @@ def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
         problem.window_strides,
         problem.lhs_dilation,
         problem.rhs_dilation,
+        problem.rhs_reversal,
         problem.lhs_spec,
         problem.rhs_spec,
         problem.out_spec,
