@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxwin import _compat, _dispatch, _ffi, _install
+from jaxwin import _compat, _dispatch, _ffi, _install, _tuning
 from jaxwin._fused import fused_conv_p
-from jaxwin._plan import Plan
+from jaxwin._plan import Decision, Plan
 from jaxwin._primitive import conv_p
 from jaxwin._problem import Problem, from_parameters
 from jaxwin._registry import registry
@@ -23,10 +23,13 @@ class ExplanationRow:
     """What dispatch decides for one convolution.
 
     count: how often it stands in the program (a loop's body counts once).
-    tier: "heuristic", "requested" or "xla". algorithm: its name, "xla" where lax computes it.
+    tier: "tuned", "transferred", "heuristic", "requested" or "xla". algorithm: its name, "xla"
+    where lax computes it.
     parameters: those of the algorithm, by name. reason: why lax computes it, else empty.
     workspace_bytes: scratch memory of one call, all threads together.
     rejected: why each of the other algorithms was not taken, by name.
+    measured: for "tuned" and "transferred" the measurement behind it, and in what its problem
+    differs from this one. unused: why other measurements of this problem were not taken.
     """
 
     problem: Problem
@@ -39,6 +42,8 @@ class ExplanationRow:
     workspace_bytes: int
     reason: str
     rejected: dict[str, str]
+    measured: str = ""
+    unused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,11 @@ class Explanation:
         ]
         total = sum(row.count for row in self.rows)
         lines.append(f"{total} convolutions, {self.fallbacks} of them computed by XLA")
+        for row in self.rows:
+            notes = [f"{row.tier}: {row.measured}"] if row.measured else []
+            notes += [f"not used: {text}" for text in row.unused]
+            if notes:
+                lines += [str(row.problem), *(f"  {note}" for note in notes)]
         return "\n".join(lines)
 
 
@@ -160,7 +170,7 @@ def _spatial(dimensions: tuple[int, ...], params: dict[str, Any]) -> tuple[int, 
 
 
 def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRow:
-    decision = _dispatch.decide(problem, **options)
+    decision = _dispatch.decide(problem, **options, enforce=False)
     if decision.plan is None:
         return _xla_row(problem, count, decision.reason, {})
     plan = decision.plan
@@ -174,6 +184,8 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
             rejected[name] = candidate["rejected"]
         elif decision.tier == "requested":
             rejected[name] = "not asked for"
+        elif decision.row is not None:
+            rejected[name] = f"not the {decision.tier} choice"
         else:
             rejected[name] = "slower by the cost model"
     return ExplanationRow(
@@ -187,7 +199,35 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
         plan.workspace_bytes,
         "",
         rejected,
+        _measured(problem, decision),
+        _unused(problem, decision, options.get("max_workspace")),
     )
+
+
+def _measured(problem: Problem, decision: Decision) -> str:
+    row, plan = decision.row, decision.plan
+    if row is None or plan is None:
+        return ""
+    if decision.tier == "tuned":
+        return str(row)
+    return f"{_tuning.difference(row, problem, plan.threads)}; {row}"
+
+
+def _unused(problem: Problem, decision: Decision, max_workspace: int | None) -> tuple[str, ...]:
+    plan = decision.plan
+    if plan is None or decision.tier in ("tuned", "requested"):
+        return ()
+    if _tuning.mode() == "off":
+        return ()
+    table = _tuning.table()
+    notes = [str(row) for row in _tuning.unused(table, problem, plan.isa, plan.threads)]
+    if exact := table.exact(problem, plan.isa, plan.threads):
+        native = problem.native()
+        refusal = _dispatch.propose(native, exact, plan.isa, plan.threads, max_workspace)
+        notes.insert(0, f"{exact.algorithm} in {exact.path}: refused: {refusal}")
+    if _tuning.mode() == "require":
+        notes.append("JAXWIN_MODE=require: compiling this raises an error")
+    return tuple(dict.fromkeys(notes))
 
 
 def _xla_row(problem: Problem, count: int, reason: str, rejected: dict[str, str]) -> ExplanationRow:

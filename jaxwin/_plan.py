@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxwin._tuning import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,14 @@ class Plan:
 class Decision:
     """What dispatch chose for a problem.
 
-    tier: "heuristic" (the native core's cost model), "requested" (by `algorithm=`), or "xla".
+    tier: "tuned" (a measurement of this problem), "transferred" (the nearest measurement),
+        "heuristic" (the native core's cost model), "requested" (by `algorithm=`), or "xla".
     plan: None where lax computes it.
     reason: why lax computes it, else empty.
+    row: the measurement behind "tuned" and "transferred".
     """
 
     tier: str
     plan: Plan | None
     reason: str = ""
+    row: Row | None = None

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,57 @@ class Problem:
         """0: the reduction is one chain; else the window rows per chunk (numerical contract)."""
         return int(self._described.get("chunk_rows", 0))
 
+    @property
+    def direction(self) -> str:
+        """What the problem looks like: "fwd", "dx" (dilated input) or "dw" (weight gradient).
+
+        The parameters of lax do not say it: a transposed convolution is a "dx", a convolution with
+        a window larger than its output a "dw".
+        """
+        if any(d > 1 for d in self.lhs_dilation):
+            return "dx"
+        window = math.prod(self.rhs_shape[d] for d in self.rhs_spec[2:])
+        pixels = math.prod(self.out_shape[d] for d in self.out_spec[2:])
+        return "dw" if self.batch_group_count > 1 or window > pixels else "fwd"
+
+    @property
+    def key(self) -> str:
+        """The problem as text (JSON), the same for equal problems.
+
+        Fields with their default value are left out, so that a later version with more fields
+        writes the same text.
+        """
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_key(cls, text: str) -> Problem:
+        """The problem that `key` describes; the text may come from anywhere.
+
+        Raises:
+            ValueError: it describes no problem of this version.
+        """
+        try:
+            values = json.loads(text)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"problem: not JSON: {str(text)[:80]!r}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"problem: not an object: {text[:80]!r}")
+        try:
+            problem = cls(**{name: _tuples(value) for name, value in values.items()})
+        except TypeError:
+            names = {field.name for field in dataclasses.fields(cls)}
+            unknown = ", ".join(sorted(values.keys() - names))[:80]
+            wrong = f"unknown fields: {unknown}" if unknown else "fields are missing"
+            raise ValueError(f"problem: {wrong}") from None
+        if wrong := _malformed(problem):
+            raise ValueError(f"problem: {wrong}")
+        return problem
+
     def __str__(self) -> str:
         def dims(shape: Sequence[int]) -> str:
             return "x".join(map(str, shape))
@@ -115,6 +168,59 @@ class Problem:
         if self.lhs_dtype != "float32":
             parts.append(self.lhs_dtype)
         return " ".join(parts)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if type(value) is list else value
+
+
+def _are_ints(values: Any) -> bool:
+    return (
+        type(values) is tuple
+        and {*map(type, values)} <= {int}
+        and not (values and (min(values) < -_LIMIT or max(values) > _LIMIT))
+    )
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and value.isidentifier()
+
+
+_LIMIT = 2**62
+# What a field may hold, by its annotation.
+_FORMS: dict[Any, Callable[[Any], bool]] = {
+    "tuple[int, ...]": _are_ints,
+    "tuple[bool, ...]": lambda v: type(v) is tuple and {*map(type, v)} <= {bool},
+    "tuple[tuple[int, int], ...]": lambda v: (
+        type(v) is tuple and all(_are_ints(pair) and len(pair) == 2 for pair in v)
+    ),
+    "int": lambda v: _are_ints((v,)),
+    "bool": lambda v: type(v) is bool,
+    "str": _is_name,
+    "str | None": lambda v: v is None or _is_name(v),
+}
+
+
+def _malformed(p: Problem) -> str:
+    """Which field has not the form that its annotation and the rank give it; else empty."""
+    rank = len(p.lhs_shape) if type(p.lhs_shape) is tuple else 0
+    if not 2 <= rank <= 64:
+        return "lhs_shape"
+    for field in dataclasses.fields(p):
+        name, value = field.name, getattr(p, field.name)
+        if not _FORMS[field.type](value):
+            return name
+        of_arrays = name.endswith(("_shape", "_spec"))
+        if type(value) is tuple and value != field.default:
+            if len(value) != (rank if of_arrays else rank - 2):
+                return name
+        if name.endswith("_spec") and {*value} != {*range(rank)}:
+            return name
+        if name.endswith(("_shape", "_strides", "_dilation")) and value and min(value) < 1:
+            return name
+        if name.endswith("_count") and value < 1:
+            return name
+    return ""
 
 
 def from_parameters(

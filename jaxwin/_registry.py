@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from typing import Any
 
@@ -21,6 +22,15 @@ def registry() -> dict[str, Any]:
 def algorithm_names() -> tuple[str, ...]:
     """Names of the algorithms with kernels, in the order of the registry."""
     return tuple(row["name"] for row in registry()["algorithms"])
+
+
+@functools.cache
+def parameter_names(algorithm: str) -> tuple[str, ...] | None:
+    """Names of an algorithm's parameters in their order; None where there is no such algorithm."""
+    for row in registry()["algorithms"]:
+        if row["name"] == algorithm:
+            return tuple(spec["name"] for spec in row["params"])
+    return None
 
 
 def isa() -> str:
@@ -43,3 +53,28 @@ def threads() -> int:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def abi(algorithm: str) -> str:
+    """The state of an algorithm's kernels: measurements hold as long as it stays the same.
+
+    Raises:
+        KeyError: there is no such algorithm.
+    """
+    for row in registry()["algorithms"]:
+        if row["name"] == algorithm:
+            return str(row["abi"]) if "abi" in row else _build()
+    raise KeyError(algorithm)
+
+
+def kernels() -> list[str]:
+    """Every algorithm with the state of its kernels, as "algorithm abi"."""
+    return [f"{name} {abi(name)}" for name in algorithm_names()]
+
+
+@functools.cache
+def _build() -> str:
+    # For a core that does not tell: any new build of it makes all measurements old.
+    with open(_ffi.__file__, "rb") as file:
+        return "build-" + hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -19,9 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxwin
-from jaxwin import _registry
+from jaxwin import _registry, _tuning
+from jaxwin.tuner import database_commands
 
-VARIABLES = ("JAXWIN_DISABLE", "JAXWIN_MAX_ISA", "JAXWIN_VERBOSE", "NPROC")
+VARIABLES = (
+    "JAXWIN_DISABLE",
+    "JAXWIN_MAX_ISA",
+    "JAXWIN_MODE",
+    "JAXWIN_TUNING_DB",
+    "JAXWIN_VERBOSE",
+    "NPROC",
+)
 PACKAGES = ("jaxwin", "jax", "jaxlib", "numpy", "flax", "optuna", "sqlite-utils")
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -29,11 +38,16 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for pr
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 all is well, 1 a problem was found, 2 wrong usage.",
+    epilog="Exit codes: 0 all is well, 1 a problem was found, 2 wrong usage, 4 a tuning database "
+    "cannot be used.",
 )
 @click.version_option(jaxwin.__version__, prog_name="jaxwin-tune")
 def main() -> None:
     """Ask jaxwin what it can do and what it decides."""
+
+
+for _command in database_commands.COMMANDS:
+    main.add_command(_command)
 
 
 def _print(table: Table) -> None:
@@ -157,8 +171,11 @@ def explain(
 
 
 @main.command()
+@click.option(
+    "--repair", is_flag=True, help="Upgrade old tuning databases, set aside damaged ones."
+)
 @_json
-def doctor(as_json: bool) -> None:
+def doctor(repair: bool, as_json: bool) -> None:
     """Say what jaxwin sees of this machine, and what is wrong.
 
     Exits with 1 where something is wrong.
@@ -166,8 +183,10 @@ def doctor(as_json: bool) -> None:
     \b
     Example:
       jaxwin-tune doctor
+      jaxwin-tune doctor --repair
     """
     problems: list[str] = []
+    repairs = database_commands.repair() if repair else []
     facts: dict[str, Any] = {"python": platform.python_version(), "cpu": _cpu()}
     for package in PACKAGES:
         try:
@@ -178,6 +197,7 @@ def doctor(as_json: bool) -> None:
     facts["instruction sets"] = [row["name"] for row in registry["isas"] if row["runnable"]]
     try:
         facts["instruction set in use"] = _registry.isa()
+        _tuning.mode()
     except ValueError as error:
         problems.append(str(error))
     facts["threads"] = _registry.threads()
@@ -192,11 +212,16 @@ def doctor(as_json: bool) -> None:
         )
     if not problems:
         problems += _self_test()
+    database_facts, database_problems = database_commands.examine()
+    facts |= database_facts
+    if repair:
+        facts["repairs"] = repairs
+    problems += database_problems
     if as_json:
         click.echo(json.dumps({"facts": facts, "problems": problems}))
     else:
         for name, value in facts.items():
-            click.echo(f"{name}: {value}")
+            click.echo(f"{name}: {database_commands.as_text(value)}")
         for problem in problems:
             click.echo(f"problem: {problem}", err=True)
         if not problems:
@@ -215,15 +240,17 @@ def _self_test() -> list[str]:
     x = jnp.asarray(rng.standard_normal((1, 12, 13, 8), np.float32))
     w = jnp.asarray(rng.standard_normal((3, 3, 8, 16), np.float32))
     numbers = ("NHWC", "HWIO", "NHWC")
-    try:
-        ours = jax.jit(jaxwin.conv)(x, w)
+    (row,) = jaxwin.explain(jaxwin.conv, x, w)
+    if row.algorithm == "xla":
+        return [row.reason]
+    try:  # by name: this convolution needs no tuned row
+        ours = jax.jit(functools.partial(jaxwin.conv, algorithm=row.algorithm))(x, w)
     except Exception as error:  # whatever it is, the user wants to read it here
         return [f"a small convolution failed: {error}"]
     theirs = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
     if not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
         return ["a small convolution differs from lax's"]
-    explanation = jaxwin.explain(jaxwin.conv, x, w)
-    return [row.reason for row in explanation if row.algorithm == "xla"]
+    return []
 
 
 def _cpu() -> str:

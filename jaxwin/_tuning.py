@@ -1,0 +1,593 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reading side of the tuning database: SQLite files, loaded once into dictionaries.
+
+Files are looked at in tiers, the first has priority: those that JAXWIN_TUNING_DB names, the
+user's, the site's, the package's. Only `jaxwin.tuner` writes. A file that cannot be used behaves
+as an empty one, with one warning. What is loaded stays as it is for the life of the process, so
+that a program compiled twice is compiled alike.
+
+A row is used for the problem, instruction set and thread count that it was measured with, on this
+kind of machine, as long as its algorithm's kernels are those of this build ("tuned"). Otherwise
+the nearest row of the same class of problems lends its parameters ("transferred"). Rows only
+propose: the native core checks the parameters as it does those of any plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import stat
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxwin import _registry
+from jaxwin._machine import Machine, this_machine
+from jaxwin._problem import Problem
+
+if TYPE_CHECKING:
+    import sqlite3
+
+APPLICATION_ID = 0x6A78776E  # in the header of the file: "jxwn"
+SCHEMA_VERSION = 1
+MODES = ("off", "cached", "require")
+# States of a file that nobody misses, unless it was asked for. Hidden: in a folder that is closed.
+ABSENT = ("missing", "empty", "hidden")
+
+_BUSY_SECONDS = 5.0
+_MAX_PARAMETERS = 4096  # characters of a row's parameters that are worth parsing
+
+
+class Unusable(Exception):
+    """A file that cannot be used: `state` is one word, the text one line for the user."""
+
+    def __init__(self, path: Path, state: str, text: str) -> None:
+        super().__init__(f"{path}: {text}")
+        self.path, self.state = path, state
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def mode() -> str:
+    """What `JAXWIN_MODE` says: "off", "cached" (the default) or "require".
+
+    Raises:
+        ValueError: it says something else.
+    """
+    text = os.environ.get("JAXWIN_MODE") or "cached"
+    if text not in MODES:
+        raise ValueError(f"JAXWIN_MODE: {text!r} is not one of {', '.join(MODES)}")
+    return text
+
+
+def named_files() -> list[Path]:
+    """The files that `JAXWIN_TUNING_DB` names."""
+    text = os.environ.get("JAXWIN_TUNING_DB", "")
+    return [Path(os.path.expanduser(part)) for part in text.split(os.pathsep) if part]
+
+
+def user_file() -> Path | None:
+    """The user's own file; None where there is no home."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # as the XDG specification wants it
+        cache = os.path.expanduser("~/.cache")
+    return Path(cache, "jaxwin", "tuning.db") if os.path.isabs(cache) else None
+
+
+def files() -> list[tuple[str, Path]]:
+    """Every place where a file may be, with the name of its tier, the first first."""
+    found = [("environment", path) for path in named_files()]
+    if (user := user_file()) is not None:
+        found.append(("user", user))
+    shares = (Path(sys.prefix, "share"), Path("/usr/local/share"), Path("/usr/share"))
+    found += [("site", share / "jaxwin" / "tuning.db") for share in dict.fromkeys(shares)]
+    found.append(("package", Path(__file__).with_name("tuning.db")))
+    unique: dict[Path, str] = {}
+    for tier, path in found:
+        unique.setdefault(path.absolute(), tier)
+    return [(tier, path) for path, tier in unique.items()]
+
+
+def describe_error(error: sqlite3.Error) -> tuple[str, str]:
+    """The state that an error of SQLite tells of, and what to say of it."""
+    import sqlite3
+
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return "corrupt", f"is damaged ({error})"
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
+        return "locked", "is locked by another process"
+    if code == sqlite3.SQLITE_FULL:
+        return "full", "cannot be written: the disk is full"
+    return "unreadable", f"cannot be used ({error})"
+
+
+def check_header(path: Path, connection: sqlite3.Connection) -> int:
+    """The schema version of a tuning database; 0 for an empty file.
+
+    Raises:
+        Unusable: it is another program's database, or of a newer schema.
+        sqlite3.Error: whatever reading its header meets.
+    """
+    # In this order: where another process is just making the file, all of it appears at once.
+    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application == 0 and version == 0 and objects == 0:
+        return 0
+    if application != APPLICATION_ID or version < 1:
+        raise Unusable(path, "foreign", "is not a tuning database of jaxwin")
+    if version > SCHEMA_VERSION:
+        text = f"has schema {version}, this jaxwin knows {SCHEMA_VERSION}: upgrade jaxwin"
+        raise Unusable(path, "newer", text)
+    return int(version)
+
+
+def require_sqlite(path: Path) -> None:
+    """Refuses versions of SQLite that do not know STRICT tables.
+
+    Raises:
+        Unusable: this Python has one.
+    """
+    import sqlite3
+
+    if sqlite3.sqlite_version_info < (3, 37):
+        text = f"needs SQLite 3.37, this Python has {sqlite3.sqlite_version}"
+        raise Unusable(path, "unreadable", text)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write, to a tuning database of the present schema.
+
+    Raises:
+        Unusable: there is none, or it cannot be used. Errors of SQLite inside the block too.
+    """
+    import sqlite3
+
+    try:
+        with contextlib.closing(_connect(path)) as connection:
+            yield connection
+    except sqlite3.Error as error:
+        raise Unusable(path, *describe_error(error)) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A connection with an open read transaction: what it sees does not change any more."""
+    import sqlite3
+
+    require_sqlite(path)
+    try:
+        kind = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise Unusable(path, "missing", "does not exist") from None
+    except (OSError, ValueError) as error:
+        raise Unusable(path, "hidden", f"cannot be looked at ({error})") from None
+    if not stat.S_ISREG(kind):
+        raise Unusable(path, "foreign", "is not a regular file")
+    if not os.access(path, os.R_OK):
+        raise Unusable(path, "unreadable", "cannot be read: permission denied")
+    uri = path.absolute().as_uri() + "?mode=ro"
+    # A file with a write-ahead log needs a writable folder even to be read, unless SQLite is told
+    # that nobody writes to it: which is right where nobody can and no log is left over.
+    closed = not os.access(path.absolute().parent, os.W_OK)
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            return _connect_once(path, uri)
+        except sqlite3.OperationalError as error:
+            code = error.sqlite_errorcode & 0xFF
+            cannot_open = code == sqlite3.SQLITE_CANTOPEN
+            if closed and (cannot_open or code == sqlite3.SQLITE_READONLY):
+                break
+            # SQLite does not wait for a writer that comes or goes.
+            busy = cannot_open or describe_error(error)[0] == "locked"
+            if not busy or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+    if any(_size(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
+        text = (
+            "holds an interrupted write that cannot be completed in a read-only folder: "
+            "`jaxwin-tune doctor --repair` completes it for those who may write there"
+        )
+        raise Unusable(path, "unreadable", text)
+    return _connect_once(path, uri + "&immutable=1")
+
+
+def _connect_once(path: Path, uri: str) -> sqlite3.Connection:
+    import sqlite3
+
+    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("BEGIN")
+        version = check_header(path, connection)
+    except BaseException:
+        connection.close()
+        raise
+    if version == SCHEMA_VERSION:
+        return connection
+    connection.close()
+    if version == 0:
+        raise Unusable(path, "empty", "is empty")
+    text = f"has the old schema {version}, this jaxwin knows {SCHEMA_VERSION}"
+    raise Unusable(path, "older", f"{text}: `jaxwin-tune doctor --repair` upgrades it")
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """The winner for one problem, instruction set and thread count in one file.
+
+    params: in the order of the registry. nanoseconds: the median of the measurement.
+    """
+
+    problem: Problem
+    algorithm: str
+    params: tuple[int, ...]
+    isa: str
+    threads: int
+    nanoseconds: float
+    same_machine: bool
+    created: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.nanoseconds / 1e3:.1f} us on {self.created[:10]}, {self.path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What became of one file: its state is "ok", or what hindered, which `text` then tells.
+
+    rows: usable rows. bad: rows of this machine that make no sense.
+    """
+
+    tier: str
+    path: Path
+    state: str
+    text: str = ""
+    rows: int = 0
+    bad: int = 0
+
+
+def parse_parameters(algorithm: str, text: Any) -> tuple[int, ...]:
+    """An algorithm's parameters from JSON (values by name), in the order of the registry.
+
+    Raises:
+        ValueError: they are not the parameters of an algorithm that this build has.
+    """
+    names = _registry.parameter_names(algorithm)
+    if names is None:
+        raise ValueError(f"there is no algorithm {str(algorithm)[:40]!r}")
+    try:
+        values = json.loads(text) if len(text) <= _MAX_PARAMETERS else None
+    except (TypeError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or values.keys() != set(names):
+        raise ValueError(f"{algorithm} takes the parameters {', '.join(names) or 'none'}")
+    if not all(type(v) is int and abs(v) < 2**62 for v in values.values()):
+        raise ValueError(f"{algorithm}: parameters must be integers")
+    return tuple(values[name] for name in names)
+
+
+def machines(connection: sqlite3.Connection) -> dict[str, Machine]:
+    """The machines of a database, by their id there."""
+    names = [field.name for field in dataclasses.fields(Machine)]
+    rows = connection.execute(f"SELECT id, {', '.join(names)} FROM machines")
+    return {row[0]: Machine(**dict(zip(names, row[1:], strict=True))) for row in rows}
+
+
+# One row per problem, instruction set and thread count: the bare columns are those of the row that
+# has the least preference, as SQLite promises.
+_WINNERS = """
+SELECT p.key, m.algorithm, m.parameters, m.isa, m.threads, m.ns_median, m.created,
+       min(m.preference)
+FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
+WHERE m.family = 'canonical' AND m.machine_id IN (SELECT value FROM json_each(?))
+  AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?))
+GROUP BY m.problem_id, m.isa, m.threads
+"""
+
+
+def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
+    kernels = json.dumps(_registry.kernels())
+    rows: list[Row] = []
+    bad = 0
+    try:
+        with reading(path) as connection:
+            likeness: dict[str, list[str]] = {"same": [], "related": [], "other": []}
+            for identity, machine in machines(connection).items():
+                likeness[here.likeness(machine)].append(identity)
+            for kind in ("same", "related"):
+                if not likeness[kind]:
+                    continue
+                winners = connection.execute(_WINNERS, (json.dumps(likeness[kind]), kernels))
+                for key, algorithm, parameters, isa, threads, nanoseconds, created, _ in winners:
+                    try:
+                        row = Row(
+                            problem=Problem.from_key(key),
+                            algorithm=algorithm,
+                            params=parse_parameters(algorithm, parameters),
+                            isa=str(isa),
+                            threads=max(1, int(threads)),
+                            nanoseconds=float(nanoseconds),
+                            same_machine=kind == "same",
+                            created=str(created),
+                            path=path,
+                        )
+                    except (TypeError, ValueError, OverflowError):
+                        bad += 1
+                    else:
+                        rows.append(row)
+    except Unusable as error:
+        return File(tier, path, error.state, str(error)), []
+    text = f"{path}: {bad} rows make no sense" if bad else ""
+    return File(tier, path, "ok", text, len(rows), bad), rows
+
+
+# --- the table -------------------------------------------------------------------------------
+
+# How far a problem is from another of its class: the sum over its sizes of |log2 ratio| times
+# these ("image": its pixels). Batch and image size move the best tile little, channels much; beyond
+# the limit the heuristic is the better guess. Not measured: chosen by reasoning.
+_WEIGHTS = {
+    "batch": 0.25,
+    "input channels per group": 1.0,
+    "output features per group": 1.0,
+    "groups": 0.5,
+    "image": 0.5,
+    "threads": 0.5,
+    "epilogue": 0.1,
+    "machine": 1.0,
+}
+_WEIGHT_VECTOR = np.array(list(_WEIGHTS.values()), np.float32)
+_LIMIT = 2.0
+_ATTEMPTS = 3  # nearest rows that are offered to the native core
+
+
+def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...]:
+    """The sizes behind `_WEIGHTS`, in that order."""
+    lhs, rhs = problem.lhs_shape, problem.rhs_shape
+    groups = max(problem.feature_group_count, problem.batch_group_count)
+    pixels = 1
+    for dimension in problem.lhs_spec[2:]:
+        pixels *= lhs[dimension]
+    epilogue = problem.bias or problem.residual or problem.activation is not None
+    return (
+        lhs[problem.lhs_spec[0]],
+        rhs[problem.rhs_spec[1]],
+        max(1, rhs[problem.rhs_spec[0]] // groups),
+        groups,
+        pixels,
+        threads,
+        2 if epilogue else 1,
+        1 if same_machine else 2,
+    )
+
+
+def _position(sizes: tuple[int, ...]) -> list[float]:
+    return [math.log2(size or 1) for size in sizes]
+
+
+def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
+    """What two problems must share so that one may lend the other its parameters."""
+    direction = problem.direction
+    fixed = (
+        [problem.out_shape[d] for d in problem.out_spec[2:]]
+        if direction == "dw"  # there the window is as large as the images
+        else [problem.rhs_shape[d] for d in problem.rhs_spec[2:]]
+    )
+    groups = problem.feature_group_count
+    return (
+        isa,
+        direction,
+        tuple(fixed),
+        problem.window_strides,
+        problem.lhs_dilation,
+        problem.rhs_dilation,
+        problem.rhs_reversal,
+        problem.lhs_spec,
+        problem.rhs_spec,
+        problem.out_spec,
+        # dense, grouped, depthwise
+        (groups > 1) + (groups > 1 and problem.rhs_shape[problem.rhs_spec[1]] == 1),
+        problem.batch_group_count > 1,
+        problem.lhs_dtype,
+        problem.rhs_dtype,
+        problem.out_dtype,
+    )
+
+
+class Table:
+    """The rows of all files that this process may use. It never changes."""
+
+    def __init__(self, loaded: list[tuple[File, list[Row]]]) -> None:
+        self.files = tuple(file for file, _ in loaded)
+        self._exact: dict[tuple[Problem, str, int], Row] = {}
+        self._classes: dict[tuple[Any, ...], list[Row]] = {}
+        for _, rows in loaded:
+            for row in rows:
+                if row.same_machine:
+                    self._exact.setdefault((row.problem, row.isa, row.threads), row)
+                self._classes.setdefault(_class(row.problem, row.isa), []).append(row)
+        self._positions: dict[tuple[Any, ...], Any] = {}
+
+    def rows(self) -> int:
+        """How many rows it holds."""
+        return sum(file.rows for file in self.files)
+
+    def exact(self, problem: Problem, isa: str, threads: int) -> Row | None:
+        """The row of exactly this problem."""
+        return self._exact.get((problem, isa, threads))
+
+    def nearest(self, problem: Problem, isa: str, threads: int) -> Iterator[Row]:
+        """A few rows of the same class, the nearest first; of equals that of the first file."""
+        if not self._classes:
+            return
+        kind = _class(problem, isa)
+        rows = self._classes.get(kind)
+        if rows is None:
+            return
+        positions = self._positions.get(kind)
+        if positions is None:
+            positions = np.array(
+                [_position(_sizes(row.problem, row.threads, row.same_machine)) for row in rows],
+                np.float32,
+            )
+            self._positions[kind] = positions
+        here = np.array(_position(_sizes(problem, threads, True)), np.float32)
+        distances = np.abs(positions - here).dot(_WEIGHT_VECTOR)
+        for _ in range(min(_ATTEMPTS, len(rows))):
+            index = int(distances.argmin())
+            if distances[index] > _LIMIT:
+                return
+            yield rows[index]
+            distances[index] = math.inf
+
+
+def difference(row: Row, problem: Problem, threads: int) -> str:
+    """In what a row's problem differs from another of its class."""
+    theirs = _sizes(row.problem, row.threads, row.same_machine)
+    ours = _sizes(problem, threads, True)
+    words = []
+    for name, there, here in zip(_WEIGHTS, theirs, ours, strict=True):
+        if there == here:
+            continue
+        if name in ("epilogue", "machine"):
+            words.append(f"another {name}")
+        else:
+            words.append(f"{name} {there} instead of {here}")
+    return ", ".join(words) or "another border"
+
+
+_lock = threading.Lock()
+_loaded: Table | None = None
+
+
+def table() -> Table:
+    """The rows that this process uses; reads the files when first called."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _read_files()
+    return _loaded
+
+
+def reload() -> None:
+    """Forgets what was read. For tests, and for programs that tune: compiled programs stay."""
+    global _loaded
+    with _lock:
+        _loaded = None
+
+
+def _read_files() -> Table:
+    here = this_machine()
+    loaded = [_load_file(tier, path, here) for tier, path in files()]
+    for file, _ in loaded:
+        named = file.tier == "environment"
+        if file.state in ABSENT and not named:
+            continue
+        if file.text:
+            warnings.warn(f"jaxwin: tuning database {file.text}", RuntimeWarning, stacklevel=2)
+        elif named and file.rows == 0:
+            text = "holds nothing for this machine and these kernels; see `jaxwin-tune doctor`"
+            warnings.warn(
+                f"jaxwin: tuning database {file.path} {text}", RuntimeWarning, stacklevel=2
+            )
+    return Table(loaded)
+
+
+# --- explanations ----------------------------------------------------------------------------
+
+_ABOUT = """
+SELECT m.machine_id, m.algorithm, m.parameters, m.isa, m.threads, m.family, m.abi, m.status,
+       min(coalesce(m.ns_median, 0)), m.error
+FROM measurements AS m JOIN problems AS p ON p.id = m.problem_id
+WHERE p.key = ?
+GROUP BY m.machine_id, m.algorithm, m.isa, m.threads, m.family, m.abi, m.status
+ORDER BY 9 LIMIT 50
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """A measurement of a problem that dispatch may not take as it is, and why."""
+
+    what: str  # the algorithm, or "anything" where a whole file cannot be used
+    reason: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.what} in {self.path}: {self.reason}"
+
+
+def unused(loaded: Table, problem: Problem, isa: str, threads: int) -> list[Unused]:
+    """Why measurements of this very problem are not taken as they are. Reads the files again."""
+    here = this_machine()
+    late = "" if loaded.exact(problem, isa, threads) else "written after this process read the file"
+    found = []
+    for file in loaded.files:
+        if file.state != "ok":
+            if file.state not in ABSENT:
+                found.append(Unused("anything", file.text, file.path))
+            continue
+        try:
+            with reading(file.path) as connection:
+                known = machines(connection)
+                for row in connection.execute(_ABOUT, (problem.key,)):
+                    reason = _why_not(row, known, here, isa, threads) or late
+                    if reason:
+                        found.append(Unused(str(row[1]), reason, file.path))
+        except Unusable as error:
+            found.append(Unused("anything", str(error), file.path))
+    return found
+
+
+def _why_not(
+    row: tuple[Any, ...], known: dict[str, Machine], here: Machine, isa: str, threads: int
+) -> str:
+    machine_id, algorithm, parameters, row_isa, row_threads, family, abi, status, _, error = row
+    if family != "canonical":
+        return f"the numbers of the family {family} were not asked for"
+    machine = known.get(machine_id)
+    if machine is None or here.likeness(machine) == "other":
+        return f"measured on another machine ({machine or 'unknown'})"
+    if algorithm not in _registry.algorithm_names():
+        return "this jaxwin has no such algorithm"
+    if abi != _registry.abi(algorithm):
+        return f"measured with other kernels (abi {abi}, here {_registry.abi(algorithm)})"
+    if status != "ok":
+        return f"{status}: {error}" if error else str(status)
+    if row_isa != isa:
+        return f"measured with {row_isa}, this process uses {isa}"
+    if row_threads != threads:
+        return f"measured with {row_threads} threads, here are {threads}"
+    if here.likeness(machine) != "same":
+        return f"measured on a related machine ({machine}: other caches)"
+    try:
+        parse_parameters(algorithm, parameters)
+    except ValueError as wrong:
+        return str(wrong)
+    return ""
