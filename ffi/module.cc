@@ -169,6 +169,15 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
   return {};
 }
 
+// The state of an algorithm's sources, as the build saw them (abi.cmake).
+const char* abi(const std::string& algorithm) {
+#define JAXWIN_ABI(name, hash) \
+  if (algorithm == #name) return hash;
+#include "abi.inc"
+#undef JAXWIN_ABI
+  return "";
+}
+
 nb::dict registry() {
   nb::list algorithm_rows;
   for (const Algorithm* a : algorithms()) {
@@ -185,6 +194,7 @@ nb::dict registry() {
     row["summary"] = a->summary;
     row["source"] = a->source;
     row["family"] = "canonical";
+    row["abi"] = abi(a->name);
     row["dtypes"] = nb::make_tuple("float32");
     row["params"] = params;
     algorithm_rows.append(row);

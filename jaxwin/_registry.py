@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from typing import Any
 
@@ -64,17 +63,10 @@ def abi(algorithm: str) -> str:
     """
     for row in registry()["algorithms"]:
         if row["name"] == algorithm:
-            return str(row["abi"]) if "abi" in row else _build()
+            return str(row["abi"])
     raise KeyError(algorithm)
 
 
 def kernels() -> list[str]:
     """Every algorithm with the state of its kernels, as "algorithm abi"."""
     return [f"{name} {abi(name)}" for name in algorithm_names()]
-
-
-@functools.cache
-def _build() -> str:
-    # For a core that does not tell: any new build of it makes all measurements old.
-    with open(_ffi.__file__, "rb") as file:
-        return "build-" + hashlib.file_digest(file, "sha256").hexdigest()[:16]
