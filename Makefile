@@ -2,7 +2,7 @@
 # Each target sets up what it needs in .venv by itself.
 #   make demo    find a face with pretrained weights, then train on handwritten digits
 #   make test    run the tests
-#   make lint    ruff and mypy
+#   make lint    ruff, mypy, clang-format and clang-tidy
 #   make clean   remove .venv and everything that was built
 
 # What a person's shell has set must not leak into .venv.
@@ -30,6 +30,7 @@ lint: .venv/.stamp-dev
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
 	$(PYTHON_IN) -m mypy
+	.ci/lint_cpp.sh
 
 clean:
 	rm -rf .venv build dist examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native build as CMake left it: its kernel objects, and a library of plain symbols.
 
-The folder is $JAXWIN_BUILD, else the newest below build/ in the checkout. A test that needs one and
-finds none is skipped, unless JAXWIN_REQUIRE_BUILD is set (as .ci/run does): then it fails.
+The folder is $JAXWIN_BUILD, else the one below build/ in the checkout whose extension was built
+last, without sanitizers. A test that needs one and finds none is skipped, unless
+JAXWIN_REQUIRE_BUILD is set (as .ci/run does): then it fails.
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ _ROOT = Path(__file__).resolve().parent.parent
 def build_folder() -> Path:
     """The folder of the build; skips the test, or fails it, where there is none."""
     named = os.environ.get("JAXWIN_BUILD")
-    found = [Path(named)] if named else [_ROOT / "build", *(_ROOT / "build").glob("*")]
-    found = [path for path in found if (path / "compile_commands.json").is_file()]
-    if not found:
-        missing("no CMake build of ffi/ here: pip install -e . makes one")
-    return max(found, key=lambda path: (path / "compile_commands.json").stat().st_mtime)
+    candidates = [Path(named)] if named else [_ROOT / "build", *(_ROOT / "build").glob("*")]
+    built = {path: time for path in candidates if (time := _built_at(path)) is not None}
+    if not built:
+        missing("no finished CMake build of ffi/ here: pip install -e . makes one")
+    return max(built, key=lambda path: built[path])
+
+
+def _built_at(folder: Path) -> float | None:
+    """When the extension in a build folder was made; None where it is no build that counts."""
+    commands, extensions = folder / "compile_commands.json", list(folder.glob("_ffi*.so"))
+    if not commands.is_file() or not extensions or "-fsanitize=" in commands.read_text():
+        return None
+    return max(path.stat().st_mtime for path in extensions)
 
 
 def missing(reason: str) -> None:

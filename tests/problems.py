@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems drawn at random, and runs of plans into poisoned, guarded buffers."""
+"""Problems drawn at random, and runs of plans in poisoned, guarded buffers."""
 
 from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -147,6 +152,38 @@ def operands(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np
 _GUARD = 64
 _CANARY = np.float32(1.2345e30)
 
+# Memory for so many floats, and a question whether what lies around it is still as it was.
+_Guarded = tuple[np.ndarray, Callable[[], bool]]
+
+
+def _between_canaries(count: int) -> _Guarded:
+    whole = np.full(count + 2 * _GUARD, _CANARY)
+    ends = whole[:_GUARD], whole[_GUARD + count :]
+    return whole[_GUARD : _GUARD + count], lambda: all((end == _CANARY).all() for end in ends)
+
+
+def _on_the_heap(count: int) -> _Guarded:
+    """For AddressSanitizer, whose own guards are at both ends."""
+    return np.empty(count, np.float32), lambda: True
+
+
+def _before_a_closed_page(count: int) -> _Guarded:
+    """A step behind the end is a fault. AddressSanitizer does not see those of masked vectors."""
+    size = -(-4 * count // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.float32)
+    closed = ctypes.c_void_p(whole.ctypes.data + size)
+    assert ctypes.CDLL(None).mprotect(closed, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    slack = size // 4 - count
+    whole[:slack] = _CANARY
+    return whole[slack : size // 4], lambda: bool((whole[:slack] == _CANARY).all())
+
+
+_MEMORIES = (
+    [_on_the_heap, _before_a_closed_page]
+    if os.environ.get("JAXWIN_SANITIZED")  # .ci/sanitize.sh
+    else [_between_canaries]
+)
+
 
 def run(
     problem: Problem,
@@ -161,37 +198,42 @@ def run(
     residual: np.ndarray | None = None,
     activation: str = "none",
 ) -> np.ndarray:
-    """Runs a plan outside XLA; result and workspace begin as NaN and are guarded."""
+    """Runs a plan outside XLA, all arrays guarded; result and workspace begin as NaN."""
     answer = _ffi.make_plan(
         problem.native(), algorithm=algorithm, isa=isa, threads=threads, params=list(params)
     )
     assert "plan" in answer, answer
     plan = answer["plan"]
 
-    def guarded(count: int) -> tuple[np.ndarray, np.ndarray]:
-        whole = np.full(count + 2 * _GUARD, _CANARY)
-        inner = whole[_GUARD : _GUARD + count]
-        inner[:] = np.nan
-        return whole, inner
+    def run_in(memory: Callable[[int], _Guarded]) -> np.ndarray:
+        guards = []
 
-    count = int(np.prod(problem.out_shape))
-    whole_y, y = guarded(count)
-    whole_ws, workspace = guarded(plan["workspace_bytes"] // 4)
-    wrong = _ffi.run(
-        problem.native(),
-        plan["algorithm"],
-        plan["isa"],
-        threads,
-        plan["params"],
-        lhs,
-        rhs,
-        y,
-        workspace,
-        bias,
-        residual,
-        _registry.registry()["activations"].index(activation),
-    )
-    assert not wrong, wrong
-    for whole in (whole_y, whole_ws):
-        assert (whole[:_GUARD] == _CANARY).all() and (whole[-_GUARD:] == _CANARY).all(), "overrun"
-    return y.reshape(problem.out_shape)
+        def guarded(shape: tuple[int, ...], values: np.ndarray | float) -> np.ndarray:
+            array, intact = memory(int(np.prod(shape)))
+            array[:] = np.ravel(values)
+            guards.append(intact)
+            return array.reshape(shape)
+
+        y = guarded(problem.out_shape, np.nan)
+        wrong = _ffi.run(
+            problem.native(),
+            plan["algorithm"],
+            plan["isa"],
+            threads,
+            plan["params"],
+            guarded(lhs.shape, lhs),
+            guarded(rhs.shape, rhs),
+            y,
+            guarded((plan["workspace_bytes"] // 4,), np.nan),
+            None if bias is None else guarded(bias.shape, bias),
+            None if residual is None else guarded(residual.shape, residual),
+            _registry.registry()["activations"].index(activation),
+        )
+        assert not wrong, wrong
+        assert all(intact() for intact in guards), "overrun"
+        return y
+
+    first, *others = [run_in(memory) for memory in _MEMORIES]
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    return first

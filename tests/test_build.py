@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -15,6 +16,28 @@ from jaxwin import _registry
 ISAS = {row["name"]: row for row in _registry.registry()["isas"]}
 # What a compiler may call in place of a loop.
 _LEAF_CALLS = {"memset", "memcpy", "memmove", "_GLOBAL_OFFSET_TABLE_"}
+
+
+def test_the_build_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAXWIN_BUILD", raising=False)
+    monkeypatch.setattr(native, "_ROOT", tmp_path)
+    folders = {name: tmp_path / "build" / name for name in ("older", "cp3", "lint", "sanitize")}
+    for age, (name, folder) in enumerate(folders.items()):
+        folder.mkdir(parents=True)
+        flags = "-fsanitize=address" if name == "sanitize" else "-O2"
+        (folder / "compile_commands.json").write_text(f'[{{"command": "c++ {flags} -o a.o a.cc"}}]')
+        if name != "lint":
+            (folder / "_ffi.abi3.so").touch()
+            os.utime(folder / "_ffi.abi3.so", (age, age))
+    assert native.build_folder() == folders["cp3"]
+    for name in ("older", "cp3"):
+        (folders[name] / "_ffi.abi3.so").unlink()
+    monkeypatch.delenv("JAXWIN_REQUIRE_BUILD", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no finished CMake build"):
+        native.build_folder()
+    monkeypatch.setenv("JAXWIN_REQUIRE_BUILD", "1")
+    with pytest.raises(pytest.fail.Exception, match="no finished CMake build"):
+        native.build_folder()
 
 
 def _tool(*command: str | Path) -> str:
