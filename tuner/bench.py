@@ -350,13 +350,13 @@ def _prepare(
         cell.status, cell.reason = "wrong", f"shape {got.shape} instead of {expected.shape}"
         return cell, None
     scale = float(np.max(np.abs(expected))) or 1.0
-    error = float(np.max(np.abs(got.astype(np.float64) - expected))) / scale
-    if not np.isfinite(error):
+    difference = float(np.max(np.abs(got.astype(np.float64) - expected))) / scale
+    if not np.isfinite(difference):
         cell.status, cell.reason = "wrong", "the result is not finite"
         return cell, None
-    cell.error = error
-    if error > TOLERANCE[task.conv.dtype]:
-        cell.status, cell.reason = "wrong", f"differs by {error:.1e} of the largest value"
+    cell.error = difference
+    if difference > TOLERANCE[task.conv.dtype]:
+        cell.status, cell.reason = "wrong", f"differs by {difference:.1e} of the largest value"
         return cell, None
     return cell, prepared.timed
 

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -480,11 +480,11 @@ class _Progress:
 
 
 def _write(result: benchmark.Result, json_file: str | None, markdown_file: str | None) -> None:
-    texts = {
-        json_file: lambda: json.dumps(result.to_json()) + "\n",
-        markdown_file: lambda: benchmark.markdown(result),
-    }
-    for file, text in texts.items():
+    texts: list[tuple[str | None, Callable[[], str]]] = [
+        (json_file, lambda: json.dumps(result.to_json()) + "\n"),
+        (markdown_file, lambda: benchmark.markdown(result)),
+    ]
+    for file, text in texts:
         if file == "-":
             click.echo(text(), nl=False)
         elif file is not None:
@@ -503,8 +503,8 @@ def _write(result: benchmark.Result, json_file: str | None, markdown_file: str |
             table.add_row(*line)
         _print(table, 500)
         click.echo()
-    for line in benchmark.notes(result):
-        click.echo(line)
+    for note in benchmark.notes(result):
+        click.echo(note)
 
 
 def _abstract(shape: tuple[int, ...], dtype: str) -> Any:

@@ -254,12 +254,12 @@ class _Torch(Peer):
                 tensor = call()
                 if tensor.dtype == torch.bfloat16:
                     tensor = tensor.float()
-                out = tensor.numpy()
+                out: Array = tensor.numpy()
             if task.direction == "dw":
                 out = geometry.lax_weights(out, conv.groups)
-                return out[0] if flat else out
+                return np.asarray(out[0]) if flat else out
             out = np.moveaxis(out, 1, -1)
-            return out[:, 0] if flat else out
+            return np.asarray(out[:, 0]) if flat else out
 
         return Prepared(Timed(call, self.around), result)
 
@@ -649,9 +649,9 @@ class JaxwinWith(Jaxwin):
         return with_algorithm
 
 
-def _evaluate(closed: Any, algorithm: str, args: tuple[jax.Array, ...]) -> Any:
+def _evaluate(closed: Any, algorithm: str, args: tuple[jax.Array, ...]) -> jax.Array:
     """A flat jaxpr with the algorithm asked for in its convolutions."""
-    values = dict(zip(closed.jaxpr.invars, args, strict=True))
+    values: dict[Any, Any] = dict(zip(closed.jaxpr.invars, args, strict=True))
     values.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     for equation in closed.jaxpr.eqns:
         inputs = [
@@ -664,4 +664,5 @@ def _evaluate(closed: Any, algorithm: str, args: tuple[jax.Array, ...]) -> Any:
             bound = equation.primitive.bind(*inputs, **equation.params)
             outputs = bound if equation.primitive.multiple_results else [bound]
         values.update(zip(equation.outvars, outputs, strict=True))
-    return values[closed.jaxpr.outvars[0]]
+    result: jax.Array = values[closed.jaxpr.outvars[0]]
+    return result
