@@ -405,22 +405,23 @@ def grids(result: Result) -> dict[str, Grid]:
 
 
 def _speeds(result: Result, direction: str, rows: Sequence[Row]) -> Grid:
-    with_xla = "xla" in result.peers
-    ours = any(peers.is_ours(name) for name in result.peers)
-    header = ["layer", *result.peers]
+    having = [n for n in result.peers if any(row.cells[n].status != "unsupported" for row in rows)]
+    with_xla = "xla" in having
+    ours = any(peers.is_ours(name) for name in having)
+    header = ["layer", *having]
     if ours:
         header += ["best peer", "jaxwin / best"] + ["jaxwin / xla"] * with_xla
     grid = [header]
     for row in rows:
         best = row.best()
-        line = [row.name, *(_speed(row.cells[name]) for name in result.peers)]
+        line = [row.name, *(_speed(row.cells[name]) for name in having)]
         if ours:
             line += [best[0] if best else "-", _ratio(best and best[1])]
             line += [_ratio(row.ratio("xla"))] * with_xla
         grid.append(line)
     if len(rows) > 1:
         line = ["geomean"]
-        for name in result.peers:
+        for name in having:
             value, count = result.mean(direction, functools.partial(gflops, name))
             line.append(_mean(value, count, len(rows)))
         if ours:
@@ -431,7 +432,7 @@ def _speeds(result: Result, direction: str, rows: Sequence[Row]) -> Grid:
         grid.append(line)
     if any(row.count > 1 for row in rows):
         line = ["network, ms"]
-        for name in result.peers:
+        for name in having:
             times = [row.time(name) for row in rows]
             known = [t * row.count for t, row in zip(times, rows, strict=True) if t is not None]
             line.append(f"{sum(known) / 1e6:.2f}" if len(known) == len(rows) else "-")
@@ -524,8 +525,8 @@ def notes(result: Result) -> list[str]:
                 key = (name, cell.status, cell.reason)
                 reasons.setdefault(key, []).append(f"{row.name} {row.direction}")
     for (name, status, reason), where in reasons.items():
-        many = f"{len(where)} rows" if len(where) > 3 else ", ".join(where)
-        lines.append(f"{name} {status} ({many}): {reason}")
+        rows = f"{len(where)} rows" if len(where) > 1 else where[0]
+        lines.append(f"{name} {status} ({rows}): {reason}")
     return lines + [f"WARNING: {text}" for text in result.warnings()]
 
 

@@ -268,8 +268,8 @@ def parse(
     spans = _spans(window, rhs_dilation)
     if not transposed:
         resolved = _padding(text, pads, rank, size, spans, stride)
-    elif pads == "same":
-        resolved = _transposed_same(spans, lhs_dilation)
+    elif pads in PADDINGS:
+        resolved = _transposed_padding(pads, spans, lhs_dilation)
     else:
         forward = _padding(text, pads, rank, size, spans, stride)
         resolved = tuple(
@@ -323,14 +323,16 @@ def _padding(
     return tuple((pair[0], pair[-1]) for pair in (pairs * rank if len(pairs) == 1 else pairs))
 
 
-def _transposed_same(
-    spans: tuple[int, ...], dilation: tuple[int, ...]
+def _transposed_padding(
+    pads: str, spans: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """Padding that makes the output `dilation` times as large as the input, as lax divides it."""
+    """What "same" and "valid" mean for `lax.conv_transpose`."""
     result = []
     for span, step in zip(spans, dilation, strict=True):
         total = span + step - 2
         low = span - 1 if step > span - 1 else math.ceil(total / 2)
+        if pads == "valid":
+            total, low = total + max(span - step, 0), span - 1
         result.append((low, total - low))
     return tuple(result)
 
