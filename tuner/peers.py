@@ -60,6 +60,10 @@ class Task:
         """ "x", "w" or "y", channels last."""
         return {"x": self.x, "w": self.w, "y": self.y}[name]
 
+    def forwards(self, w: Array) -> Array:
+        """A filter, or its gradient, such as it is for a library that reads no filter backwards."""
+        return np.flip(w, tuple(range(self.conv.rank))) if self.conv.reversed else w
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -244,7 +248,10 @@ class _Torch(Peer):
             tensor = _torch_tensor(np.expand_dims(array, 1) if flat else array).movedim(-1, 1)
             return tensor.contiguous(memory_format=order)
 
-        weights = geometry.torch_weights(np.expand_dims(task.w, 0) if flat else task.w, conv.groups)
+        filters = task.forwards(task.w)
+        weights = geometry.torch_weights(
+            np.expand_dims(filters, 0) if flat else filters, conv.groups
+        )
         x, y = data(task.x), data(task.y)
         w = _torch_tensor(weights).contiguous(memory_format=order)
         call = self.operation(task, geometry, x, w, y)
@@ -257,7 +264,7 @@ class _Torch(Peer):
                 out: Array = tensor.numpy()
             if task.direction == "dw":
                 out = geometry.lax_weights(out, conv.groups)
-                return np.asarray(out[0]) if flat else out
+                return task.forwards(np.asarray(out[0]) if flat else out)
             out = np.moveaxis(out, 1, -1)
             return np.asarray(out[:, 0]) if flat else out
 
@@ -510,7 +517,7 @@ class OnnxRuntime(Peer):
         x = np.ascontiguousarray(np.moveaxis(task.x, -1, 1))
         y = np.zeros((conv.batch, conv.features, *conv.out_size), x.dtype)
         kind = helper.np_dtype_to_tensor_dtype(x.dtype)
-        weights = np.ascontiguousarray(geometry.torch_weights(task.w, conv.groups))
+        weights = np.ascontiguousarray(geometry.torch_weights(task.forwards(task.w), conv.groups))
         operator = "ConvTranspose" if geometry.transposed else "Conv"
         graph = helper.make_graph(
             [helper.make_node(operator, ["x", "w"], ["y"], **attributes)],
@@ -565,7 +572,7 @@ class Xnnpack(Peer):
         if conv.rank == 3:
             raise Unsupported("no 3-D convolutions")
         geometry = _Geometry.of(conv)
-        x, w, y = task.x, task.w, task.y
+        x, w, y = task.x, task.forwards(task.w), task.y
         if conv.rank == 1:
             geometry = geometry.with_height()
             x, w, y = np.expand_dims(x, 1), np.expand_dims(w, 0), np.expand_dims(y, 1)

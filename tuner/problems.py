@@ -45,6 +45,7 @@ A shape is a list of words with spaces or commas between them, such as
   ld2         dilation of the input           (else 1)
   g32, bg2    feature groups, batch groups    (else 1)
   transposed  the transpose of a convolution with this stride and padding
+  reversed    the filter is read backwards, as in input gradients
   bfloat16    dtype of operands and result    (else --dtype)
   *3          how often a network has it      (else 1)
 """
@@ -56,7 +57,7 @@ class Conv:
 
     `size`, `window`, `stride`, `padding`, `lhs_dilation` and `rhs_dilation` have one entry per
     spatial dimension; `channels` and `features` are those of the input and of the output.
-    `count` says how often a network has the layer.
+    `reversed`: the filter is read backwards. `count` says how often a network has the layer.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Conv:
     rhs_dilation: tuple[int, ...]
     groups: int = 1
     batch_groups: int = 1
+    reversed: bool = False
     dtype: str = "float32"
     count: int = 1
 
@@ -134,6 +136,8 @@ def computation(
     lhs, rhs = _SPECS[layout][conv.rank]
 
     def forward(x: jax.Array, w: jax.Array) -> jax.Array:
+        if conv.reversed:
+            w = lax.rev(w, [d for d, letter in enumerate(rhs) if letter not in "IO"])
         return convolve(
             x,
             w,
@@ -210,6 +214,7 @@ _WORDS: dict[str, str] = {
     "groups": r"g(\d+)",
     "batch_groups": r"bg(\d+)",
     "transposed": r"(transposed)",
+    "reversed": r"(reversed)",
     "dtype": rf"({'|'.join(DTYPES)})",
     "count": r"\*(\d+)",
 }
@@ -289,6 +294,7 @@ def parse(
         rhs_dilation=rhs_dilation,
         groups=int(words.get("groups", 1)),
         batch_groups=int(words.get("batch_groups", 1)),
+        reversed="reversed" in words,
         dtype=words.get("dtype", dtype),
         count=int(words.get("count", 1)),
     )

@@ -15,14 +15,14 @@ from jaxwin.tuner import bench, peers, problems
 
 SHAPES = (
     "n2 9x10 c6 k8 w3x2 s2 p1",
-    "n2 9x10 c6 k8 w3 s2 psame",
+    "n2 9x10 c6 k8 w3 s2 psame reversed",
     "n2 12 c6 k8 w3 rd2",
     "n2 5x6x7 c4 k6 w3 p1",
     "n2 9x10 c6 k12 w3 p1 g3",
     "n2 9x10 c6 k12 w3 s2 p1 g6",
     "n2 5x6 c4 k6 w4 s2 p1 transposed",
     "n2 5x6 c4 k6 w3 s2 p1 g2 transposed",
-    "n2 7 c4 k6 w2 s2 p0 transposed",
+    "n2 7 c4 k6 w2 s2 p0 transposed reversed",
     "n4 9x10 c6 k12 w3 p1 bg2",
     "n2 9x10 c6 k8 w3 p1:2x-1:2",
 )
