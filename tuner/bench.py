@@ -389,6 +389,7 @@ def reference(task: peers.Task) -> NDArray[Any]:
 # --- text ------------------------------------------------------------------------------------
 
 Grid = list[list[str]]
+WORDS = ("layer", "convolution", "jaxwin's plan", "best peer")  # columns without numbers
 
 
 def grids(result: Result) -> dict[str, Grid]:
@@ -397,7 +398,7 @@ def grids(result: Result) -> dict[str, Grid]:
     for direction in result.directions():
         rows = [row for row in result.rows if row.direction == direction]
         found[f"{direction}, GFLOP/s"] = _speeds(result, direction, rows)
-        found[f"{direction}, memory"] = _memory(result, rows)
+        found[f"{direction}, plan and memory in MiB"] = _memory(result, rows)
         faults = _faults(result, rows)
         if len(faults[0]) > 1:
             found[f"{direction}, page faults per call"] = faults
@@ -441,16 +442,20 @@ def _speeds(result: Result, direction: str, rows: Sequence[Row]) -> Grid:
 
 
 def _memory(result: Result, rows: Sequence[Row]) -> Grid:
-    """MiB of result and of workspace as XLA knows it, and what a fresh output costs jaxwin."""
+    """jaxwin's plan, result and workspace as XLA knows it, what a fresh output costs jaxwin."""
     known = [
         n for n in result.peers if any(row.cells[n].workspace_bytes is not None for row in rows)
     ]
     known = [name for name in known if name != "jaxwin-donated"]
     fresh = {"jaxwin", "jaxwin-donated"} <= set(result.peers)
-    header = ["layer", "result, MiB", *(f"workspace of {name}" for name in known)]
+    planned = "jaxwin" in result.peers
+    header = ["layer", "convolution", *["jaxwin's plan"] * planned, "result"]
+    header += [f"workspace of {name}" for name in known]
     grid = [header + ["fresh result, part of jaxwin's time"] * fresh]
     for row in rows:
-        line = [row.name, _mib(row.result_bytes)]
+        line = [row.name, row.problem]
+        line += [_plan(row.cells["jaxwin"])] if planned else []
+        line.append(_mib(row.result_bytes))
         line += [_mib(row.cells[name].workspace_bytes) for name in known]
         if fresh:
             new, kept = row.time("jaxwin"), row.time("jaxwin-donated")
@@ -467,6 +472,13 @@ def _faults(result: Result, rows: Sequence[Row]) -> Grid:
         faults = (row.cells[name].faults for name in having)
         grid.append([row.name, *("-" if f is None else f"{f:.0f}" for f in faults)])
     return grid
+
+
+def _plan(cell: Cell) -> str:
+    if cell.plan is None:
+        return "-"
+    parameters = (f"{name}={value}" for name, value in cell.plan["parameters"].items())
+    return " ".join((cell.plan["algorithm"], *parameters))
 
 
 def _mib(count: int | None) -> str:
@@ -538,7 +550,7 @@ def markdown(result: Result) -> str:
     """The tables and notes as GitHub's Markdown."""
     parts = []
     for title, (header, *lines) in grids(result).items():
-        rule = ["---"] + ["---:"] * (len(header) - 1)
+        rule = ["---" if name in WORDS else "---:" for name in header]
         table = [header, rule, *lines]
         parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table))
     parts.append("\n".join(f"- {line}" for line in notes(result)))

@@ -387,7 +387,8 @@ def bench(
     convs = _convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
     if dry_run:
         for conv in convs:
-            click.echo(f"{conv.name}: {conv} ({conv.count} times, {conv.flops / 1e6:.1f} MFLOP)")
+            times = f"{conv.count} times " if conv.count > 1 else ""
+            click.echo(f"{conv.name}: {conv}, {times}{conv.flops / 1e6:.1f} MFLOP")
         return
     chosen = benchmark.select(peers.names()) if names is None else names
     chosen += [f"jaxwin:{name}" for name in dict.fromkeys(algorithms)]
@@ -497,8 +498,8 @@ def _write(result: benchmark.Result, json_file: str | None, markdown_file: str |
     for title, (header, *lines) in benchmark.grids(result).items():
         plain = not sys.stdout.isatty()
         table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
-        for number, column in enumerate(header):
-            table.add_column(column, justify="right" if number else "left")
+        for column in header:
+            table.add_column(column, justify="left" if column in benchmark.WORDS else "right")
         for line in lines:
             table.add_row(*line)
         _print(table, 500)

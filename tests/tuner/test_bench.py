@@ -310,9 +310,9 @@ def test_counts_weigh_a_network(not_pinned: None) -> None:
 def test_dry_run() -> None:
     done = _run("--preset", "paper", "--batch", "4", "--dry-run")
     assert done.exit_code == 0
-    assert done.output.splitlines()[0] == (
-        "cv1: n4 227x227 c3 k96 w11x11 s4x4 (1 times, 843.3 MFLOP)"
-    )
+    assert done.output.splitlines()[0] == ("cv1: n4 227x227 c3 k96 w11x11 s4x4, 843.3 MFLOP")
+    counted = _run("--preset", "resnet50", "--dry-run").output.splitlines()[2]
+    assert counted == "s1.3x3: n1 56x56 c64 k64 w3x3 p1:1x1:1, 3 times 231.2 MFLOP"
     assert len(done.output.splitlines()) == 12
 
 
