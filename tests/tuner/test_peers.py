@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -127,6 +129,15 @@ def test_a_peer_that_is_not_installed_says_why() -> None:
 
     assert "no_such_module_at_all" in Absent().missing()
     assert peers.make("xla").missing() == ""
+
+
+def test_nothing_is_imported_before_a_peer_is_asked_for() -> None:
+    code = (
+        "import sys, jaxwin.tuner.cli; "
+        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'ai_edge_litert') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_names() -> None:
