@@ -8,7 +8,7 @@ import functools
 import os
 import random
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -28,6 +28,8 @@ PACKAGES = ("jax", "jaxlib", "numpy", "torch", "onnxruntime", "ai-edge-litert")
 TOLERANCE = {"float32": 1e-4, "float64": 1e-11, "float16": 1e-2, "bfloat16": 5e-2}
 BUSY = 0.05  # share of the CPUs' time that others may use without a warning
 BUSY_LOAD = 0.5  # load average at the start, likewise
+PEAK = "peak"
+PEAK_ITERATIONS = 100_000
 NOISY = 0.1  # deviation of a timing from its median, likewise
 
 
@@ -72,7 +74,10 @@ class Cell:
 
 @dataclasses.dataclass
 class Row:
-    """One convolution in one direction, and what the peers did with it."""
+    """One convolution in one direction, and what the peers did with it.
+
+    peak_gflops: float32 multiply-adds that these threads could do in the same minutes, if known.
+    """
 
     name: str
     problem: str
@@ -82,6 +87,7 @@ class Row:
     count: int
     flops: float
     result_bytes: int
+    peak_gflops: float | None
     cells: dict[str, Cell]
 
     def time(self, peer: str) -> float | None:
@@ -119,7 +125,6 @@ class Result:
     load_after: tuple[float, float, float] | None = None
     others_share: float | None = None
     stolen_share: float | None = None
-    peak_gflops: float | None = None
     complete: bool = False
     rows: list[Row] = dataclasses.field(default_factory=list)
 
@@ -254,7 +259,6 @@ def run(
             for conv, direction in tasks:
                 title = f"{conv.name} {direction}"
                 progress(title, "")
-                result.peak_gflops = _peak(result)
                 detail = functools.partial(progress, title)
                 result.rows.append(_row(result, conv, direction, rng, data, detail))
         result.complete = True
@@ -262,19 +266,19 @@ def run(
         others, stolen = machine.disturbance(start, machine.Load.now(result.cpus))
         result.others_share, result.stolen_share = others, stolen
         result.load_after = os.getloadavg()
-        for row in result.rows:
-            for cell in row.cells.values():
-                if cell.gflops and result.peak_gflops and row.dtype == "float32":
-                    cell.peak_share = cell.gflops / result.peak_gflops
 
 
-def _peak(result: Result) -> float | None:
-    """The best peak seen so far in this run, all threads together; None if it is not measurable."""
-    measure_peak = getattr(_ffi, "measure_peak", None)
-    if measure_peak is None:
+def _peak_loop() -> tuple[measure.Timed, float] | None:
+    """A loop of nothing but multiply-adds on one thread, and its FLOPs; None if there is none.
+
+    It is timed in turn with the peers: the peak of a core moves with its clock and with what its
+    neighbours do.
+    """
+    loop = getattr(_ffi, "measure_peak", None)
+    if loop is None:
         return None
-    peak: float = measure_peak(_registry.isa()) * result.options.threads
-    return max(peak, result.peak_gflops or 0.0)
+    isa = _registry.isa()
+    return measure.Timed(lambda: loop(isa, PEAK_ITERATIONS)), loop(isa, PEAK_ITERATIONS)
 
 
 def _row(
@@ -310,6 +314,9 @@ def _row(
         if computation_ is not None:
             timed[name] = computation_
     del expected
+    peak = _peak_loop()
+    if peak is not None:
+        timed[PEAK] = peak[0]
     samples = measure.interleave(
         timed,
         threads=options.threads,
@@ -319,9 +326,14 @@ def _row(
         rng=rng,
         progress=progress,
     )
+    peak_gflops = None
+    if peak is not None:
+        peak_gflops = peak[1] / samples.pop(PEAK).median_ns * options.threads
     flops = conv.flops
     for name, taken in samples.items():
         _fill(cells[name], taken, flops)
+        if peak_gflops and cells[name].gflops and conv.dtype == "float32":
+            cells[name].peak_share = (cells[name].gflops or 0.0) / peak_gflops
     return Row(
         name=conv.name,
         problem=str(conv),
@@ -331,6 +343,7 @@ def _row(
         count=conv.count,
         flops=flops,
         result_bytes=int(np.prod(conv.shape(result_operand(direction)))) * dtype.itemsize,
+        peak_gflops=peak_gflops,
         cells=cells,
     )
 
@@ -522,8 +535,11 @@ def notes(result: Result) -> list[str]:
         lines.append(
             f"load average {result.load_before[0]:.2f} before, {result.load_after[0]:.2f} after"
         )
-    if result.peak_gflops:
-        lines.append(f"measured FMA peak {result.peak_gflops:.1f} GFLOP/s")
+    peaks = sorted(row.peak_gflops for row in result.rows if row.peak_gflops)
+    if peaks:
+        lines.append(
+            f"measured FMA peak {peaks[0]:.0f} to {peaks[-1]:.0f} GFLOP/s; (%) of the row's"
+        )
     if any(peers.is_ours(name) for name in result.peers):
         lines.append(
             "best peer: the one that does best against jaxwin; ratios are times jaxwin is faster, "
@@ -557,7 +573,7 @@ def markdown(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def select(names: Mapping[str, str] | Sequence[str]) -> list[str]:
+def select(names: Sequence[str]) -> list[str]:
     """Peers by name, in the registry's order, then jaxwin with algorithms.
 
     Raises:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from jaxwin import _registry
 from jaxwin.tuner import bench, machine, measure, peers, problems
 from jaxwin.tuner.cli import main
 
@@ -60,6 +61,7 @@ ROW = {
     "count": int,
     "flops": NUMBER,
     "result_bytes": int,
+    "peak_gflops": OPTIONAL_NUMBER,
     "cells": {"*": CELL},
     "best_peer": (str, type(None)),
     "ratio_to_best": OPTIONAL_NUMBER,
@@ -96,7 +98,6 @@ SCHEMA = {
     "load_after": [NUMBER],
     "others_share": NUMBER,
     "stolen_share": NUMBER,
-    "peak_gflops": OPTIONAL_NUMBER,
     "complete": bool,
     "rows": [ROW],
     "means": {
@@ -265,7 +266,7 @@ def _cell(ns: float) -> bench.Cell:
 
 
 def _row(cells: dict[str, bench.Cell]) -> bench.Row:
-    return bench.Row("r", "p", "fwd", "float32", "nhwc", 1, 1e3, 4, cells)
+    return bench.Row("r", "p", "fwd", "float32", "nhwc", 1, 1e3, 4, None, cells)
 
 
 def test_peers_that_keep_their_output_meet_the_donated_form() -> None:
@@ -291,14 +292,21 @@ def test_peers_that_keep_their_output_meet_the_donated_form() -> None:
 def test_peak_is_asked_for_where_the_core_can_measure_it(
     not_pinned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench._ffi, "measure_peak", lambda isa: 50.0, raising=False)
-    done = _run(TINY, *FAST, "--json", "-")
-    data = json.loads(done.stdout)
-    assert data["peak_gflops"] == 50.0
-    cell = data["rows"][0]["cells"]["jaxwin"]
-    assert cell["peak_share"] == pytest.approx(cell["gflops"] / 50)
+    def loop(isa: str, iterations: int) -> float:
+        assert isa == _registry.isa()
+        return 10.0 * iterations
+
+    monkeypatch.setattr(bench._ffi, "measure_peak", loop, raising=False)
+    (row,) = json.loads(_run(TINY, *FAST, "--json", "-").stdout)["rows"]
+    assert row["peak_gflops"] > 0
+    assert set(row["cells"]) == {"xla", "jaxwin"}
+    cell = row["cells"]["jaxwin"]
+    assert cell["peak_share"] == pytest.approx(cell["gflops"] / row["peak_gflops"])
+    assert "measured FMA peak" in _run(TINY, *FAST).stdout
     monkeypatch.delattr(bench._ffi, "measure_peak")
-    assert json.loads(_run(TINY, *FAST, "--json", "-").stdout)["peak_gflops"] is None
+    (row,) = json.loads(_run(TINY, *FAST, "--json", "-").stdout)["rows"]
+    assert row["peak_gflops"] is None
+    assert row["cells"]["jaxwin"]["peak_share"] is None
 
 
 def test_counts_weigh_a_network(not_pinned: None) -> None:
