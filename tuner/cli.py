@@ -9,19 +9,23 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, cast
 
 import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import jaxwin
 from jaxwin import _registry, _tuning
-from jaxwin.tuner import database_commands
+from jaxwin.tuner import bench as benchmark
+from jaxwin.tuner import database_commands, machine, peers, problems
 
 VARIABLES = (
     "JAXWIN_DISABLE",
@@ -38,8 +42,10 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for pr
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 all is well, 1 a problem was found, 2 wrong usage, 4 a tuning database "
-    "cannot be used.",
+    epilog=(
+        "Exit codes: 0 all is well, 1 a problem was found, 2 wrong usage, 4 a tuning database "
+        "cannot be used, 130 stopped by Ctrl-C."
+    ),
 )
 @click.version_option(jaxwin.__version__, prog_name="jaxwin-tune")
 def main() -> None:
@@ -50,9 +56,9 @@ for _command in database_commands.COMMANDS:
     main.add_command(_command)
 
 
-def _print(table: Table) -> None:
+def _print(table: Table, width: int = 200) -> None:
     # A pipe has no width: do not wrap what a program reads.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 @main.command("list")
@@ -187,7 +193,10 @@ def doctor(repair: bool, as_json: bool) -> None:
     """
     problems: list[str] = []
     repairs = database_commands.repair() if repair else []
-    facts: dict[str, Any] = {"python": platform.python_version(), "cpu": _cpu()}
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "cpu": machine.describe().brand,
+    }
     for package in PACKAGES:
         try:
             facts[package] = metadata.version(package)
@@ -229,6 +238,300 @@ def doctor(repair: bool, as_json: bool) -> None:
     sys.exit(1 if problems else 0)
 
 
+# --- bench -----------------------------------------------------------------------------------
+
+
+class _Choices(click.ParamType):  # type: ignore[type-arg]
+    """Some of a list of words, with commas between them."""
+
+    name = "words"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.choices = choices
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(dict.fromkeys(str(value).split(",")))
+        for word in words:
+            if word not in self.choices:
+                self.fail(f"{word!r} is not one of {', '.join(self.choices)}", param, ctx)
+        return words
+
+
+class _Peers(click.ParamType):  # type: ignore[type-arg]
+    """Names of peers, with commas between them."""
+
+    name = "peers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[str]:
+        if isinstance(value, list):
+            return value
+        try:
+            return benchmark.select(str(value).split(","))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _catalogue() -> str:
+    presets = [f"  {name:<12} {what}" for name, (what, _) in problems.PRESETS.items()]
+    adapters = [f"  {name:<15} {what}" for name, what in peers.summaries().items()]
+    return "\n".join(
+        [problems.GRAMMAR, "\b", "Presets:", *presets, "", "\b", "Peers:", *adapters, ""]
+    )
+
+
+_BENCH_HELP = f"""Compare jaxwin with XLA and with other libraries, one convolution at a time.
+
+{_catalogue()}
+All peers run in one process, on the same CPUs, in rounds of random order. Before each sample the
+process sleeps and the peer runs once untimed, so that no thread of the peer before it still spins.
+Each peer's result is compared with that of jax.lax in float64; a wrong one is reported and not
+counted. What is not installed is named as missing.
+
+With one thread the clock is the CPU time of the process, since other processes may take a share of
+the core that wall-clock time would count. With more threads it is wall-clock time, since CPU time
+adds up the threads. Peers marked "output kept" write into memory that they keep, the others into
+fresh memory in each call, whose page faults are part of their time. So jaxwin-donated, which gets
+its result's memory back, is compared with the former and jaxwin with the latter.
+
+Exits with 1 where jaxwin's result is wrong or --fail-under says so, and with 130 after Ctrl-C,
+which prints what was measured so far.
+
+\b
+Example:
+  jaxwin-tune bench --preset paper --batch 1 --threads 1
+  jaxwin-tune bench --preset resnet50 --direction fwd,dx,dw --peers xla,jaxwin --markdown out.md
+  jaxwin-tune bench "n8 56x56 c64 k128 w3 s2 p1" "1000 c64 k64 w5" --json - > out.json
+  jaxwin-tune bench 56x56,c128,k128,w3,p1,g128 --algorithm direct --fail-under 1
+"""
+
+
+@main.command(help=_BENCH_HELP)
+@click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(problems.PRESETS)),
+    help="See above; may be given several times.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--padding",
+    type=click.Choice(problems.PADDINGS),
+    default="valid",
+    show_default=True,
+    help="Where a shape leaves it open.",
+)
+@click.option(
+    "--direction",
+    "directions",
+    type=_Choices(problems.DIRECTIONS),
+    default="fwd",
+    show_default=True,
+    help="Of fwd, dx (input gradient) and dw (weight gradient).",
+)
+@click.option("--dtype", type=click.Choice(problems.DTYPES), default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPUs to use.  [default: all usable]")
+@click.option(
+    "--layout",
+    type=click.Choice(problems.LAYOUTS),
+    default="nhwc",
+    show_default=True,
+    help="Of the arrays of XLA and jaxwin.",
+)
+@click.option("--peers", "names", type=_Peers(), help="Of those above.  [default: all]")
+@click.option(
+    "--algorithm",
+    "algorithms",
+    multiple=True,
+    metavar="NAME",
+    help="Also measure jaxwin with this algorithm; may be given several times.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=11, show_default=True)
+@click.option(
+    "--min-time",
+    type=click.FloatRange(min=0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="Milliseconds per sample, at least.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    default=20.0,
+    show_default=True,
+    help="Seconds per peer and row, after which it gets no more samples.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the data and the order.")
+@click.option("--json", "json_file", metavar="FILE", help="Write everything as JSON; - is stdout.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Likewise as Markdown tables.")
+@click.option(
+    "--fail-under",
+    type=float,
+    metavar="R",
+    help="Exit with 1 if the geometric mean of jaxwin / best is below R.",
+)
+@click.option("--dry-run", is_flag=True, help="List the convolutions and stop.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def bench(
+    shapes: tuple[str, ...],
+    presets: tuple[str, ...],
+    batch: int,
+    padding: str,
+    directions: tuple[str, ...],
+    dtype: str,
+    threads: int | None,
+    layout: str,
+    names: list[str] | None,
+    algorithms: tuple[str, ...],
+    rounds: int,
+    min_time: float,
+    budget: float,
+    seed: int,
+    json_file: str | None,
+    markdown_file: str | None,
+    fail_under: float | None,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    usable = len(machine.usable_cpus())
+    if threads is not None and threads > usable:
+        raise click.UsageError(f"--threads: {threads}, but this process may use {usable} CPUs")
+    for algorithm in algorithms:
+        known = _registry.algorithm_names()
+        if algorithm not in known:
+            raise click.UsageError(f"--algorithm: {algorithm!r} is not one of {', '.join(known)}")
+    convs = _convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
+    if dry_run:
+        for conv in convs:
+            times = f"{conv.count} times " if conv.count > 1 else ""
+            click.echo(f"{conv.name}: {conv}, {times}{conv.flops / 1e6:.1f} MFLOP")
+        return
+    chosen = benchmark.select(peers.names()) if names is None else names
+    chosen += [f"jaxwin:{name}" for name in dict.fromkeys(algorithms)]
+    if fail_under is not None and not (
+        any(map(peers.is_ours, chosen)) and not all(map(peers.is_ours, chosen))
+    ):
+        raise click.UsageError("--fail-under: needs jaxwin and another peer among --peers")
+    options = benchmark.Options(
+        threads=usable if threads is None else threads,
+        layout=layout,
+        rounds=rounds,
+        min_seconds=min_time / 1e3,
+        budget_seconds=budget,
+        seed=seed,
+    )
+    try:
+        result = benchmark.prepare(chosen, options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    for name, reason in result.missing.items():
+        click.echo(f"missing peer {name}: {reason}", err=True)
+    if warning := result.load_warning():
+        click.echo(f"WARNING: {warning}", err=True)
+    if not result.peers:
+        raise click.ClickException("none of the peers is installed: pip install 'jaxwin[bench]'")
+    tasks = [(conv, direction) for direction in directions for conv in convs]
+    progress = _Progress(len(tasks), quiet)
+    try:
+        benchmark.run(result, tasks, progress)
+    except KeyboardInterrupt:
+        pass  # what was measured is printed; the exit code tells
+    finally:
+        progress.done()
+    _write(result, json_file, markdown_file)
+    if not result.complete:
+        sys.exit(130)
+    mean = result.mean_ratio()
+    ours_wrong = [name for _, name in result.wrong() if peers.is_ours(name)]
+    slow = fail_under is not None and (mean is None or mean < fail_under)
+    if slow:
+        click.echo(f"jaxwin / best is {_or_none(mean)}, below {fail_under:g}", err=True)
+    sys.exit(1 if ours_wrong or slow else 0)
+
+
+def _or_none(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+def _convolutions(
+    shapes: Sequence[str], presets: Sequence[str], *, batch: int, padding: str, dtype: str
+) -> list[problems.Conv]:
+    """What the shapes and presets of a command line say, in order."""
+    defaults: dict[str, Any] = {"batch": batch, "padding": padding, "dtype": dtype}
+    if not shapes and not presets:
+        raise click.UsageError(
+            'nothing to do: give --preset NAME or a SHAPE such as "56x56 c64 k64 w3"'
+        )
+    try:
+        found = [conv for name in presets for conv in problems.preset(name, **defaults)]
+        return found + [problems.parse(shape, **defaults) for shape in shapes]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+class _Progress:
+    """Where a run is: one line that is overwritten on a terminal, else one line per row.
+
+    Nothing moves by itself: a clock or spinner would take CPU time from what is measured.
+    """
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._total, self._quiet = total, quiet
+        self._done = 0
+        self._live = sys.stderr.isatty()
+
+    def __call__(self, row: str, what: str) -> None:
+        if not what:
+            self._done += 1
+        if self._quiet or (what and not self._live):
+            return
+        line = f"[{self._done}/{self._total}] {row}" + f"  {what}" * bool(what)
+        if self._live:
+            click.echo(f"\r\x1b[K{line[:78]}", err=True, nl=False)
+        else:
+            click.echo(line, err=True)
+
+    def done(self) -> None:
+        if self._live and not self._quiet:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _write(result: benchmark.Result, json_file: str | None, markdown_file: str | None) -> None:
+    texts: list[tuple[str | None, Callable[[], str]]] = [
+        (json_file, lambda: json.dumps(result.to_json()) + "\n"),
+        (markdown_file, lambda: benchmark.markdown(result)),
+    ]
+    for file, text in texts:
+        if file == "-":
+            click.echo(text(), nl=False)
+        elif file is not None:
+            try:
+                Path(file).write_text(text())
+            except OSError as error:
+                raise click.ClickException(f"{file}: {error.strerror}") from error
+    if "-" in (json_file, markdown_file):
+        return
+    for title, (header, *lines) in benchmark.grids(result).items():
+        plain = not sys.stdout.isatty()
+        table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
+        for column in header:
+            table.add_column(column, justify="left" if column in benchmark.WORDS else "right")
+        for line in lines:
+            table.add_row(*line)
+        _print(table, 500)
+        click.echo()
+    for note in benchmark.notes(result):
+        click.echo(note)
+
+
 def _abstract(shape: tuple[int, ...], dtype: str) -> Any:
     """An array's shape and dtype without the array."""
     return jax.eval_shape(lambda: jnp.zeros(shape, jnp.dtype(dtype)))
@@ -251,14 +554,3 @@ def _self_test() -> list[str]:
     if not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
         return ["a small convolution differs from lax's"]
     return []
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each peer computes the convolution that it is asked for, as far as it is installed."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from jaxwin import _registry
+from jaxwin.tuner import bench, peers, problems
+
+SHAPES = (
+    "n2 9x10 c6 k8 w3x2 s2 p1",
+    "n2 9x10 c6 k8 w3 s2 psame reversed",
+    "n2 12 c6 k8 w3 rd2",
+    "n2 5x6x7 c4 k6 w3 p1",
+    "n2 9x10 c6 k12 w3 p1 g3",
+    "n2 9x10 c6 k12 w3 s2 p1 g6",
+    "n2 5x6 c4 k6 w4 s2 p1 transposed",
+    "n2 5x6 c4 k6 w3 s2 p1 g2 transposed",
+    "n2 7 c4 k6 w2 s2 p0 transposed reversed",
+    "n4 9x10 c6 k12 w3 p1 bg2",
+    "n2 9x10 c6 k8 w3 p1:2x-1:2",
+)
+JAX = [name for name in peers.names() if name.startswith("xla") or peers.is_ours(name)]
+OTHERS = [name for name in peers.names() if name not in JAX]
+FORWARD_ONLY = ("onednn-packed", "ort", "xnnpack")
+# What a peer has no forward convolution for, by shape.
+NOT_THERE = {
+    SHAPES[1]: ("onednn-packed",),
+    SHAPES[2]: (),
+    SHAPES[3]: ("xnnpack",),
+    SHAPES[7]: ("xnnpack",),
+    SHAPES[9]: tuple(OTHERS),
+    SHAPES[10]: ("onednn-packed", "ort", "xnnpack"),
+}
+
+
+def _task(text: str, direction: str, layout: str = "nhwc") -> peers.Task:
+    conv = problems.parse(text)
+    rng = np.random.default_rng(0)
+    shapes = (conv.x_shape, conv.w_shape, conv.y_shape)
+    x, w, y = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    return peers.Task(conv, direction, layout, 1, x, w, y)
+
+
+@functools.cache
+def _expected(text: str, direction: str) -> np.ndarray:
+    with jax.enable_x64(True):
+        return bench.reference(_task(text, direction))
+
+
+def _check(name: str, text: str, direction: str, layout: str = "nhwc") -> peers.Prepared:
+    task, expected = _task(text, direction, layout), _expected(text, direction)
+    with jax.enable_x64(True):
+        prepared = peers.make(name).prepare(task)
+        for _ in range(2):  # the second call may reuse what the first one left
+            got = prepared.result()
+            assert got.shape == expected.shape
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        with prepared.timed.around():
+            prepared.timed.call()
+    return prepared
+
+
+@pytest.mark.parametrize("direction", problems.DIRECTIONS)
+@pytest.mark.parametrize("text", [SHAPES[0], SHAPES[7]])
+@pytest.mark.parametrize("name", JAX)
+def test_jax_peers(name: str, text: str, direction: str) -> None:
+    prepared = _check(name, text, direction)
+    assert prepared.facts["workspace_bytes"] >= 0
+    assert ("plan" in prepared.facts) == peers.is_ours(name)
+
+
+@pytest.mark.parametrize("layout", problems.LAYOUTS[1:])
+def test_layouts(layout: str) -> None:
+    for direction in problems.DIRECTIONS:
+        _check("jaxwin", SHAPES[0], direction, layout)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_peers(name: str) -> None:
+    if reason := peers.make(name).missing():
+        pytest.skip(reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs are not our concern
+        for text in SHAPES:
+            for direction in problems.DIRECTIONS:
+                absent = name in NOT_THERE.get(text, ()) or (
+                    direction != "fwd" and name in FORWARD_ONLY
+                )
+                if absent or (direction == "dx" and text == SHAPES[10]):
+                    with pytest.raises(peers.Unsupported):
+                        peers.make(name).prepare(_task(text, direction))
+                else:
+                    _check(name, text, direction)
+
+
+@pytest.mark.parametrize("direction", problems.DIRECTIONS)
+def test_an_algorithm_asked_for_is_the_one_that_runs(direction: str) -> None:
+    plans = {}
+    for name in _registry.algorithm_names():
+        try:
+            plans[name] = _check(f"jaxwin:{name}", "n2 8x9 c4 k6 w3", direction).facts["plan"]
+        except ValueError as error:
+            assert name in str(error)
+    assert len(plans) >= (1 if direction == "dw" else 3)
+    for name, plan in plans.items():
+        assert (plan["algorithm"], plan["tier"]) == (name, "requested")
+
+
+def test_a_donated_buffer_is_where_the_result_lies() -> None:
+    task = _task("n1 20x20 c8 k8 w3", "fwd")
+    call = peers.make("jaxwin-donated").prepare(task).timed.call
+    first = call().unsafe_buffer_pointer()
+    assert call().unsafe_buffer_pointer() == first
+
+
+def test_a_peer_that_is_not_installed_says_why() -> None:
+    class Absent(peers.Peer):
+        name = "absent"
+        modules = ("no_such_module_at_all",)
+
+    assert "no_such_module_at_all" in Absent().missing()
+    assert peers.make("xla").missing() == ""
+
+
+def test_nothing_is_imported_before_a_peer_is_asked_for() -> None:
+    code = (
+        "import sys, jaxwin.tuner.cli; "
+        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'ai_edge_litert') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_names() -> None:
+    assert set(peers.summaries()) == set(peers.names())
+    assert all(peers.summaries().values())
+    assert [name for name in peers.names() if peers.is_ours(name)] == ["jaxwin", "jaxwin-donated"]
+    with pytest.raises(KeyError):
+        peers.make("nonsense")

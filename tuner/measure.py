@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stopwatch: several computations timed in turn, and what their samples say.
+
+Two clocks. With one thread it is the CPU time of the process: a share of the core that other
+processes took is then not counted. With more it is wall-clock time, since CPU time adds up all
+threads and would hide that they wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+SLOW_SECONDS = 1.0  # a call as long as this needs no loop, and no second warm-up
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A computation to be timed: one call of `call` is one computation, finished on return.
+
+    around: a context in which it runs, such as a library's global switch.
+    """
+
+    call: Callable[[], Any]
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclasses.dataclass
+class Samples:
+    """Measurements of one computation, per call.
+
+    inner: calls per sample. ns: the clock that counts; wall_ns and cpu_ns: both of them.
+    faults: page faults that needed no disk.
+    """
+
+    inner: int
+    ns: list[float] = dataclasses.field(default_factory=list)
+    wall_ns: list[float] = dataclasses.field(default_factory=list)
+    cpu_ns: list[float] = dataclasses.field(default_factory=list)
+    faults: list[float] = dataclasses.field(default_factory=list)
+    error: str = ""
+
+    @property
+    def median_ns(self) -> float:
+        """Median of the samples."""
+        return statistics.median(self.ns)
+
+    @property
+    def mad_ns(self) -> float:
+        """Median absolute deviation of the samples from their median."""
+        return mad(self.ns)
+
+
+def mad(values: Iterable[float]) -> float:
+    """Median absolute deviation from the median.
+
+    Raises:
+        statistics.StatisticsError: there are no values.
+    """
+    values = list(values)
+    middle = statistics.median(values)
+    return statistics.median(abs(value - middle) for value in values)
+
+
+def geomean(values: Iterable[float]) -> float:
+    """Geometric mean of positive values.
+
+    Raises:
+        statistics.StatisticsError: there are no values, or one is not positive.
+    """
+    return statistics.geometric_mean(values)
+
+
+def interleave(
+    computations: Mapping[str, Timed],
+    *,
+    threads: int,
+    rounds: int,
+    min_seconds: float,
+    budget_seconds: float,
+    rng: random.Random,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Samples]:
+    """Times computations in rounds, each round in another random order.
+
+    Before each sample the process sleeps and the computation runs once untimed: threads of the
+    computation before it, which spin for a while in wait of work, have then gone to sleep, and
+    its own are awake. A sample is a loop of at least `min_seconds`. A computation that has had
+    `budget_seconds` gets no further samples, but at least one. One that raises gets no (further)
+    samples; its `error` then says why.
+    """
+    settle = 0.03 if threads > 1 else 0.004
+    results: dict[str, Samples] = {}
+    spent = dict.fromkeys(computations, 0.0)
+    for name, timed in computations.items():
+        progress(f"{name}: warm-up")
+        start = time.perf_counter()
+        results[name] = Samples(inner=1)
+        try:
+            with timed.around():
+                results[name].inner = _calls_per_sample(timed.call, min_seconds)
+        except Exception as error:  # any library may fail in its own way; the others go on
+            results[name].error = first_line(error)
+        spent[name] += time.perf_counter() - start
+    for number in range(rounds):
+        order = list(computations)
+        rng.shuffle(order)
+        for name in order:
+            samples = results[name]
+            if samples.error or (samples.ns and spent[name] > budget_seconds):
+                continue
+            progress(f"round {number + 1} of {rounds}: {name}")
+            start = time.perf_counter()
+            try:
+                with computations[name].around():
+                    _take(computations[name].call, samples, threads, settle)
+            except Exception as error:
+                samples.error = first_line(error)
+            spent[name] += time.perf_counter() - start
+    return results
+
+
+def first_line(error: Exception) -> str:
+    """An exception as one line of text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _calls_per_sample(call: Callable[[], Any], min_seconds: float) -> int:
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        seconds = min(seconds, time.perf_counter() - start)
+        if seconds > SLOW_SECONDS:
+            break
+    return max(1, math.ceil(min_seconds / max(seconds, 1e-7)))
+
+
+def _take(call: Callable[[], Any], samples: Samples, threads: int, settle: float) -> None:
+    time.sleep(settle)
+    if not samples.ns or samples.ns[-1] < SLOW_SECONDS * 1e9:
+        call()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        cpu = time.process_time_ns()
+        wall = time.perf_counter_ns()
+        for _ in range(samples.inner):
+            call()
+        wall = time.perf_counter_ns() - wall
+        cpu = time.process_time_ns() - cpu
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    finally:
+        if collecting:
+            gc.enable()
+    samples.wall_ns.append(wall / samples.inner)
+    samples.cpu_ns.append(cpu / samples.inner)
+    samples.ns.append((cpu if threads == 1 else wall) / samples.inner)
+    samples.faults.append(faults / samples.inner)
