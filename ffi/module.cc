@@ -258,6 +258,14 @@ NB_MODULE(_ffi, m) {
         nb::arg("activation") = 0);
   m.def("describe", &jaxwin::describe, nb::arg("problem"));
   m.def(
+      "measure_peak",
+      [](const std::string& isa, int64_t iterations) {
+        const jaxwin::Kernels* kernels = jaxwin::kernels_by_name(isa);
+        if (kernels == nullptr) throw std::invalid_argument("isa: this CPU does not run it");
+        return kernels->peak(iterations);
+      },
+      nb::arg("isa"), nb::arg("iterations"), nb::call_guard<nb::gil_scoped_release>());
+  m.def(
       "best_isa",
       [](const std::string& cap) {
         const jaxwin::Kernels* k = jaxwin::best_kernels(cap);

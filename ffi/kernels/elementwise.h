@@ -205,5 +205,30 @@ inline int64_t all_finite(const float* src, int64_t n) {
   return bad == 0 ? 1 : 0;
 }
 
+// Enough independent chains for two units with six cycles of latency.
+inline double peak(int64_t iterations) {
+  constexpr int kChains = 12;
+  V chain[kChains];
+  JAXWIN_UNROLL
+  for (int c = 0; c < kChains; ++c) chain[c] = set1(static_cast<float>(c));
+  const V factor = set1(0.5F);
+  const V addend = set1(1.0F);
+  for (int64_t i = 0; i < iterations; ++i) {
+    JAXWIN_UNROLL
+    for (int c = 0; c < kChains; ++c) {
+      chain[c] = fma(chain[c], factor, addend);
+      keep(&chain[c]);
+    }
+  }
+  V sum = zero();
+  JAXWIN_UNROLL
+  for (int c = 0; c < kChains; ++c) sum = add(sum, chain[c]);
+  float lanes[kWidth];
+  store(lanes, sum);
+  volatile float sink = lanes[0];  // or all of it would be left out
+  static_cast<void>(sink);
+  return 2.0 * static_cast<double>(iterations) * kChains * kWidth;
+}
+
 }  // namespace
 }  // namespace jaxwin::JAXWIN_TARGET

@@ -63,6 +63,7 @@ constexpr Kernels make() {
   k.copy = copy;
   k.interleave = interleave;
   k.expand = expand;
+  k.peak = peak;
   k.all_finite = all_finite;
   return k;
 }

@@ -98,6 +98,8 @@ struct Kernels {
   // Where 0 < span <= W, every index lies in [0, span).
   void (*expand)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t n,
                  const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span);
+  // Runs chains of fma that nothing holds up; returns the floating-point operations done.
+  double (*peak)(int64_t iterations);
   // 1 if every element of src[0, n) is finite.
   int64_t (*all_finite)(const float* src, int64_t n);
 };
