@@ -48,16 +48,16 @@ done
 [ -n "$python" ] || stop "Python 3.11 to 3.14 is needed and none was found${problems}"
 
 compiles() { # CXX may be a command with flags, so it is split into words
-    $1 -std=c++20 -fsyntax-only -x c++ - >/dev/null 2>&1 <<'CC'
-#include <span>
-#if defined(__clang__) ? __clang_major__ < 14 : __GNUC__ < 11
+    $1 -std=c++17 -fsyntax-only -x c++ - >/dev/null 2>&1 <<'CC'
+#include <optional>
+#if defined(__clang__) ? __clang_major__ < 10 : __GNUC__ < 9
 #error too old
 #endif
 CC
 }
 
 if [ -n "${CXX:-}" ]; then
-    compiles "$CXX" || stop "CXX=$CXX is not a C++20 compiler (g++ 11 or clang++ 14, or newer)"
+    compiles "$CXX" || stop "CXX=$CXX is not a C++17 compiler (g++ 9 or clang++ 10, or newer)"
 else
     for candidate in c++ g++ clang++; do
         if compiles "$candidate"; then
@@ -66,7 +66,7 @@ else
         fi
     done
     [ -n "${CXX:-}" ] ||
-        stop "a C++20 compiler is needed: g++ 11 or clang++ 14, or newer (Debian: apt install g++)"
+        stop "a C++17 compiler is needed: g++ 9 or clang++ 10, or newer (Debian: apt install g++)"
 fi
 export CXX
 
