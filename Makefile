@@ -29,9 +29,10 @@ test: .venv/.stamp-test
 lint: .venv/.stamp-dev
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
+	@ln -sfn ../tuner jaxwin/tuner  # mypy does not follow an editable install's import hook
 	$(PYTHON_IN) -m mypy
 	.ci/lint_cpp.sh
 
 clean:
-	rm -rf .venv build dist examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist jaxwin/tuner examples/out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
