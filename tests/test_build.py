@@ -153,7 +153,7 @@ def test_no_vector_spills_in_the_tiles(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
-@pytest.mark.parametrize("name", ["lanes_tile", "lanes_tile_full", "lanes_grad_tile"])
+@pytest.mark.parametrize("name", ["lanes_tile", "lanes_grad_tile"])
 def test_no_vector_spills_in_the_lanes(target: str, name: str) -> None:
     tiles = _tiles(target, name)
     assert tiles, f"the object has no {name}"

@@ -422,6 +422,12 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   if (nv < 1 || nv > kMaxNv || t.kernels->max_mr[nv] == 0) return "nv: no such tile";
   if (params[kPlanarMr] < 1 || params[kPlanarMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
   if (params[kPlanarRows] < 0 || params[kPlanarCols] < 0) return "rows, cols: negative";
+  Params least = params;
+  least[kPlanarCols] = nv * t.kernels->width;
+  const int64_t limit = std::max(kStripLimit, make_layout(p, t, least).strip_floats);
+  if (make_layout(p, t, params).strip_floats > limit) {
+    return "cols: the strip is larger than its limit";
+  }
   return {};
 }
 

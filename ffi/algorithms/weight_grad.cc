@@ -6,7 +6,8 @@
 //   c, i]
 // is an outer product of an input row and a gradient row, summed over pixels. The micro-kernel
 // takes MR images (input channels: neighbours in memory) by NR features, and walks along window
-// rows in place: no transform. Inserted zeros (lhs_dilation: the gradient of a transposed
+// rows: those of the input in place, those of the gradient in place or packed, a chunk and a panel
+// of features at a time. Inserted zeros (lhs_dilation: the gradient of a transposed
 // convolution) and padding are skipped, not multiplied.
 //
 // The reduction follows Problem::chunk_rows: either the canonical chain or chunks of whole rows.
@@ -20,7 +21,7 @@
 namespace jaxwin {
 namespace {
 
-enum GradParam { kGradMr, kGradNv };
+enum GradParam { kGradMr, kGradNv, kGradPack };
 
 struct Layout {
   int64_t mr, nv, panel, panels;
@@ -30,10 +31,11 @@ struct Layout {
   bool merged;     // rows run over (u_x, n): Kw * C neighbours
   int64_t rows;    // of one output position: n, or n * out_x
   Dim3 positions;  // output positions that are walked one by one
-  bool pack_w;     // features of w are not contiguous: rows are copied per chunk
+  bool pack;       // a chunk of w is packed panel by panel
+  bool copy_w;     // features of w are not contiguous, and not packed: w is copied first
   bool buffered;   // features of y are not contiguous
-  int64_t tasks_row_tiles;
   int64_t w_floats, y_floats;
+  int64_t pack_floats;  // per thread
 };
 
 Layout make_layout(const Problem& p, const Target& t, const Params& params) {
@@ -54,18 +56,44 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
   l.rows = l.merged ? p.n * p.out[2] : p.n;
   l.positions = p.out;
   if (l.merged) l.positions[2] = 1;
-  l.pack_w = p.w.k != 1;
-  l.w_floats = l.pack_w ? round_up(p.g * p.reduction() * p.k, 16) : 0;
+  l.pack = params[kGradPack] != 0;
+  l.copy_w = !l.pack && p.w.k != 1;
+  l.pack_floats = l.pack ? round_up(l.chunk_rows * p.win[2] * l.panel, 16) : 0;
+  l.w_floats = l.copy_w ? round_up(p.g * p.reduction() * p.k, 16) : 0;
   l.y_floats = l.buffered ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
   return l;
 }
 
-// w seen with contiguous features: w itself or the packed copy.
+// w seen with contiguous features: w itself or the copy.
 struct Filter {
   const float* data;
   int64_t g, c;
   Dim3 sp;
 };
+
+// Rows [first, last) of the window, features k0 .. k0 + features: dst[row][x][feature], features
+// beyond zero.
+void pack_rows(const Problem& p, const Layout& l, const Kernels& k, const float* w, int64_t first,
+               int64_t last, int64_t features, float* dst) {
+  if (features < l.panel) {
+    std::memset(dst, 0, (last - first) * p.win[2] * l.panel * sizeof(float));
+  }
+  for (int64_t row = first; row < last; ++row, dst += p.win[2] * l.panel) {
+    const int64_t y = row % p.win[1];
+    const int64_t z = row / p.win[1] % p.win[0];
+    const int64_t c = row / p.win[1] / p.win[0];
+    const float* from = w + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+    if (p.w.k == 1 || p.w.sp[2] == 1) {
+      k.copy(dst, l.panel, from, p.w.sp[2], p.w.k, p.win[2], features);
+      continue;
+    }
+    for (int64_t x = 0; x < p.win[2]; ++x) {
+      for (int64_t j = 0; j < features; ++j) {
+        dst[x * l.panel + j] = from[x * p.w.sp[2] + j * p.w.k];
+      }
+    }
+  }
+}
 
 void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& at, int64_t chunk,
                std::vector<Run>* runs, int64_t* a_step, int64_t* b_step) {
@@ -75,7 +103,7 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
   if (in[2].n == 0 || in[1].n == 0 || in[0].n == 0) return;
   if (l.chunked) {  // (c, z, y) rows of this chunk, along x
     *a_step = in[2].at_step * p.x.sp[2];
-    *b_step = in[2].step * w.sp[2];
+    *b_step = in[2].step * (l.pack ? l.panel : w.sp[2]);
     const int64_t first = chunk * l.chunk_rows;
     const int64_t last = std::min(first + l.chunk_rows, l.window_rows);
     for (int64_t row = first; row < last; ++row) {
@@ -89,7 +117,9 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
       const int64_t iy = in[1].at + ty / in[1].step * in[1].at_step;
       const int64_t iz = in[0].at + tz / in[0].step * in[0].at_step;
       runs->push_back({c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + in[2].at * p.x.sp[2],
-                       c * w.c + z * w.sp[0] + y * w.sp[1] + in[2].first * w.sp[2], in[2].n});
+                       l.pack ? ((row - first) * p.win[2] + in[2].first) * l.panel
+                              : c * w.c + z * w.sp[0] + y * w.sp[1] + in[2].first * w.sp[2],
+                       in[2].n});
     }
     return;
   }
@@ -122,21 +152,32 @@ Params defaults(const Problem& p, const Target& t) {
     const Tile merged = best_tile(*t.kernels, l.rows, p.k);
     params[kGradMr] = merged.mr;
     params[kGradNv] = merged.nv;
-    if (!make_layout(p, t, params).merged) return {tile.mr, tile.nv};
+    if (!make_layout(p, t, params).merged) {
+      params[kGradMr] = tile.mr;
+      params[kGradNv] = tile.nv;
+    }
   }
+  // Features far apart cost more in the memory's address translation than packing does, where a
+  // panel is used several times.
+  const int64_t tiles =
+      p.out[0] * p.out[1] * p.out[2] * ceil_div(std::max<int64_t>(p.n, 1), params[kGradMr]);
+  const bool apart = p.w.k != 1 || p.w.sp[2] >= 2 * params[kGradNv] * t.kernels->width;
+  params[kGradPack] = l.chunked && apart && tiles >= 4 ? 1 : 0;
   return params;
 }
 
-std::string check(const Problem&, const Target& t, const Params& params) {
+std::string check(const Problem& p, const Target& t, const Params& params) {
   const int64_t nv = params[kGradNv];
   if (nv < 1 || nv > kMaxNv || t.kernels->max_mr[nv] == 0) return "nv: no such tile";
   if (params[kGradMr] < 1 || params[kGradMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
+  if (params[kGradPack] != 0 && params[kGradPack] != 1) return "pack: 0 or 1";
+  if (params[kGradPack] == 1 && p.chunk_rows == 0) return "pack: the reduction is not chunked";
   return {};
 }
 
 int64_t workspace(const Problem& p, const Target& t, const Params& params) {
   const Layout l = make_layout(p, t, params);
-  return l.w_floats + l.y_floats;
+  return l.w_floats + l.y_floats + l.pack_floats * useful_threads(p, t.threads);
 }
 
 void run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
@@ -145,7 +186,7 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
   const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
 
   Filter w{o.w, p.w.g, p.w.c, p.w.sp};
-  if (l.pack_w) {  // [g][c][z][y][x][k]
+  if (l.copy_w) {  // [g][c][z][y][x][k]
     float* packed = e.workspace;
     const int64_t window = p.window();
     pool.run(p.g * p.c * p.win[0] * p.win[1], [&](int64_t task, int64_t) {
@@ -170,42 +211,48 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
     y_g = p.pixels() * p.n * p.k;
   }
 
-  // Tiles in the order (group, output position, rows, features); each task owns a contiguous part
-  // and walks it once per chunk, so that a chunk's rows are used while they are in the cache.
+  // Tiles in the order (group, output position, features, rows), or (group, features, output
+  // position, rows) where features are packed; each task owns a contiguous part and walks it once
+  // per chunk, so that a chunk's rows are used while they are in the cache.
   const int64_t row_tiles = ceil_div(l.rows, l.mr);
-  const int64_t per_position = row_tiles * l.panels;
   const int64_t positions = l.positions[0] * l.positions[1] * l.positions[2];
-  const int64_t total = p.g * positions * per_position;
+  const int64_t total = p.g * positions * l.panels * row_tiles;
   const int64_t tasks = std::min(total, pool.count());
-  pool.run(tasks, [&](int64_t task, int64_t) {
+  pool.run(tasks, [&](int64_t task, int64_t worker) {
+    float* packed = e.workspace + l.w_floats + l.y_floats + worker * l.pack_floats;
     const int64_t begin = total * task / tasks;
     const int64_t end = total * (task + 1) / tasks;
     std::vector<Run> runs;
     GemmArgs args{};
     for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
+      const int64_t first = chunk * l.chunk_rows;
+      const int64_t last = std::min(first + l.chunk_rows, l.window_rows);
       int64_t at_position = -1;
+      int64_t at_panel = -1;
       Dim3 at{};
-      int64_t g = 0;
       for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t position = tile / per_position;
-        if (position != at_position) {
-          at_position = position;
-          g = position / positions;
-          const int64_t u = position % positions;
+        const int64_t t = tile % row_tiles;
+        const int64_t g = tile / row_tiles / positions / l.panels;
+        const int64_t within = tile / row_tiles % (positions * l.panels);
+        const int64_t u = l.pack ? within % positions : within / l.panels;
+        const int64_t panel = l.pack ? within / positions : within % l.panels;
+        const int64_t features = std::min(l.panel, p.k - panel * l.panel);
+        if (l.pack && g * l.panels + panel != at_panel) {
+          at_panel = g * l.panels + panel;
+          pack_rows(p, l, k, o.w + g * p.w.g + panel * l.panel * p.w.k, first, last, features,
+                    packed);
+        }
+        if (g * positions + u != at_position) {
+          at_position = g * positions + u;
           at = {u / l.positions[2] / l.positions[1], u / l.positions[2] % l.positions[1],
                 u % l.positions[2]};
           make_runs(p, l, w, at, chunk, &runs, &args.a_step, &args.b_step);
         }
-        const int64_t within = tile % per_position;
-        // Features outermost: a panel of w stays in the cache while the rows go by.
-        const int64_t panel = within / row_tiles;
-        const int64_t t = within % row_tiles;
         const int64_t i0 = l.rows * t / row_tiles;
         const int64_t mr = l.rows * (t + 1) / row_tiles - i0;
-        const int64_t features = std::min(l.panel, p.k - panel * l.panel);
         args.a = o.x + g * p.x.g + i0 * p.x.n;
         args.a_row = p.x.n;
-        args.b = w.data + g * w.g + panel * l.panel;
+        args.b = l.pack ? packed : w.data + g * w.g + panel * l.panel;
         args.runs = runs.data();
         args.n_runs = static_cast<int64_t>(runs.size());
         args.c = y + g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2] + i0 * y_n +
@@ -242,7 +289,7 @@ double cost(const Problem& p, const Target& t, const Params& params) {
   const double step = tile_step_cycles(*t.kernels, l.mr, l.nv);
   const double reduction = p.flops() / 2 / static_cast<double>(p.n * p.g * p.k * p.pixels());
   double total = tiles * (reduction * step * 1.15 + mr * nv);
-  if (l.pack_w) total += static_cast<double>(l.w_floats);
+  if (l.copy_w) total += static_cast<double>(l.w_floats);
   return total;
 }
 
@@ -254,7 +301,8 @@ const Algorithm& algorithm_weight_grad() {
       "rows are images: outer products of input rows and gradient rows, no transform",
       "canonical order of the reduction: numerical contract, chunked sums",
       {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
-       {"nv", "vectors of features of the register tile", {1, 2, 3, 4}}},
+       {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
+       {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}}},
       rejects,
       defaults,
       check,
