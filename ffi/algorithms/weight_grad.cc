@@ -7,13 +7,15 @@
 // is an outer product of an input row and a gradient row, summed over pixels. The micro-kernel
 // takes MR images (input channels: neighbours in memory) by NR features, and walks along window
 // rows: those of the input in place, those of the gradient in place or packed, a chunk and a panel
-// of features at a time. Inserted zeros (lhs_dilation: the gradient of a transposed
+// of features at a time. Where the features would not fill a vector, the two change places: images
+// become lanes, features rows. Inserted zeros (lhs_dilation: the gradient of a transposed
 // convolution) and padding are skipped, not multiplied.
 //
 // The reduction follows Problem::chunk_rows: either the canonical chain or chunks of whole rows.
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "algorithms/gemm_driver.h"
 #include "algorithms/registry.h"
@@ -21,10 +23,12 @@
 namespace jaxwin {
 namespace {
 
-enum GradParam { kGradMr, kGradNv, kGradPack };
+enum GradParam { kGradMr, kGradNv, kGradPack, kGradSwap };
 
 struct Layout {
   int64_t mr, nv, panel, panels;
+  bool swap;  // rows are features, columns images
+  int64_t columns;
   bool chunked;
   int64_t window_rows;  // c * z * y rows of the window, if chunked
   int64_t chunk_rows, chunks;
@@ -35,7 +39,7 @@ struct Layout {
   bool copy_w;     // features of w are not contiguous, and not packed: w is copied first
   bool buffered;   // features of y are not contiguous
   int64_t w_floats, y_floats;
-  int64_t pack_floats;  // per thread
+  int64_t pack_floats;  // per thread: packed features, or results to be turned
 };
 
 Layout make_layout(const Problem& p, const Target& t, const Params& params) {
@@ -43,22 +47,26 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
   l.mr = params[kGradMr];
   l.nv = params[kGradNv];
   l.panel = l.nv * t.kernels->width;
-  l.panels = ceil_div(p.k, l.panel);
+  l.swap = params[kGradSwap] != 0;
+  l.columns = l.swap ? p.n : p.k;
+  l.panels = ceil_div(l.columns, l.panel);
   l.chunked = p.chunk_rows > 0;
   l.window_rows = p.c * p.win[0] * p.win[1];
   l.chunk_rows = l.chunked ? std::min(p.chunk_rows, l.window_rows) : l.window_rows;
   l.chunks = l.chunked ? ceil_div(l.window_rows, l.chunk_rows) : 1;
   const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + (p.out[2] - 1) * p.stride[2] + 1;
   const bool inside = p.pad[2] <= 0 && span - p.pad[2] <= p.in[2] && p.lhs_dilation[2] == 1;
-  l.buffered = p.y.k != 1;
-  l.merged = inside && p.n < 2 * l.mr && p.out[2] > 1 && p.stride[2] * p.x.sp[2] == p.n * p.x.n &&
-             (l.buffered || p.y.sp[2] == p.n * p.y.n);
-  l.rows = l.merged ? p.n * p.out[2] : p.n;
+  l.buffered = l.swap || p.y.k != 1;
+  l.merged = !l.swap && inside && p.n < 2 * l.mr && p.out[2] > 1 &&
+             p.stride[2] * p.x.sp[2] == p.n * p.x.n && (l.buffered || p.y.sp[2] == p.n * p.y.n);
+  l.rows = l.swap ? p.k : l.merged ? p.n * p.out[2] : p.n;
   l.positions = p.out;
   if (l.merged) l.positions[2] = 1;
   l.pack = params[kGradPack] != 0;
-  l.copy_w = !l.pack && p.w.k != 1;
-  l.pack_floats = l.pack ? round_up(l.chunk_rows * p.win[2] * l.panel, 16) : 0;
+  l.copy_w = !l.pack && !l.swap && p.w.k != 1;
+  l.pack_floats = l.pack   ? round_up(l.chunk_rows * p.win[2] * l.panel, 16)
+                  : l.swap ? round_up(p.n * p.k, 16)
+                           : 0;
   l.w_floats = l.copy_w ? round_up(p.g * p.reduction() * p.k, 16) : 0;
   l.y_floats = l.buffered ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
   return l;
@@ -140,6 +148,19 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
   }
 }
 
+double cost(const Problem& p, const Target& t, const Params& params) {
+  const Layout l = make_layout(p, t, params);
+  const double mr = static_cast<double>(l.mr);
+  const double nv = static_cast<double>(l.nv);
+  const double tiles = static_cast<double>(p.g * l.positions[0] * l.positions[1] * l.positions[2] *
+                                           ceil_div(l.rows, l.mr) * l.panels);
+  const double step = tile_step_cycles(*t.kernels, l.mr, l.nv);
+  const double reduction = p.flops() / 2 / static_cast<double>(p.n * p.g * p.k * p.pixels());
+  double total = tiles * (reduction * step * 1.15 + mr * nv);
+  if (l.copy_w) total += static_cast<double>(l.w_floats);
+  return total;
+}
+
 std::string rejects(const Problem&) { return {}; }
 
 Params defaults(const Problem& p, const Target& t) {
@@ -163,6 +184,16 @@ Params defaults(const Problem& p, const Target& t) {
       p.out[0] * p.out[1] * p.out[2] * ceil_div(std::max<int64_t>(p.n, 1), params[kGradMr]);
   const bool apart = p.w.k != 1 || p.w.sp[2] >= 2 * params[kGradNv] * t.kernels->width;
   params[kGradPack] = l.chunked && apart && tiles >= 4 ? 1 : 0;
+  // Half empty vectors of features against full ones of images.
+  const int64_t width = t.kernels->width;
+  if (p.x.n == 1 && 2 * p.k <= width && p.n >= 2 * p.k) {
+    const Tile swapped = best_tile(*t.kernels, p.k, p.n);
+    Params other{};
+    other[kGradMr] = swapped.mr;
+    other[kGradNv] = swapped.nv;
+    other[kGradSwap] = 1;
+    if (cost(p, t, other) < cost(p, t, params)) return other;
+  }
   return params;
 }
 
@@ -172,6 +203,10 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   if (params[kGradMr] < 1 || params[kGradMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
   if (params[kGradPack] != 0 && params[kGradPack] != 1) return "pack: 0 or 1";
   if (params[kGradPack] == 1 && p.chunk_rows == 0) return "pack: the reduction is not chunked";
+  if (params[kGradSwap] != 0 && params[kGradSwap] != 1) return "swap: 0 or 1";
+  if (params[kGradSwap] == 1 && (p.x.n != 1 || params[kGradPack] != 0)) {
+    return "swap: needs images next to each other, and no packing";
+  }
   return {};
 }
 
@@ -200,13 +235,13 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
     w = {
         packed, p.c * window * p.k, window * p.k, {p.win[1] * p.win[2] * p.k, p.win[2] * p.k, p.k}};
   }
-  // y seen with contiguous features: y itself or a buffer [g][z][y][x][n][k].
+  // y seen with contiguous columns: y itself or a buffer [g][z][y][x][row][column].
   float* y = o.y;
   int64_t y_g = p.y.g, y_n = p.y.n;
   Dim3 y_sp = p.y.sp;
   if (l.buffered) {
     y = e.workspace + l.w_floats;
-    y_n = p.k;
+    y_n = l.columns;
     y_sp = {p.out[1] * p.out[2] * p.n * p.k, p.out[2] * p.n * p.k, p.n * p.k};
     y_g = p.pixels() * p.n * p.k;
   }
@@ -236,10 +271,10 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
         const int64_t within = tile / row_tiles % (positions * l.panels);
         const int64_t u = l.pack ? within % positions : within / l.panels;
         const int64_t panel = l.pack ? within / positions : within % l.panels;
-        const int64_t features = std::min(l.panel, p.k - panel * l.panel);
+        const int64_t columns = std::min(l.panel, l.columns - panel * l.panel);
         if (l.pack && g * l.panels + panel != at_panel) {
           at_panel = g * l.panels + panel;
-          pack_rows(p, l, k, o.w + g * p.w.g + panel * l.panel * p.w.k, first, last, features,
+          pack_rows(p, l, k, o.w + g * p.w.g + panel * l.panel * p.w.k, first, last, columns,
                     packed);
         }
         if (g * positions + u != at_position) {
@@ -247,20 +282,26 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
           at = {u / l.positions[2] / l.positions[1], u / l.positions[2] % l.positions[1],
                 u % l.positions[2]};
           make_runs(p, l, w, at, chunk, &runs, &args.a_step, &args.b_step);
+          if (l.swap) {
+            std::swap(args.a_step, args.b_step);
+            for (Run& run : runs) std::swap(run.a, run.b);
+          }
         }
         const int64_t i0 = l.rows * t / row_tiles;
         const int64_t mr = l.rows * (t + 1) / row_tiles - i0;
-        args.a = o.x + g * p.x.g + i0 * p.x.n;
-        args.a_row = p.x.n;
-        args.b = l.pack ? packed : w.data + g * w.g + panel * l.panel;
+        args.a = l.swap ? o.w + g * p.w.g + i0 * p.w.k : o.x + g * p.x.g + i0 * p.x.n;
+        args.a_row = l.swap ? p.w.k : p.x.n;
+        args.b = l.pack   ? packed
+                 : l.swap ? o.x + g * p.x.g + panel * l.panel
+                          : w.data + g * w.g + panel * l.panel;
         args.runs = runs.data();
         args.n_runs = static_cast<int64_t>(runs.size());
         args.c = y + g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2] + i0 * y_n +
                  panel * l.panel;
         args.c_row = y_n;
-        args.cols = features;
+        args.cols = columns;
         args.add = chunk > 0 ? 1 : 0;
-        k.strided[ceil_div(features, k.width)][mr](&args);
+        k.strided[ceil_div(columns, k.width)][mr](&args);
       }
     }
   });
@@ -268,29 +309,22 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
   if (l.buffered || o.has_epilogue()) {
     Problem rows = p;  // finish_rows walks output pixels: here images take that place
     rows.y.sp[2] = p.y.n;
-    pool.run(p.g * p.pixels(), [&](int64_t task, int64_t) {
+    pool.run(p.g * p.pixels(), [&](int64_t task, int64_t worker) {
       const int64_t u = task % p.pixels();
       const int64_t g = task / p.pixels();
       const Dim3 at{u / p.out[2] / p.out[1], u / p.out[2] % p.out[1], u % p.out[2]};
       const int64_t from = g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2];
       const int64_t to = g * p.y.g + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] + at[2] * p.y.sp[2];
-      finish_rows(rows, k, o, y + from, y_n, p.n, p.k, g, 0, to);
+      if (!l.swap) {
+        finish_rows(rows, k, o, y + from, y_n, p.n, p.k, g, 0, to);
+        return;
+      }
+      float* turned = e.workspace + l.w_floats + l.y_floats + worker * l.pack_floats;
+      k.copy(turned, p.k, y + from, 1, p.n, p.n, p.k);
+      finish_rows(rows, k, o, turned, p.k, p.n, p.k, g, 0, to);
     });
   }
   add_skipped_nonfinite(p, o, e);
-}
-
-double cost(const Problem& p, const Target& t, const Params& params) {
-  const Layout l = make_layout(p, t, params);
-  const double mr = static_cast<double>(l.mr);
-  const double nv = static_cast<double>(l.nv);
-  const double tiles = static_cast<double>(p.g * l.positions[0] * l.positions[1] * l.positions[2] *
-                                           ceil_div(l.rows, l.mr) * l.panels);
-  const double step = tile_step_cycles(*t.kernels, l.mr, l.nv);
-  const double reduction = p.flops() / 2 / static_cast<double>(p.n * p.g * p.k * p.pixels());
-  double total = tiles * (reduction * step * 1.15 + mr * nv);
-  if (l.copy_w) total += static_cast<double>(l.w_floats);
-  return total;
 }
 
 }  // namespace
@@ -302,7 +336,8 @@ const Algorithm& algorithm_weight_grad() {
       "canonical order of the reduction: numerical contract, chunked sums",
       {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
        {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
-       {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}}},
+       {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}},
+       {"swap", "1: rows of the tile are features, columns images", {0, 1}}},
       rejects,
       defaults,
       check,
