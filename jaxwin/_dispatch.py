@@ -147,7 +147,7 @@ def _make_plan(
 def _unsupported(problem: Problem) -> str:
     """Why the native core cannot take a problem, as far as Python knows; else empty."""
     dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
-    if dtypes != {"float32"}:
+    if dtypes != {"float32"} and not problem.widened:
         return f"no kernels for {', '.join(sorted(dtypes))}"
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
 
 from jaxwin import _compat, _dispatch, _ffi, _registry
 from jaxwin._plan import Plan
@@ -114,7 +115,34 @@ def _custom_call(
     results = list(ctx.avals_out)
     if plan.workspace_bytes > 0:
         results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
+    if not problem.widened:
+        return _call(ctx, list(ctx.avals_in), results, operands, attributes)
+    narrow: Sequence[Any] = ctx.avals_in
+    wide: list[Any] = [jax.core.ShapedArray(a.shape, np.dtype(np.float32)) for a in narrow]
+    exact = [
+        stablehlo.convert(ir.RankedTensorType.get(aval.shape, ir.F32Type.get()), value)
+        for aval, value in zip(wide, operands, strict=True)
+    ]
+    results[0] = jax.core.ShapedArray(results[0].shape, np.dtype(np.float32))
+    (value,) = _call(ctx, wide, results, exact, attributes)
+    element: dict[str, Any] = {
+        "float32": ir.F32Type,
+        "bfloat16": ir.BF16Type,
+        "float16": ir.F16Type,
+    }
+    rounded = ir.RankedTensorType.get(problem.out_shape, element[problem.out_dtype].get())
+    return [stablehlo.convert(rounded, value)]
+
+
+def _call(
+    ctx: mlir.LoweringRuleContext,
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    operands: Sequence[Any],
+    attributes: dict[str, Any],
+) -> Sequence[Any]:
     lowering = jax.ffi.ffi_lowering(_TARGET)
-    widened: Any = ctx.replace(avals_out=results)  # type: ignore[no-untyped-call]
-    values = lowering(widened, *operands, **attributes)
-    return list(values)[:1]
+    context: Any = ctx.replace(  # type: ignore[no-untyped-call]
+        avals_in=avals_in, avals_out=avals_out
+    )
+    return list(lowering(context, *operands, **attributes))[:1]

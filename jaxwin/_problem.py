@@ -14,6 +14,10 @@ import numpy as np
 
 from jaxwin import _ffi
 
+# Dtypes whose values are all float32 values, and those that a float32 result is rounded to.
+_NARROW = ("bfloat16", "float16", "int8", "uint8", "int16", "uint16")
+_ROUNDED = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -68,6 +72,15 @@ class Problem:
             "feature_group_count": self.feature_group_count,
             "batch_group_count": self.batch_group_count,
         }
+
+    @property
+    def widened(self) -> bool:
+        """Whether float32 kernels compute it between exact conversions and one rounding.
+
+        XLA converts the operands (every value of these dtypes is a float32), and rounds the result.
+        """
+        inputs, out = {self.lhs_dtype, self.rhs_dtype}, self.out_dtype
+        return inputs <= {"float32", *_NARROW} and out in _ROUNDED and {*inputs, out} != {"float32"}
 
     @functools.cached_property
     def _described(self) -> dict[str, Any]:

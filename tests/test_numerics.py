@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,37 @@ def test_nonfinite_values_spread_as_in_lax(value: float, where: str, groups: int
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
         np.testing.assert_array_equal(np.isposinf(a), np.isposinf(b))
         np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "preferred"),
+    [
+        ("bfloat16", None),
+        ("float16", None),
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("int8", "float32"),
+    ],
+)
+def test_narrow_dtypes_are_widened_exactly_and_rounded_once(dtype, preferred) -> None:
+    x, w = (
+        np.asarray(jnp.asarray(a * 8).astype(dtype))
+        for a in _operands(9, (2, 9, 8, 5), (3, 3, 5, 18))
+    )
+    options = {"window_strides": (2, 1), "padding": "SAME", "dimension_numbers": NHWC}
+
+    def f(x, w):
+        return jaxwin.conv_general_dilated(x, w, preferred_element_type=preferred, **options)
+
+    (row,) = jaxwin.explain(f, x, w)
+    assert row.algorithm != "xla"
+    result = jax.jit(f)(x, w)
+    assert result.dtype == jnp.dtype(preferred or dtype)
+    wide = dataclasses.replace(
+        row.problem, lhs_dtype="float32", rhs_dtype="float32", out_dtype="float32"
+    )
+    chain = reference.chain(wide, x.astype(np.float32), w.astype(np.float32))
+    np.testing.assert_array_equal(result, jnp.asarray(chain).astype(result.dtype))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -795,7 +795,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
                           fewest <= 2 && params[kCols] == 0 && p.k > panel;
-  if (few_blocks && p.w.k == 1 && pixels <= 8 * k.width) {
+  if (few_blocks && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
     params[kPack] = kInPlace;
     params[kKc] = std::clamp<int64_t>(panel_floats() / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats()) {
@@ -879,7 +879,8 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   } else if (lowering == Lowering::kRows) {
     const Layout l = make_layout(problem, t, params, lowering);
     const double blocks = static_cast<double>(p.g * l.row_blocks * l.col_blocks);
-    const double columns = static_cast<double>(padded_floats(p, l.rows, l.cols) / p.c);
+    const double columns =
+        static_cast<double>(padded_floats(p, l.rows, l.cols)) / static_cast<double>(p.c);
     cost += blocks * columns *
             (p.x.c == 1 && p.x.sp[2] == p.c ? static_cast<double>(p.c) / width : run) * copy;
     cost += rows * tiles * panels * 0.5 * static_cast<double>(p.window());
