@@ -28,10 +28,7 @@ FILES = ("lax_test.py", "lax_vmap_test.py", "lax_autodiff_test.py")
 SELECT = "conv and not convert"  # in any case
 MODES = ("lax", "install", "replace")
 # Tests that may fail: a pattern of their names, and why.
-KNOWN = {
-    r"::testConvPreferredElement\d+$": "compares, to 1e-6, a float32 convolution (ours) with "
-    "one from narrower operands (lax's, for want of a kernel): two orders of summation",
-}
+KNOWN: dict[str, str] = {}
 _MODE, _RESULT = "JAXWIN_UPSTREAM_MODE", "JAXWIN_UPSTREAM_RESULT"
 
 

@@ -9,20 +9,8 @@
 namespace jaxwin {
 
 const Algorithm& algorithm_depthwise() {
-  static const Algorithm a{"depthwise",
-                           "channels as lanes, one input channel per group",
-                           "lanes_driver.h",
-                           lanes_param_specs(),
-                           [](const Problem& p) {
-                             const bool depthwise = (p.chunk_rows > 0 ? p.n : p.c) == 1;
-                             if (!depthwise) return std::string("several input channels per group");
-                             return lanes_rejects(p);
-                           },
-                           lanes_defaults,
-                           lanes_check,
-                           lanes_workspace,
-                           lanes_run,
-                           lanes_cost};
+  static const Algorithm a =
+      lanes_algorithm("depthwise", "channels as lanes, one input channel per group", true);
   return a;
 }
 

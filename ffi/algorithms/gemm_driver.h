@@ -28,6 +28,29 @@ void gemm_run(const Problem& p, const Params& params, const Operands& o, const E
               Lowering lowering);
 double gemm_cost(const Problem& p, const Target& t, const Params& params, Lowering lowering);
 
+// The registry's row of an algorithm on this driver.
+template <Lowering kLowering>
+Algorithm gemm_algorithm(const char* name, const char* summary, const char* source) {
+  return {name,
+          summary,
+          source,
+          gemm_param_specs(kLowering),
+          [](const Problem& p) { return gemm_rejects(p, kLowering); },
+          [](const Problem& p, const Target& t) { return gemm_defaults(p, t, kLowering); },
+          [](const Problem& p, const Target& t, const Params& q) {
+            return gemm_check(p, t, q, kLowering);
+          },
+          [](const Problem& p, const Target& t, const Params& q) {
+            return gemm_workspace(p, t, q, kLowering);
+          },
+          [](const Problem& p, const Params& q, const Operands& o, const Execution& e) {
+            gemm_run(p, q, o, e, kLowering);
+          },
+          [](const Problem& p, const Target& t, const Params& q) {
+            return gemm_cost(p, t, q, kLowering);
+          }};
+}
+
 // Modelled cycles of one reduction step of a tile; the tile that this prefers for rows x columns.
 struct Tile {
   int64_t mr, nv;

@@ -11,30 +11,11 @@
 #include "algorithms/registry.h"
 
 namespace jaxwin {
-namespace {
-constexpr Lowering kLowering = Lowering::kWindow;
-}
 
 const Algorithm& algorithm_im2win() {
-  static const Algorithm a{
-      "im2win",
-      "window-order strips of the input per thread, matrix product with overlapping rows",
-      "arXiv 2306.14320, section III",
-      gemm_param_specs(kLowering),
-      [](const Problem& p) { return gemm_rejects(p, kLowering); },
-      [](const Problem& p, const Target& t) { return gemm_defaults(p, t, kLowering); },
-      [](const Problem& p, const Target& t, const Params& q) {
-        return gemm_check(p, t, q, kLowering);
-      },
-      [](const Problem& p, const Target& t, const Params& q) {
-        return gemm_workspace(p, t, q, kLowering);
-      },
-      [](const Problem& p, const Params& q, const Operands& o, const Execution& e) {
-        gemm_run(p, q, o, e, kLowering);
-      },
-      [](const Problem& p, const Target& t, const Params& q) {
-        return gemm_cost(p, t, q, kLowering);
-      }};
+  static const Algorithm a = gemm_algorithm<Lowering::kWindow>(
+      "im2win", "window-order strips of the input per thread, matrix product with overlapping rows",
+      "arXiv 2306.14320, section III");
   return a;
 }
 

@@ -477,8 +477,6 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
   add_skipped_nonfinite(p, o, e);
 }
 
-}  // namespace
-
 std::string lanes_rejects(const Problem& p) {
   if (p.dilated_input()) return "lhs_dilation > 1";
   const int64_t multiples = p.chunk_rows > 0 ? p.n : p.c;
@@ -573,6 +571,29 @@ std::vector<ParamSpec> lanes_param_specs() {
       {"pixels", "output pixels of the register tile", {2, 4, 6, 8, 10, 12, 14, 16}},
       {"strip", "1: a padded copy of the block's input; 0: read in place but at borders", {0, 1}},
   };
+}
+
+std::string rejects_unless(bool depthwise, const Problem& p) {
+  if (((p.chunk_rows > 0 ? p.n : p.c) == 1) != depthwise) {
+    return depthwise ? "several input channels per group" : "depthwise";
+  }
+  return lanes_rejects(p);
+}
+
+}  // namespace
+
+Algorithm lanes_algorithm(const char* name, const char* summary, bool depthwise) {
+  return {name,
+          summary,
+          "lanes_driver.h",
+          lanes_param_specs(),
+          depthwise ? [](const Problem& p) { return rejects_unless(true, p); }
+                    : [](const Problem& p) { return rejects_unless(false, p); },
+          lanes_defaults,
+          lanes_check,
+          lanes_workspace,
+          lanes_run,
+          lanes_cost};
 }
 
 }  // namespace jaxwin

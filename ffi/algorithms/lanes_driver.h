@@ -11,12 +11,8 @@ namespace jaxwin {
 
 enum LanesParam { kLanesRows, kLanesCols, kLanesPixels, kLanesStrip };
 
-std::vector<ParamSpec> lanes_param_specs();
-std::string lanes_rejects(const Problem& p);
-Params lanes_defaults(const Problem& p, const Target& t);
-std::string lanes_check(const Problem& p, const Target& t, const Params& params);
-int64_t lanes_workspace(const Problem& p, const Target& t, const Params& params);
-void lanes_run(const Problem& p, const Params& params, const Operands& o, const Execution& e);
-double lanes_cost(const Problem& p, const Target& t, const Params& params);
+// The registry's row of an algorithm on this driver, for one input channel per group or for
+// several.
+Algorithm lanes_algorithm(const char* name, const char* summary, bool depthwise);
 
 }  // namespace jaxwin
