@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import sys
@@ -33,6 +34,7 @@ VARIABLES = (
     "JAXWIN_MODE",
     "JAXWIN_TUNING_DB",
     "JAXWIN_VERBOSE",
+    "JAX_PLATFORMS",
     "NPROC",
 )
 PACKAGES = ("jaxwin", "jax", "jaxlib", "numpy", "flax", "optuna", "sqlite-utils")
@@ -106,6 +108,8 @@ class _Sizes(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is not a list of integers such as 8,56,56,64", param, ctx)
         if any(size < 1 for size in sizes):
             self.fail(f"{value!r} holds a size below 1", param, ctx)
+        if any(size >= 2**31 for size in sizes):
+            self.fail(f"{value!r} holds a size that is too large", param, ctx)
         return sizes
 
 
@@ -164,7 +168,7 @@ def explain(
                 return jax.linear_transpose(linear, (x, w)[argument])(cotangent)
 
             explanation = jaxwin.explain(transposed, (w, x)[argument], y)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise click.UsageError(str(error).splitlines()[0]) from error
     if as_json:
         rows = [dataclasses.asdict(row) | {"text": str(row.problem)} for row in explanation]
@@ -211,11 +215,15 @@ def doctor(repair: bool, as_json: bool) -> None:
         problems.append(str(error))
     facts["threads"] = _registry.threads()
     facts["caches"] = registry["caches"]
-    facts["jax platform"] = jax.default_backend()
+    try:
+        facts["jax platform"] = jax.default_backend()
+    except RuntimeError as error:  # JAX_PLATFORMS names one that is not there
+        facts["jax platform"] = "none"
+        problems.append(str(error).splitlines()[0])
     for variable in VARIABLES:
         if variable in os.environ:
             facts[variable] = os.environ[variable]
-    if facts["jax platform"] != "cpu":
+    if facts["jax platform"] not in ("cpu", "none"):
         problems.append(
             "JAX's default platform is not the CPU: jaxwin has kernels for the CPU only"
         )
@@ -275,6 +283,20 @@ class _Peers(click.ParamType):  # type: ignore[type-arg]
             return benchmark.select(str(value).split(","))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class _Output(click.ParamType):  # type: ignore[type-arg]
+    """A file to be written after a long run, or -. What is wrong with it is said before."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        file = Path(value)
+        if value != "-" and file.is_dir():
+            self.fail(f"{value}: is a folder", param, ctx)
+        if value != "-" and not os.access(file if file.exists() else file.parent, os.W_OK):
+            self.fail(f"{value}: cannot be written, or its folder is not there", param, ctx)
+        return str(value)
 
 
 def _catalogue() -> str:
@@ -370,8 +392,20 @@ Example:
     help="Seconds per peer and row, after which it gets no more samples.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the data and the order.")
-@click.option("--json", "json_file", metavar="FILE", help="Write everything as JSON; - is stdout.")
-@click.option("--markdown", "markdown_file", metavar="FILE", help="Likewise as Markdown tables.")
+@click.option(
+    "--json",
+    "json_file",
+    type=_Output(),
+    metavar="FILE",
+    help="Write everything as JSON; - is stdout.",
+)
+@click.option(
+    "--markdown",
+    "markdown_file",
+    type=_Output(),
+    metavar="FILE",
+    help="Likewise as Markdown tables.",
+)
 @click.option(
     "--fail-under",
     type=float,
@@ -471,10 +505,19 @@ def _convolutions(
             'nothing to do: give --preset NAME or a SHAPE such as "56x56 c64 k64 w3"'
         )
     try:
-        found = [conv for name in presets for conv in problems.preset(name, **defaults)]
-        return found + [problems.parse(shape, **defaults) for shape in shapes]
+        convs = [conv for name in presets for conv in problems.preset(name, **defaults)]
+        convs += [problems.parse(shape, **defaults) for shape in shapes]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for conv in convs:
+        arrays = sum(8 * math.prod(shape) for shape in (conv.x_shape, conv.w_shape, conv.y_shape))
+        if arrays > memory:
+            raise click.UsageError(
+                f"{conv}: its arrays in float64, for the reference, take {arrays / 2**30:.0f} GiB; "
+                f"this machine has {memory / 2**30:.0f}"
+            )
+    return convs
 
 
 class _Progress:
@@ -534,7 +577,11 @@ def _write(result: benchmark.Result, json_file: str | None, markdown_file: str |
 
 def _abstract(shape: tuple[int, ...], dtype: str) -> Any:
     """An array's shape and dtype without the array."""
-    return jax.eval_shape(lambda: jnp.zeros(shape, jnp.dtype(dtype)))
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"--dtype: {dtype!r} is no dtype such as float32") from error
+    return jax.eval_shape(lambda: jnp.zeros(shape, known))
 
 
 def _self_test() -> list[str]:

@@ -249,7 +249,7 @@ def parse(
     required = {"size": "56x56", "channels": "c64", "features": "k64", "window": "w3"}
     for field, example in required.items():
         if field not in words:
-            raise ValueError(f"shape {text!r}: the {field} is missing, for example {example}")
+            raise ValueError(f"shape {text!r}: {field} not given, for example {example}")
     size = _numbers(words["size"])
     rank = len(size)
     if rank > 3:

@@ -338,6 +338,9 @@ def test_dry_run() -> None:
         (("56x56 c64 k64 w3", "--dtype", "float33"), "float33"),
         (("56x56 c64 k64 w3", "--fail-under", "1", "--peers", "xla"), "--fail-under"),
         (("56x56 c64 k64 w3", "--min-time", "0"), "--min-time"),
+        (("9999999x9999999 c64 k64 w3",), "GiB"),
+        (("56x56 c64 k64 w3", "--json", "/nonexistent/a.json"), "/nonexistent/a.json"),
+        (("56x56 c64 k64 w3", "--markdown", "/"), "folder"),
     ],
 )
 def test_wrong_usage_exits_with_two(arguments: tuple[str, ...], blame: str) -> None:
@@ -348,10 +351,11 @@ def test_wrong_usage_exits_with_two(arguments: tuple[str, ...], blame: str) -> N
     assert "Traceback" not in done.output
 
 
-def test_a_file_that_cannot_be_written(not_pinned: None, tmp_path: Path) -> None:
-    done = _run(TINY, *FAST, "--json", str(tmp_path / "no" / "folder.json"))
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk(not_pinned: None) -> None:
+    done = _run(TINY, *FAST, "--json", "/dev/full")
     assert done.exit_code == 1
-    assert "folder.json: No such file" in done.output
+    assert "/dev/full: No space left" in done.output
 
 
 def test_another_number_of_threads_than_jax_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,7 @@ def test_explain_says_what_dispatch_decides(grad: str) -> None:
         ("explain", "--input", "8,20,20,6", "--filter", "3,3,6,6", "--padding", "WIDE"),
         ("explain", "--input", "8,20,20,6", "--filter", "3,3,6,6", "--dtype", "float33"),
         ("explain", "--input", "8,20,20,6"),
+        ("explain", "--input", f"{10**20},20,20,6", "--filter", "3,3,6,6"),
         ("nonsense",),
     ],
 )
@@ -76,6 +78,19 @@ def test_doctor() -> None:
     disabled = _run("doctor", env={"JAXWIN_DISABLE": "1"})
     assert disabled.exit_code == 1
     assert "JAXWIN_DISABLE" in disabled.output
+
+
+def test_doctor_where_jax_cannot_start() -> None:
+    # Another process: this one's JAX has started.
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxwin.tuner", "doctor"],
+        env=os.environ | {"JAX_PLATFORMS": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "problem: Unable to initialize backend 'nonsense'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_import_jaxwin_is_light() -> None:
