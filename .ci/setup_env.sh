@@ -17,8 +17,8 @@ x86_64 | amd64 | AMD64) ;;
 *) stop "the CPU must be x86-64, this one is $(uname -m)" ;;
 esac
 
-# 0: usable; otherwise what is wrong with it on standard output.
-python_problem() {
+# "usable", or what is wrong with it.
+python_state() {
     "$1" - 2>/dev/null <<'PY' || printf 'does not run'
 import os, sys, sysconfig
 if not (3, 11) <= sys.version_info < (3, 15):
@@ -31,19 +31,24 @@ try:
     import ensurepip, venv
 except ImportError:
     print("has no venv module (Debian: apt install python3-venv)", end="")
+    raise SystemExit
+print("usable", end="")
 PY
 }
 
 python=
 problems=
 for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
-    command -v "$candidate" >/dev/null 2>&1 || continue
-    problem=$(python_problem "$candidate")
-    if [ -z "$problem" ]; then
+    if ! command -v "$candidate" >/dev/null 2>&1; then
+        [ -z "${PYTHON:-}" ] || problems="; PYTHON=$candidate is not there"
+        continue
+    fi
+    state=$(python_state "$candidate")
+    if [ "$state" = usable ]; then
         python=$candidate
         break
     fi
-    problems="$problems; $candidate $problem"
+    problems="$problems; $candidate ${state:-is not Python}"
 done
 [ -n "$python" ] || stop "Python 3.11 to 3.14 is needed and none was found${problems}"
 
@@ -70,6 +75,11 @@ else
 fi
 export CXX
 
+version='import sys; print("%d.%d" % sys.version_info[:2])'
+if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ] &&
+    [ "$(.venv/bin/python -c "$version")" != "$("$python" -c "$version")" ]; then
+    stop ".venv was made with another Python than PYTHON=$PYTHON: make clean first"
+fi
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     say "creating .venv with $("$python" --version)"
     "$python" -m venv --clear .venv || stop "could not create .venv"
