@@ -195,7 +195,6 @@ def doctor(repair: bool, as_json: bool) -> None:
     repairs = database_commands.repair() if repair else []
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "cpu": machine.describe().brand,
     }
     for package in PACKAGES:
         try:
