@@ -20,7 +20,7 @@ _REGISTRATIONS: dict[str, Any] = _ffi.registrations()
 FFI_TARGETS = tuple(_REGISTRATIONS)
 for _name, _parts in _REGISTRATIONS.items():
     _compat.register_ffi_target(_name, _parts["handlers"], _parts["state_type"])
-_TARGET = FFI_TARGETS[0]
+TARGET = FFI_TARGETS[0]
 
 
 def lower_conv(
@@ -79,14 +79,14 @@ def _without_reversal(rhs: Any, spatial: Sequence[int]) -> tuple[Any, tuple[int,
     return owner.operands[0], dimensions
 
 
-def _custom_call(
-    ctx: mlir.LoweringRuleContext, problem: Problem, plan: Plan, *operands: Any
-) -> Sequence[Any]:
+def attributes(problem: Problem, plan: Plan) -> dict[str, Any]:
+    """The attributes of the custom call that computes a problem by a plan."""
+
     def ints(values: Sequence[int]) -> Any:
         return np.asarray(values, np.int64)
 
     fields = problem.native()
-    attributes: dict[str, Any] = {
+    result: dict[str, Any] = {
         name: ints(fields[name])
         for name in (
             "lhs_spec",
@@ -100,7 +100,7 @@ def _custom_call(
         )
     }
     activations = _registry.registry()["activations"]
-    attributes.update(
+    result.update(
         feature_group_count=np.int64(problem.feature_group_count),
         batch_group_count=np.int64(problem.batch_group_count),
         algorithm=plan.algorithm,
@@ -111,10 +111,16 @@ def _custom_call(
         has_residual=np.int64(problem.residual),
         activation=np.int64(activations.index(problem.activation or "none")),
     )
+    return result
+
+
+def _custom_call(
+    ctx: mlir.LoweringRuleContext, problem: Problem, plan: Plan, *operands: Any
+) -> Sequence[Any]:
     results = list(ctx.avals_out)
     if plan.workspace_bytes > 0:
         results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
-    lowering = jax.ffi.ffi_lowering(_TARGET)
+    lowering = jax.ffi.ffi_lowering(TARGET)
     widened: Any = ctx.replace(avals_out=results)  # type: ignore[no-untyped-call]
-    values = lowering(widened, *operands, **attributes)
+    values = lowering(widened, *operands, **attributes(problem, plan))
     return list(values)[:1]
