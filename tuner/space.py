@@ -149,7 +149,7 @@ class Space:
 
         Where the next value is not valid, the step goes on to one that is.
         """
-        found = []
+        found: list[Candidate] = []
         for place, values in enumerate(self.values.get(centre.algorithm, ())):
             below = [v for v in reversed(values) if v < centre.params[place]]
             above = [v for v in values if v > centre.params[place]]

@@ -116,6 +116,7 @@ class _Problem:
         return self._compare(result)
 
     def _compare(self, result: NDArray[np.float32]) -> tuple[str, str]:
+        assert self.reference is not None
         if np.array_equal(result, self.reference):
             return "ok", ""
         differing = int((result != self.reference).sum())
@@ -124,10 +125,11 @@ class _Problem:
     def compile(self, plan: Plan) -> tuple[Callable[[], Any], str, str]:
         """A call of the compiled program, and the status of its first result."""
         problem = self.problem
-        out = jax.ShapeDtypeStruct(problem.out_shape, np.float32)
+        struct: Any = jax.ShapeDtypeStruct
+        out = struct(problem.out_shape, np.float32)
         results = [out]
         if plan.workspace_bytes > 0:
-            results.append(jax.ShapeDtypeStruct((plan.workspace_bytes,), np.uint8))
+            results.append(struct((plan.workspace_bytes,), np.uint8))
         call = jax.ffi.ffi_call(_lowering.TARGET, results)
         attributes = _lowering.attributes(problem, plan)
 
