@@ -218,8 +218,9 @@ class Laboratory:
         )
         try:
             self._receive(_START_SECONDS)
-        except (EOFError, TimeoutError):
-            error = self._last_words().error if self._process.poll() is not None else "no answer"
+        except (EOFError, TimeoutError) as wrong:
+            ended = isinstance(wrong, EOFError)
+            error = self._last_words().error if ended else "it does not answer"
             self.stop()
             raise LaboratoryError(f"the measuring process does not start: {error}") from None
 

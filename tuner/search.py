@@ -111,6 +111,24 @@ class Outcome:
     bad: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        if self.winner is None or self.status == "undecided":
+            return f"{self.status}: {self.reason}"
+        if self.status == "known":
+            return f"known: {self.winner}; nothing new to measure"
+        measured = f"{self.measured} measured in {self.seconds:.1f} s"
+        found = f"{self.winner}; {duration(self.winner_ns)}, {measured}"
+        if self.status == "default":
+            return f"the default plan is the fastest: {found}"
+        return f"{self.ratio:.2f}x faster: {found}"
+
+
+def duration(ns: float | None) -> str:
+    """Nanoseconds for people."""
+    if ns is None:
+        return "-"
+    return f"{ns / 1e6:.3f} ms" if ns >= 1e6 else f"{ns / 1e3:.1f} us"
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxwin import _ffi, _registry
+from jaxwin import _dispatch, _ffi, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
 
@@ -47,6 +47,8 @@ class Space:
         self._plans: dict[Candidate, tuple[Plan, float] | None] = {}
         self.defaults: dict[str, Candidate] = {}
         self.values: dict[str, tuple[tuple[int, ...], ...]] = {}
+        if _dispatch.unsupported(problem):
+            return
         views = _ffi.candidates(self._native, isa=isa, threads=threads)
         for row in _registry.registry()["algorithms"]:
             view = views[row["name"]]
@@ -63,6 +65,8 @@ class Space:
 
     def incumbent(self) -> Candidate | None:
         """What dispatch takes where nothing is tuned; None where the native core has nothing."""
+        if not self.defaults:
+            return None
         answer = _ffi.make_plan(
             self._native, isa=self.isa, threads=self.threads, max_workspace=self._max_workspace
         )

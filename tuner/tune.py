@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jaxwin
-from jaxwin import _registry, _tuning
+from jaxwin import _explain, _registry, _tuning
 from jaxwin._problem import Problem
 from jaxwin.tuner import machine, search
 from jaxwin.tuner.database import Database, default_path
@@ -81,10 +80,11 @@ class Result:
     def warnings(self) -> list[str]:
         """What should make a reader doubt the result, or tell the authors."""
         found = []
-        if self.others_share > BUSY:
+        measured = any(outcome.measured for _, outcome in self.outcomes)
+        if measured and self.others_share > BUSY:
             text = f"the machine is busy: other processes used {self.others_share:.0%} of its CPUs"
             found.append(f"{text}; `--again` measures anew on a calmer one")
-        if self.stolen_share > BUSY:
+        if measured and self.stolen_share > BUSY:
             found.append(f"the hypervisor took {self.stolen_share:.0%} of the CPUs' time")
         noisy = [o for _, o in self.outcomes if (o.noise or 0) > search.NOISY]
         if noisy:
@@ -110,6 +110,11 @@ class Result:
         if statuses == {"unsupported"}:
             return 3
         return 5 if "undecided" in statuses else 0
+
+    def __str__(self) -> str:
+        lines = [f"{task.name}: {outcome}" for task, outcome in self.outcomes]
+        lines += [f"WARNING: {warning}" for warning in self.warnings()]
+        return "\n".join(lines) or "no convolutions"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for `json.dumps`."""
@@ -271,8 +276,8 @@ def _storage(url: str | None) -> Any:
 
 def traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Task]:
     """The convolutions of a function with these arguments, which is traced, not run."""
-    rows = jaxwin.explain(fn, *args, **kwargs)
-    return [Task(str(row.problem), row.problem, row.count) for row in rows]
+    found = _explain.problems(fn, *args, **kwargs)
+    return [Task(str(problem), problem, count) for problem, count in found.items()]
 
 
 def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
+import jax
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from jaxwin.tuner import database_commands, options, problems, tune
-from jaxwin.tuner.search import EFFORTS, Outcome
+from jaxwin.tuner.search import EFFORTS, Outcome, duration
 
 _EFFORTS = "\n".join(
     f"  {name:<8} at most {e.candidates} candidates and {e.seconds:g} s per convolution"
@@ -76,7 +77,7 @@ class _Lines(tune.Progress):
         self._place = f"[{number + 1}/{total}] {task.name}"
 
     def finish(self, task: tune.Task, outcome: Outcome) -> None:
-        click.echo(f"{self._place}: {_summary(outcome)}", err=True)
+        click.echo(f"{self._place}: {outcome}", err=True)
 
 
 class _Bar(_Lines):
@@ -113,28 +114,7 @@ class _Bar(_Lines):
         self._bar.refresh()
 
     def finish(self, task: tune.Task, outcome: Outcome) -> None:
-        self._bar.console.print(escape(f"{self._place}: {_summary(outcome)}"), highlight=False)
-
-
-def _summary(outcome: Outcome) -> str:
-    """An outcome on one line."""
-    if outcome.winner is None:
-        return f"{outcome.status}: {outcome.reason}"
-    if outcome.status == "known":
-        return f"known: {outcome.winner}; nothing new to measure"
-    if outcome.status == "undecided":
-        return f"undecided: {outcome.reason}"
-    measured = f"{outcome.measured} measured in {outcome.seconds:.1f} s"
-    time = f"{_time(outcome.winner_ns)}, {measured}"
-    if outcome.status == "default":
-        return f"the default plan is the fastest: {outcome.winner}; {time}"
-    return f"{outcome.ratio:.2f}x faster: {outcome.winner}; {time}"
-
-
-def _time(ns: float | None) -> str:
-    if ns is None:
-        return "-"
-    return f"{ns / 1e6:.3f} ms" if ns >= 1e6 else f"{ns / 1e3:.1f} us"
+        self._bar.console.print(escape(f"{self._place}: {outcome}"), highlight=False)
 
 
 def _print(result: tune.Result) -> None:
@@ -147,8 +127,8 @@ def _print(result: tune.Result) -> None:
         table.add_row(
             escape(task.name),
             o.status,
-            _time(o.default_ns),
-            _time(o.winner_ns),
+            duration(o.default_ns),
+            duration(o.winner_ns),
             "-" if o.ratio is None else f"{o.ratio:.2f}x",
             "-" if o.noise is None else f"{o.noise:.1%}",
             str(o.measured),
@@ -172,7 +152,9 @@ def _tasks(
         for conv in options.convolutions(shapes, presets, **defaults):
             for direction in directions:
                 name = conv.name if directions == ("fwd",) else f"{conv.name} {direction}"
-                found.append(tune.Task(name, conv.problem(direction, layout), conv.count))
+                with jax.enable_x64(True):  # else float64 would become float32
+                    problem = conv.problem(direction, layout)
+                found.append(tune.Task(name, problem, conv.count))
     for file in files:
         try:
             found += tune.recorded(file, file.name)
