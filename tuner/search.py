@@ -5,9 +5,10 @@ The default plan runs beside the candidates in every comparison, and what counts
 relative to it: so what was measured minutes apart, or on another machine of a kind, can be
 compared. A small space is measured whole. Else these are measured, as far as the effort goes: the
 default plan of each algorithm, the winners of near problems, what the native cost model likes best,
-the neighbours of the fastest so far for as long as that helps, and what optuna's TPE proposes. Then
-the fastest few and the default plan are compared again, in a process of their own, and one of them
-is stored as confirmed. It replaces what was there only if it is faster beyond doubt.
+the neighbours of the fastest so far for as long as that helps, and what optuna's TPE proposes.
+Those that may be the fastest are measured once more, so that a disturbed sample decides nothing.
+Then the fastest few and the default plan are compared again, in a process of their own, and one of
+them is stored as confirmed. It replaces what was there only if it is faster beyond doubt.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ BAD = ("wrong", "crashed", "timeout", "refused")
 MAX_WORKSPACE = 2**30  # bytes; no candidate needs more
 
 LEAST_GAIN = 0.01  # what a new winner must gain at least
-NOISY = 0.1  # spread of the default plan's samples from which on nothing can be decided
+NOISY = 0.1  # spread of the default plan's samples that deserves a warning
+_UNDECIDED_GAIN = 0.05  # where a candidate may be that much faster for all we know, ask again
 _SURE = 2.0  # standard errors that a new winner must be faster
 _SLOWER_THAN = 2.0  # a candidate that much slower than the fastest is dropped early
 _PLAUSIBLE = 3.0  # algorithms that the cost model finds that much slower have their default tried
@@ -186,6 +188,8 @@ class _Search:
         self.bad: dict[Candidate, str] = {}
         self.current: Candidate | None = None  # the confirmed winner so far
         self._previous: Candidate | None = None  # what `again` starts from
+        self._hopes: dict[Candidate, float] = {}  # likewise, of the fastest samples
+        self._samples: dict[Candidate, list[float]] = {}  # ratios, sample by sample
         self._shared: dict[Candidate, float] = {}  # ratios that other machines of this kind found
         self._studies: dict[str, _Study] = {}
         self._default_ns: list[float] = []
@@ -211,7 +215,7 @@ class _Search:
             outcome.status, outcome.winner = "known", self.current
             return outcome
         self._progress("the fastest once more", total, total)
-        self._final()
+        self._final(self._hopeful())
         return outcome
 
     def close(self) -> None:
@@ -259,6 +263,7 @@ class _Search:
         for candidate, row in rows.items():
             if candidate not in self.bad and row.ns_median is not None:
                 self.ratios[candidate] = row.ns_median / anchor.ns_median
+                self._hopes[candidate] = (row.ns_min or 0.0) / (anchor.ns_min or row.ns_median)
 
     # --- what to try -------------------------------------------------------------------------
 
@@ -381,12 +386,14 @@ class _Search:
         )
         self._default_ns += findings[0].ns
         self._store(candidates, findings)
-        self.outcome.measured += len(batch)
+        self.outcome.measured += sum(c not in self.ratios for c in batch)
         for candidate, finding in zip(candidates, findings, strict=True):
             ratio = None
             if finding.status == "ok":
-                ratio = statistics.median(finding.ratios(findings[0]))
-                self.ratios[candidate] = ratio
+                samples = self._samples.setdefault(candidate, [])
+                samples += finding.ratios(findings[0])
+                ratio = self.ratios[candidate] = statistics.median(samples)
+                self._hopes[candidate] = min(finding.ns) / min(findings[0].ns)
             if self.context.storage is not None or candidate.algorithm in self._studies:
                 self._study(candidate.algorithm).tell(candidate, ratio)
 
@@ -431,23 +438,41 @@ class _Search:
 
     # --- the last comparison -----------------------------------------------------------------
 
-    def _final(self) -> None:
+    def _hopeful(self) -> list[Candidate]:
+        """Measures those that may be the fastest once more; what then is the fastest, first.
+
+        Disturbances only ever make a sample slower: the fastest sample of a candidate tells what
+        it may be capable of.
+        """
+
+        def hope(candidate: Candidate) -> float:
+            measured = self.ratios.get(candidate, self._shared.get(candidate, 1.0))
+            return min(measured, self._hopes.get(candidate, measured))
+
+        candidates = sorted(self._fastest(), key=hope)
+        candidates = [c for c in candidates if c != self.default]
+        candidates = candidates[: 2 * self.context.effort.finalists + 2]
+        if candidates:
+            self._compare(candidates)
+        return sorted((c for c in candidates if c in self.ratios), key=lambda c: self.ratios[c])
+
+    def _final(self, hopeful: list[Candidate]) -> None:
         """Compares the fastest with the default plan and the winner so far; stores the winner."""
         effort, outcome = self.context.effort, self.outcome
         holders = [self.default]
         if self.current is not None and self.current not in (self.default, *self.bad):
             holders.append(self.current)
-        promising = [c for c in self._fastest() if c not in holders][: effort.finalists]
+        promising = [c for c in hopeful if c not in holders][: effort.finalists]
         # Chosen as the fastest of many, they were lucky too: a new process has other luck.
         self.context.measurer.stop()
         found = self._compared([*holders, *promising])
-        hopeful = [
+        unsure = [
             c
             for c in promising
-            if found[c].status == "ok" and Paired.of(found[c], found[self.default]).hopeful()
+            if found[c].status == "ok" and Paired.of(found[c], found[self.default]).unsure()
         ]
-        if hopeful:  # perhaps: as many samples again
-            more = self._compared([*holders, *hopeful])
+        if unsure:  # as many samples again
+            more = self._compared([*holders, *unsure])
             found |= {c: found[c].joined(finding) for c, finding in more.items()}
         candidates, findings = list(found), list(found.values())
         sound = [c for c in candidates if found[c].status == "ok"]
@@ -457,8 +482,7 @@ class _Search:
         winner = min(winners, key=lambda c: challengers[c].ratio, default=current)
         anchor = found[self.default]
         outcome.noise = 1.4826 * anchor.mad_ns / anchor.median_ns
-        likely = any(paired.ratio < 1 - LEAST_GAIN for paired in challengers.values())
-        undecided = winner == current and outcome.noise > NOISY and likely
+        undecided = winner == current and any(p.may_be_faster() for p in challengers.values())
         self._store(candidates, findings, None if undecided else winner)
         outcome.default_ns, outcome.winner_ns = anchor.median_ns, found[winner].median_ns
         outcome.winner, outcome.ratio = winner, 1.0
@@ -496,7 +520,11 @@ class Paired:
         spread = 1.4826 * measure.mad(ratios)
         return cls(statistics.median(ratios), 1.2533 * spread / len(ratios) ** 0.5)
 
-    def hopeful(self) -> bool:
+    def may_be_faster(self) -> bool:
+        """Whether the samples leave room for a gain that would be a pity to miss."""
+        return self.ratio - _SURE * self.error < 1 - _UNDECIDED_GAIN
+
+    def unsure(self) -> bool:
         """Whether the first seems faster by enough to matter, but not beyond doubt."""
         return 1 - self.ratio >= LEAST_GAIN and not self.faster()
 

@@ -22,6 +22,7 @@ from jaxwin.tuner.space import Space
 SCHEMA_VERSION = 1
 BUSY = 0.05  # share of the CPUs' time that others may use without a warning
 _LEAST_SECONDS = 1.0  # of a search
+_SEARCHING = 0.6  # part of a budget for the search; the rest is for the last comparisons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _tune(
 ) -> Outcome:
     if left <= 0:
         return Outcome(task.problem, "skipped", "the budget was used up")
-    seconds = min(context.effort.seconds, max(_LEAST_SECONDS, left * share))
+    seconds = min(context.effort.seconds, max(_LEAST_SECONDS, left * share * _SEARCHING))
     try:
         return search.tune_problem(task.problem, context, seconds=seconds, progress=progress.step)
     except LaboratoryError as error:

@@ -177,7 +177,7 @@ def test_interrupted_and_resumed(path: Path) -> None:
     second = Fake(_towards(GOAL))
     ((_, outcome),) = _run(second).outcomes
     assert outcome.winner == GOAL and outcome.known == len(first.seen)
-    *searched, _ = second.comparisons
+    *searched, _, _ = second.comparisons
     assert not {c for comparison in searched for c in comparison} & (first.seen - {DEFAULT})
 
 
@@ -271,8 +271,6 @@ def test_an_earlier_winner_stays_unless_another_is_clearly_faster(path: Path) ->
 def test_a_busy_machine_decides_nothing(path: Path) -> None:
     result = _run(Fake(_towards(GOAL, 0.05), spread=0.9))
     ((_, outcome),) = result.outcomes
-    if outcome.status == "tuned":  # noise looked like a sure gain: the finals are made up, too
-        pytest.fail(f"{outcome}")
     assert outcome.status == "undecided", outcome
     assert "busy" in outcome.reason and result.exit_code() == 5
     assert _confirmed(path) == []
@@ -321,7 +319,7 @@ def test_machines_share_a_storage(path: Path, tmp_path: Path) -> None:
     first, second = Fake(_towards(GOAL)), Fake(_towards(GOAL))
     _run(first, storage=url)
     ((_, outcome),) = _run(second, storage=url, database=tmp_path / "other.db").outcomes
-    *searched, final = second.comparisons
+    *searched, _, final = second.comparisons
     repeated = {c for comparison in searched for c in comparison} & first.seen
     assert repeated <= {DEFAULT}, "what the first measured is not measured again"
     assert GOAL in final and outcome.winner == GOAL
