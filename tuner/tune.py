@@ -58,10 +58,8 @@ class Options:
             raise ValueError(f"effort: {self.effort!r} is not one of {', '.join(EFFORTS)}")
         if self.budget_seconds is not None and not self.budget_seconds > 0:
             raise ValueError(f"budget_seconds: {self.budget_seconds} must be more than 0")
-        usable = len(machine.usable_cpus())
-        if self.threads is not None and not 1 <= self.threads <= usable:
-            text = f"{self.threads} asked for, but this process may use {usable} CPUs"
-            raise ValueError(f"threads: {text}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: {self.threads} must be at least 1")
 
 
 @dataclasses.dataclass
@@ -179,13 +177,17 @@ def run(
     the place of the measuring process, for tests.
 
     Raises:
-        ValueError: the storage cannot be used, or JAXWIN_MAX_ISA is no instruction set.
+        ValueError: there are not as many CPUs as threads, the storage cannot be used, or
+            JAXWIN_MAX_ISA is no instruction set.
         DatabaseError: the database cannot be used.
     """
     progress = progress or Progress()
     tasks = merged(tasks)
     isa = _registry.isa()
     threads = _registry.threads() if options.threads is None else options.threads
+    usable = len(machine.usable_cpus())
+    if threads > usable:
+        raise ValueError(f"threads: {threads} asked for, but this process may use {usable} CPUs")
     path = options.database or default_path()
     result = Result(tasks, options, threads, isa, path)
     weights = {task.problem: _weight(task, isa, threads) for task in tasks}

@@ -33,12 +33,12 @@ Programs that are compiled afterwards take them; no bit of a result changes, onl
 Efforts:
 {_EFFORTS}
 
-Every candidate runs in a process of its own, with a time limit. Its result must have the bits of
-the default plan's. What crashes, hangs or is wrong is stored as such, never wins, and is not tried
-again. What is right is timed together with the default plan, in turns, as part of a compiled
-program; with one thread by the CPU time of the process, with more by the clock on the wall. The
-fastest are then compared with the default plan once more, in a new process. A new winner must be
-faster by 1 % and by more than the samples' noise.
+Candidates run in another process, with a time limit. Their result must have the bits of the default
+plan's. What crashes, hangs or is wrong is stored as such, never wins, and is not tried again. What
+is right is timed together with the default plan, in turns, as part of a compiled program; with one
+thread by the CPU time of the process, with more by the clock on the wall. The fastest are then
+compared with the default plan once more, in a new process. A new winner must be faster by 1 % and
+by more than the samples' noise.
 
 Results go to the tuning database at once: after Ctrl-C another run goes on where this one stopped.
 What is in the database for this machine, these kernels and this number of threads is not measured

@@ -389,13 +389,21 @@ def test_counts_of_equal_problems_add_up() -> None:
     [
         ({"effort": "heroic"}, "effort"),
         ({"threads": 0}, "threads"),
-        ({"threads": 10_000}, "threads"),
         ({"budget_seconds": 0.0}, "budget_seconds"),
     ],
 )
 def test_wrong_options(options: dict, blame: str) -> None:
     with pytest.raises(ValueError, match=blame):
         tune.Options(**options)
+
+
+def test_more_threads_than_cpus(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(lambda candidate: 1.0)
+    with pytest.raises(ValueError, match="threads: 10000 asked for"):
+        _run(fake, threads=10_000)
+    monkeypatch.setenv("NPROC", "9999")
+    with pytest.raises(ValueError, match="threads: 9999 asked for"):
+        _run(fake, threads=None)
 
 
 def test_recorded_lines() -> None:
