@@ -38,6 +38,7 @@ LEAST_GAIN = 0.01  # what a new winner must gain at least
 NOISY = 0.1  # spread of the default plan's samples that deserves a warning
 _UNDECIDED_GAIN = 0.05  # where a candidate may be that much faster for all we know, ask again
 _SURE = 2.0  # standard errors that a new winner must be faster
+_EXTRA_COMPARISONS = 2  # of finalists, where the samples do not tell
 _SLOWER_THAN = 2.0  # a candidate that much slower than the fastest is dropped early
 _PLAUSIBLE = 3.0  # algorithms that the cost model finds that much slower have their default tried
 _RANKED_PER_ALGORITHM = 3
@@ -466,12 +467,14 @@ class _Search:
         # Chosen as the fastest of many, they were lucky too: a new process has other luck.
         self.context.measurer.stop()
         found = self._compared([*holders, *promising])
-        unsure = [
-            c
-            for c in promising
-            if found[c].status == "ok" and Paired.of(found[c], found[self.default]).unsure()
-        ]
-        if unsure:  # as many samples again
+        for _ in range(_EXTRA_COMPARISONS):
+            unsure = [
+                c
+                for c in promising
+                if found[c].status == "ok" and Paired.of(found[c], found[self.default]).unsure()
+            ]
+            if not unsure:
+                break
             more = self._compared([*holders, *unsure])
             found |= {c: found[c].joined(finding) for c, finding in more.items()}
         candidates, findings = list(found), list(found.values())
@@ -525,8 +528,9 @@ class Paired:
         return self.ratio - _SURE * self.error < 1 - _UNDECIDED_GAIN
 
     def unsure(self) -> bool:
-        """Whether the first seems faster by enough to matter, but not beyond doubt."""
-        return 1 - self.ratio >= LEAST_GAIN and not self.faster()
+        """Whether more samples could show that the first is faster by enough to matter."""
+        seems = self.may_be_faster() or 1 - self.ratio >= LEAST_GAIN
+        return seems and not self.faster()
 
     def faster(self) -> bool:
         """Whether the first is faster beyond doubt, and by enough to matter."""

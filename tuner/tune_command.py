@@ -118,13 +118,16 @@ class _Bar(_Lines):
 
 
 def _print(result: tune.Result) -> None:
-    plain = not sys.stdout.isatty()
-    table = Table(box=None if plain else box.SIMPLE_HEAD)
-    words = ("convolution", "outcome", "plan")
-    for column in (*words[:2], "default", "best", "faster", "noise", "measured", "bad", words[2]):
+    console = Console(width=None if sys.stdout.isatty() else 250)
+    wide = console.width >= 120  # else `show` tells the plans
+    table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None)
+    words = ("convolution", "outcome")
+    for column in (*words, "default", "best", "faster", "noise", "measured", "bad"):
         table.add_column(column, justify="left" if column in words else "right")
+    if wide:
+        table.add_column("plan")
     for task, o in result.outcomes:
-        table.add_row(
+        cells = [
             escape(task.name),
             o.status,
             duration(o.default_ns),
@@ -133,9 +136,9 @@ def _print(result: tune.Result) -> None:
             "-" if o.noise is None else f"{o.noise:.1%}",
             str(o.measured),
             str(sum(o.bad.values())),
-            escape(str(o.winner or o.reason)),
-        )
-    Console(width=250 if plain else None).print(table)
+        ]
+        table.add_row(*cells, *[escape(str(o.winner or o.reason))] * wide)
+    console.print(table)
     click.echo(f"{result.isa}, {result.threads} threads; in {result.database}")
 
 
