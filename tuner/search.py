@@ -482,7 +482,7 @@ class _Search:
         current = holders[-1] if holders[-1] in sound else self.default
         challengers = {c: Paired.of(found[c], found[current]) for c in sound if c != current}
         winners = [c for c, paired in challengers.items() if paired.faster()]
-        winner = min(winners, key=lambda c: challengers[c].ratio, default=current)
+        winner = min(winners, key=lambda c: challengers[c].cautious, default=current)
         anchor = found[self.default]
         outcome.noise = 1.4826 * anchor.mad_ns / anchor.median_ns
         undecided = winner == current and any(p.may_be_faster() for p in challengers.values())
@@ -490,7 +490,7 @@ class _Search:
         outcome.default_ns, outcome.winner_ns = anchor.median_ns, found[winner].median_ns
         outcome.winner, outcome.ratio = winner, 1.0
         if winner != self.default:
-            outcome.ratio = 1 / Paired.of(found[winner], anchor).ratio
+            outcome.ratio = 1 / Paired.of(found[winner], anchor).cautious
         outcome.status = "default" if winner == self.default else "tuned"
         outcome.reason = ""
         if undecided:
@@ -511,17 +511,33 @@ class _Search:
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Two computations that were timed in turn: the median ratio and how sure it is."""
+    """Two computations that were timed in turn: how much time one takes relative to the other.
+
+    ratio: the median over the rounds; error: its standard error, from the median absolute
+    deviation. medians, minima: the ratios of the medians and of the fastest samples.
+    """
 
     ratio: float
-    error: float  # standard error of the median, from the median absolute deviation
+    error: float
+    medians: float
+    minima: float
 
     @classmethod
     def of(cls, one: Finding, other: Finding) -> Paired:
         """How much time `one` takes relative to `other`."""
         ratios = one.ratios(other)
         spread = 1.4826 * measure.mad(ratios)
-        return cls(statistics.median(ratios), 1.2533 * spread / len(ratios) ** 0.5)
+        return cls(
+            statistics.median(ratios),
+            1.2533 * spread / len(ratios) ** 0.5,
+            one.median_ns / other.median_ns,
+            min(one.ns) / min(other.ns),
+        )
+
+    @property
+    def cautious(self) -> float:
+        """The ratio that promises less; they differ where the machine's speed jumps."""
+        return max(self.ratio, self.medians)
 
     def may_be_faster(self) -> bool:
         """Whether the samples leave room for a gain that would be a pity to miss."""
@@ -534,8 +550,8 @@ class Paired:
 
     def faster(self) -> bool:
         """Whether the first is faster beyond doubt, and by enough to matter."""
-        gain = 1 - self.ratio
-        return gain >= LEAST_GAIN and gain > _SURE * self.error
+        gain = 1 - self.cautious
+        return gain >= LEAST_GAIN and gain > _SURE * self.error and self.minima < 1
 
 
 class _Study:

@@ -406,6 +406,19 @@ def test_more_threads_than_cpus(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         _run(fake, threads=None)
 
 
+def test_a_machine_whose_speed_jumps_does_not_make_winners() -> None:
+    """Round by round the first seems faster; it was only measured before the machine got slow."""
+    one = Finding("ok", "", (1.0, 1.0, 2.0, 2.0, 2.0), 5)
+    other = Finding("ok", "", (1.1, 1.1, 2.2, 1.0, 1.0), 5)
+    assert search.Paired.of(one, other).ratio < 0.95
+    assert not search.Paired.of(one, other).faster()
+    sure = Finding("ok", "", (1.0, 1.01, 2.0, 2.0, 2.0), 5)
+    slower = Finding("ok", "", tuple(1.1 * ns for ns in sure.ns), 5)
+    assert search.Paired.of(sure, slower).faster()
+    assert not search.Paired.of(slower, sure).faster()
+    assert not search.Paired.of(sure, sure).faster()
+
+
 def test_recorded_lines() -> None:
     line = f'{{"count": 3, "problem": {DENSE.key}}}'
     tasks = tune.recorded([line, "", f'{{"problem": {LARGER.key}}}'])
