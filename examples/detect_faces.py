@@ -5,7 +5,7 @@
     python examples/detect_faces.py family.jpg    # a picture of yours
 
 Prints each face, draws it into a PNG, checks that both ways agree, and says which kernel ran each
-convolution. Exit codes: 0 done, 1 the check failed, 2 unusable input.
+convolution. Exit codes: 0 done, 1 the check failed or a package is missing, 2 unusable input.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import skimage.data
-from jax import Array, lax
-from mtcnn_jax import (
-    LANDMARKS,
-    O_BATCH,
-    R_BATCH,
-    Detector,
-    Face,
-    Weights,
-    load_weights,
-    onet,
-    pnet,
-    rnet,
-)
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+MISSING = "`make demo` has everything that the examples need, as has pip install '.[demo]'"
+try:
+    import jax
+    import numpy as np
+    import skimage.data
+    from jax import Array, lax
+    from mtcnn_jax import (
+        LANDMARKS,
+        O_BATCH,
+        R_BATCH,
+        Detector,
+        Face,
+        Weights,
+        load_weights,
+        onet,
+        pnet,
+        rnet,
+    )
+    from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-import jaxwin
+    import jaxwin
+except ModuleNotFoundError as error:
+    sys.exit(f"detect_faces: {error}; {MISSING}")
 
 OUT = Path(__file__).resolve().parent / "out"
 RUNS = 7
@@ -195,6 +199,8 @@ def main() -> int:
     except InputError as error:
         print(f"detect_faces: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # the package that has the weights
+        sys.exit(f"detect_faces: {error}; {MISSING}")
 
 
 if __name__ == "__main__":

@@ -13,19 +13,25 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
-from jax import Array
-from jax.typing import ArrayLike
-from rich.console import Console
-from rich.progress import Progress
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+try:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from flax import nnx
+    from jax import Array
+    from jax.typing import ArrayLike
+    from rich.console import Console
+    from rich.progress import Progress
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-from jaxwin.flax import nnx as jnnx
+    from jaxwin.flax import nnx as jnnx
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"train_digits: {error}; `make demo` has everything that the examples need, as has "
+        "pip install '.[demo]'"
+    )
 
 SEED = 0
 EPOCHS = 30
