@@ -3,7 +3,7 @@
 
 `conv` is the friendly form, `conv_general_dilated` and `conv_transpose` are drop-in for those of
 `jax.lax`, `accelerate` and `install` bring them to code that is not yours, `explain` says which
-kernel runs and why.
+kernel runs and why, `tune` finds the fastest plans for this machine.
 """
 
 from jaxwin._accelerate import accelerate
@@ -12,6 +12,7 @@ from jaxwin._explain import Explanation, ExplanationRow, explain
 from jaxwin._install import install, installed, is_installed, uninstall
 from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
 from jaxwin._problem import Problem
+from jaxwin._tune import tune
 
 __version__ = "0.1.0"
 
@@ -28,5 +29,6 @@ __all__ = [
     "install",
     "installed",
     "is_installed",
+    "tune",
     "uninstall",
 ]

@@ -87,7 +87,7 @@ def _decide(
         raise ValueError(f"algorithm: {algorithm!r} is not one of {names}")
     if algorithm == "xla":
         return Decision("xla", None, "asked for")
-    reason = _unsupported(problem)
+    reason = unsupported(problem)
     if not reason:
         native = problem.native()
         if table is not None and algorithm == "auto":
@@ -144,7 +144,7 @@ def _make_plan(
     )
 
 
-def _unsupported(problem: Problem) -> str:
+def unsupported(problem: Problem) -> str:
     """Why the native core cannot take a problem, as far as Python knows; else empty."""
     dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
     if dtypes != {"float32"} and not problem.widened:

@@ -117,17 +117,35 @@ def explain(fn_or_problem: Callable[..., Any] | Problem, *args: Any, **kwargs: A
     """
     if isinstance(fn_or_problem, Problem):
         return Explanation((_row(fn_or_problem, 1, {}),))
-    closed = jax.make_jaxpr(fn_or_problem)(*args, **kwargs)
-    found: dict[tuple[Any, ...], int] = {}
-    _walk(closed.jaxpr, found)
     rows = []
-    for (problem, native, options), count in found.items():
+    for (problem, native, options), count in _found(fn_or_problem, args, kwargs).items():
         if native:
             rows.append(_row(problem, count, dict(options)))
         else:
             reason = "lax's own convolution: use jaxwin's, accelerate() or install()"
             rows.append(_xla_row(problem, count, reason, {}))
     return Explanation(tuple(rows))
+
+
+def problems(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[Problem, int]:
+    """The convolutions of a function that dispatch decides on, and how often each occurs.
+
+    Traces the function as `explain` does, but does not ask dispatch.
+    """
+    counts: dict[Problem, int] = {}
+    for (problem, native, _), count in _found(fn, args, kwargs).items():
+        if native:
+            counts[problem] = counts.get(problem, 0) + count
+    return counts
+
+
+def _found(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[tuple[Any, ...], int]:
+    """(problem, whether it is ours, options) of a function's convolutions, with their counts."""
+    found: dict[tuple[Any, ...], int] = {}
+    _walk(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, found)
+    return found
 
 
 def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:

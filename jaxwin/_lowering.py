@@ -21,7 +21,7 @@ _REGISTRATIONS: dict[str, Any] = _ffi.registrations()
 FFI_TARGETS = tuple(_REGISTRATIONS)
 for _name, _parts in _REGISTRATIONS.items():
     _compat.register_ffi_target(_name, _parts["handlers"], _parts["state_type"])
-_TARGET = FFI_TARGETS[0]
+TARGET = FFI_TARGETS[0]
 
 
 def lower_conv(
@@ -80,14 +80,14 @@ def _without_reversal(rhs: Any, spatial: Sequence[int]) -> tuple[Any, tuple[int,
     return owner.operands[0], dimensions
 
 
-def _custom_call(
-    ctx: mlir.LoweringRuleContext, problem: Problem, plan: Plan, *operands: Any
-) -> Sequence[Any]:
+def attributes(problem: Problem, plan: Plan) -> dict[str, Any]:
+    """The attributes of the custom call that computes a problem by a plan."""
+
     def ints(values: Sequence[int]) -> Any:
         return np.asarray(values, np.int64)
 
     fields = problem.native()
-    attributes: dict[str, Any] = {
+    result: dict[str, Any] = {
         name: ints(fields[name])
         for name in (
             "lhs_spec",
@@ -101,7 +101,7 @@ def _custom_call(
         )
     }
     activations = _registry.registry()["activations"]
-    attributes.update(
+    result.update(
         feature_group_count=np.int64(problem.feature_group_count),
         batch_group_count=np.int64(problem.batch_group_count),
         algorithm=plan.algorithm,
@@ -112,11 +112,18 @@ def _custom_call(
         has_residual=np.int64(problem.residual),
         activation=np.int64(activations.index(problem.activation or "none")),
     )
+    return result
+
+
+def _custom_call(
+    ctx: mlir.LoweringRuleContext, problem: Problem, plan: Plan, *operands: Any
+) -> Sequence[Any]:
     results = list(ctx.avals_out)
     if plan.workspace_bytes > 0:
         results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
+    call = attributes(problem, plan)
     if not problem.widened:
-        return _call(ctx, list(ctx.avals_in), results, operands, attributes)
+        return _call(ctx, list(ctx.avals_in), results, operands, call)
     narrow: Sequence[Any] = ctx.avals_in
     wide: list[Any] = [jax.core.ShapedArray(a.shape, np.dtype(np.float32)) for a in narrow]
     exact = [
@@ -124,7 +131,7 @@ def _custom_call(
         for aval, value in zip(wide, operands, strict=True)
     ]
     results[0] = jax.core.ShapedArray(results[0].shape, np.dtype(np.float32))
-    (value,) = _call(ctx, wide, results, exact, attributes)
+    (value,) = _call(ctx, wide, results, exact, call)
     element: dict[str, Any] = {
         "float32": ir.F32Type,
         "bfloat16": ir.BF16Type,
@@ -139,10 +146,10 @@ def _call(
     avals_in: Sequence[Any],
     avals_out: Sequence[Any],
     operands: Sequence[Any],
-    attributes: dict[str, Any],
+    call: dict[str, Any],
 ) -> Sequence[Any]:
-    lowering = jax.ffi.ffi_lowering(_TARGET)
+    lowering = jax.ffi.ffi_lowering(TARGET)
     context: Any = ctx.replace(  # type: ignore[no-untyped-call]
         avals_in=avals_in, avals_out=avals_out
     )
-    return list(lowering(context, *operands, **attributes))[:1]
+    return list(lowering(context, *operands, **call))[:1]

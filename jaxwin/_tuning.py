@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -502,10 +502,15 @@ def reload() -> None:
         _loaded = None
 
 
-def _read_files() -> Table:
+def read_table(places: Iterable[tuple[str, Path]]) -> Table:
+    """The rows of these files (with the names of their tiers) that are of use here."""
     here = this_machine()
-    loaded = [_load_file(tier, path, here) for tier, path in files()]
-    for file, _ in loaded:
+    return Table([_load_file(tier, path, here) for tier, path in places])
+
+
+def _read_files() -> Table:
+    found = read_table(files())
+    for file in found.files:
         named = file.tier == "environment"
         if file.state in ABSENT and not named:
             continue
@@ -516,7 +521,7 @@ def _read_files() -> Table:
             warnings.warn(
                 f"jaxwin: tuning database {file.path} {text}", RuntimeWarning, stacklevel=2
             )
-    return Table(loaded)
+    return found
 
 
 # --- explanations ----------------------------------------------------------------------------

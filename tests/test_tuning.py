@@ -595,6 +595,13 @@ def test_likeness_of_machines() -> None:
     assert unknown.likeness(unknown) == "other"
 
 
+def test_a_machine_that_says_nothing_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_machine, "_first_processor", lambda: {})
+    found = _machine._cpu.__wrapped__()
+    assert (found.vendor, found.family, found.brand, found.isa_flags) == ("", 0, "", "")
+    assert found.likeness(found) == "other"
+
+
 def test_a_machine_has_no_name_of_its_own() -> None:
     text = json.dumps(dataclasses.asdict(_machine.this_machine()))
     assert os.uname().nodename not in text or os.uname().nodename in os.uname().machine

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import jaxwin
 from jaxwin import _ffi, _registry
+from jaxwin._machine import Machine, this_machine
 from jaxwin.tuner import machine, measure, peers
 from jaxwin.tuner.problems import Conv, computation, from_layout, result_operand, to_layout
 
@@ -76,7 +77,7 @@ class Cell:
 class Row:
     """One convolution in one direction, and what the peers did with it.
 
-    peak_gflops: float32 multiply-adds that these threads could do in the same minutes, if known.
+    peak_gflops: float32 multiply-adds that these threads could do in the same minutes.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Row:
     count: int
     flops: float
     result_bytes: int
-    peak_gflops: float | None
+    peak_gflops: float
     cells: dict[str, Cell]
 
     def time(self, peer: str) -> float | None:
@@ -118,7 +119,7 @@ class Result:
     options: Options
     peers: list[str]
     missing: dict[str, str]
-    machine: machine.Machine
+    machine: Machine
     cpus: tuple[int, ...]
     versions: dict[str, str]
     load_before: tuple[float, float, float]
@@ -219,7 +220,7 @@ def prepare(names: Sequence[str], options: Options) -> Result:
     Raises:
         ValueError: there are not enough CPUs, or JAX has its threads already; one line.
     """
-    cores = len(machine.usable_cpus())
+    here = this_machine()  # before it is confined to some of its CPUs
     cpus = machine.pin(options.threads)
     jax.devices()
     threads = machine.pool_threads()
@@ -238,7 +239,7 @@ def prepare(names: Sequence[str], options: Options) -> Result:
         options=options,
         peers=[name for name in names if name not in missing],
         missing=missing,
-        machine=machine.describe(options.threads, cores),
+        machine=here,
         cpus=cpus,
         versions=versions,
         load_before=os.getloadavg(),
@@ -268,17 +269,15 @@ def run(
         result.load_after = os.getloadavg()
 
 
-def _peak_loop() -> tuple[measure.Timed, float] | None:
-    """A loop of nothing but multiply-adds on one thread, and its FLOPs; None if there is none.
+def _peak_loop() -> tuple[measure.Timed, float]:
+    """A loop of nothing but multiply-adds on one thread, and its FLOPs.
 
     It is timed in turn with the peers: the peak of a core moves with its clock and with what its
     neighbours do.
     """
-    loop = getattr(_ffi, "measure_peak", None)
-    if loop is None:
-        return None
     isa = _registry.isa()
-    return measure.Timed(lambda: loop(isa, PEAK_ITERATIONS)), loop(isa, PEAK_ITERATIONS)
+    flops = _ffi.measure_peak(isa, PEAK_ITERATIONS)
+    return measure.Timed(lambda: _ffi.measure_peak(isa, PEAK_ITERATIONS)), flops
 
 
 def _row(
@@ -314,9 +313,7 @@ def _row(
         if computation_ is not None:
             timed[name] = computation_
     del expected
-    peak = _peak_loop()
-    if peak is not None:
-        timed[PEAK] = peak[0]
+    timed[PEAK], peak_flops = _peak_loop()
     samples = measure.interleave(
         timed,
         threads=options.threads,
@@ -326,13 +323,11 @@ def _row(
         rng=rng,
         progress=progress,
     )
-    peak_gflops = None
-    if peak is not None:
-        peak_gflops = peak[1] / samples.pop(PEAK).median_ns * options.threads
+    peak_gflops = peak_flops / samples.pop(PEAK).median_ns * options.threads
     flops = conv.flops
     for name, taken in samples.items():
         _fill(cells[name], taken, flops)
-        if peak_gflops and cells[name].gflops and conv.dtype == "float32":
+        if cells[name].gflops and conv.dtype == "float32":
             cells[name].peak_share = (cells[name].gflops or 0.0) / peak_gflops
     return Row(
         name=conv.name,
@@ -524,9 +519,9 @@ def notes(result: Result) -> list[str]:
     options = result.options
     clock = "CPU time of the process" if options.threads == 1 else "wall-clock time"
     lines = [
-        f"{result.machine.brand}; {_registry.isa()}; {options.threads} of {result.machine.cores} "
-        f"usable CPUs; caches {_bytes(result.machine.l1)}, {_bytes(result.machine.l2)}, "
-        f"{_bytes(result.machine.l3)}",
+        f"{result.machine}, {options.threads} used; {_registry.isa()}; caches "
+        f"{_bytes(result.machine.l1d_bytes)}, {_bytes(result.machine.l2_bytes)}, "
+        f"{_bytes(result.machine.l3_bytes)}",
         ", ".join(f"{name} {version}" for name, version in result.versions.items()),
         f"median of {options.rounds} samples of at least {options.min_seconds * 1e3:g} ms, "
         f"{clock}; arrays of jax peers are {options.layout.upper()}",
@@ -535,7 +530,7 @@ def notes(result: Result) -> list[str]:
         lines.append(
             f"load average {result.load_before[0]:.2f} before, {result.load_after[0]:.2f} after"
         )
-    peaks = sorted(row.peak_gflops for row in result.rows if row.peak_gflops)
+    peaks = sorted(row.peak_gflops for row in result.rows)
     if peaks:
         lines.append(
             f"measured FMA peak {peaks[0]:.0f} to {peaks[-1]:.0f} GFLOP/s; (%) of the row's"

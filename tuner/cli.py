@@ -6,11 +6,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +25,7 @@ from rich.table import Table
 import jaxwin
 from jaxwin import _registry, _tuning
 from jaxwin.tuner import bench as benchmark
-from jaxwin.tuner import database_commands, machine, peers, problems
+from jaxwin.tuner import database_commands, machine, options, peers, problems, tune_command
 
 VARIABLES = (
     "JAXWIN_DISABLE",
@@ -46,15 +45,15 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for pr
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit codes: 0 all is well, 1 a problem was found, 2 wrong usage, 4 a tuning database "
-        "cannot be used, 130 stopped by Ctrl-C."
+        "cannot be used, 130 stopped by Ctrl-C. `run` has more."
     ),
 )
 @click.version_option(jaxwin.__version__, prog_name="jaxwin-tune")
 def main() -> None:
-    """Ask jaxwin what it can do and what it decides."""
+    """Ask jaxwin what it can do and what it decides; tune it for this machine."""
 
 
-for _command in database_commands.COMMANDS:
+for _command in (tune_command.run, *database_commands.COMMANDS):
     main.add_command(_command)
 
 
@@ -199,7 +198,6 @@ def doctor(repair: bool, as_json: bool) -> None:
     repairs = database_commands.repair() if repair else []
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "cpu": machine.describe().brand,
     }
     for package in PACKAGES:
         try:
@@ -249,26 +247,6 @@ def doctor(repair: bool, as_json: bool) -> None:
 # --- bench -----------------------------------------------------------------------------------
 
 
-class _Choices(click.ParamType):  # type: ignore[type-arg]
-    """Some of a list of words, with commas between them."""
-
-    name = "words"
-
-    def __init__(self, choices: Sequence[str]) -> None:
-        self.choices = choices
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        words = tuple(dict.fromkeys(str(value).split(",")))
-        for word in words:
-            if word not in self.choices:
-                self.fail(f"{word!r} is not one of {', '.join(self.choices)}", param, ctx)
-        return words
-
-
 class _Peers(click.ParamType):  # type: ignore[type-arg]
     """Names of peers, with commas between them."""
 
@@ -300,11 +278,8 @@ class _Output(click.ParamType):  # type: ignore[type-arg]
 
 
 def _catalogue() -> str:
-    presets = [f"  {name:<12} {what}" for name, (what, _) in problems.PRESETS.items()]
     adapters = [f"  {name:<15} {what}" for name, what in peers.summaries().items()]
-    return "\n".join(
-        [problems.GRAMMAR, "\b", "Presets:", *presets, "", "\b", "Peers:", *adapters, ""]
-    )
+    return "\n".join([options.catalogue(), "\b", "Peers:", *adapters, ""])
 
 
 _BENCH_HELP = f"""Compare jaxwin with XLA and with other libraries, one convolution at a time.
@@ -354,7 +329,7 @@ Example:
 @click.option(
     "--direction",
     "directions",
-    type=_Choices(problems.DIRECTIONS),
+    type=options.Choices(problems.DIRECTIONS),
     default="fwd",
     show_default=True,
     help="Of fwd, dx (input gradient) and dw (weight gradient).",
@@ -442,7 +417,7 @@ def bench(
         known = _registry.algorithm_names()
         if algorithm not in known:
             raise click.UsageError(f"--algorithm: {algorithm!r} is not one of {', '.join(known)}")
-    convs = _convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
+    convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
     if dry_run:
         for conv in convs:
             times = f"{conv.count} times " if conv.count > 1 else ""
@@ -454,7 +429,7 @@ def bench(
         any(map(peers.is_ours, chosen)) and not all(map(peers.is_ours, chosen))
     ):
         raise click.UsageError("--fail-under: needs jaxwin and another peer among --peers")
-    options = benchmark.Options(
+    settings = benchmark.Options(
         threads=usable if threads is None else threads,
         layout=layout,
         rounds=rounds,
@@ -463,7 +438,7 @@ def bench(
         seed=seed,
     )
     try:
-        result = benchmark.prepare(chosen, options)
+        result = benchmark.prepare(chosen, settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     for name, reason in result.missing.items():
@@ -493,31 +468,6 @@ def bench(
 
 def _or_none(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
-
-
-def _convolutions(
-    shapes: Sequence[str], presets: Sequence[str], *, batch: int, padding: str, dtype: str
-) -> list[problems.Conv]:
-    """What the shapes and presets of a command line say, in order."""
-    defaults: dict[str, Any] = {"batch": batch, "padding": padding, "dtype": dtype}
-    if not shapes and not presets:
-        raise click.UsageError(
-            'nothing to do: give --preset NAME or a SHAPE such as "56x56 c64 k64 w3"'
-        )
-    try:
-        convs = [conv for name in presets for conv in problems.preset(name, **defaults)]
-        convs += [problems.parse(shape, **defaults) for shape in shapes]
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for conv in convs:
-        arrays = sum(8 * math.prod(shape) for shape in (conv.x_shape, conv.w_shape, conv.y_shape))
-        if arrays > memory:
-            raise click.UsageError(
-                f"{conv}: its arrays in float64, for the reference, take {arrays / 2**30:.0f} GiB; "
-                f"this machine has {memory / 2**30:.0f}"
-            )
-    return convs
 
 
 class _Progress:

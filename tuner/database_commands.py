@@ -44,7 +44,7 @@ class Failure(click.ClickException):
     exit_code = 4
 
 
-class _Command(click.Command):
+class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -57,7 +57,7 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
-@click.command(cls=_Command, epilog=_EXIT_CODES)
+@click.command(cls=Command, epilog=_EXIT_CODES)
 @click.argument("text", required=False)
 @click.option("--all", "everything", is_flag=True, help="Of other machines and old kernels, too.")
 @_database
@@ -107,7 +107,7 @@ def show(text: str | None, everything: bool, database: Path | None, as_json: boo
     click.echo(f"{len(found)} winners" + (f", {hidden} others not shown" if hidden else ""))
 
 
-@click.command(cls=_Command, epilog=_EXIT_CODES)
+@click.command(cls=Command, epilog=_EXIT_CODES)
 @click.argument("output", type=click.Path(allow_dash=True), default="-")
 @_database
 @_json
@@ -141,7 +141,7 @@ def export(output: str, database: Path | None, as_json: bool) -> None:
 
 @click.command(
     "import",
-    cls=_Command,
+    cls=Command,
     epilog="Exit codes: 0 done, 1 some lines were wrong, 2 wrong usage, 4 a database cannot be "
     "used.",
 )
@@ -206,7 +206,7 @@ class _Lines:
             self.complaints.append(f"{self._file.name}: cannot be read further: {error}")
 
 
-@click.command(cls=_Command, epilog=_EXIT_CODES)
+@click.command(cls=Command, epilog=_EXIT_CODES)
 @click.argument(
     "sources", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False, exists=True)
 )
@@ -243,7 +243,7 @@ def merge(sources: tuple[Path, ...], database: Path | None, as_json: bool) -> No
         )
 
 
-@click.command(cls=_Command, epilog=_EXIT_CODES)
+@click.command(cls=Command, epilog=_EXIT_CODES)
 @click.option("--older-than", type=click.IntRange(min=0), metavar="DAYS", help="Older rows.")
 @click.option("--stale", is_flag=True, help="Rows of kernels that this jaxwin does not have.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")

@@ -1,89 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement says about the machine that it was taken on.
-
-`Machine` is a row of columns. Two rows with the same values are the same kind of machine; nothing
-in it (a host name, a serial number) tells one machine of a kind from another.
-"""
+"""The CPUs that a measurement runs on, and who else used them; what they are, Machine says."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-import platform
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxwin import _registry
-
 _CPUS = Path("/sys/devices/system/cpu")
-# Flags that decide which kernels a CPU can run, ours or another library's.
-_ISA_FLAG = re.compile(r"sse|ssse3|avx|fma|f16c|amx|bmi|adx|asimd|sve|sme|neon|bf16|i8mm")
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """A kind of machine, and how much of it a process used.
-
-    isa: the CPU's flags that matter for kernels, in order, with spaces between them.
-    l1, l2, l3: bytes of data cache that one core sees; 0 where there is none or it is unknown.
-    cores: CPUs that the process may run on. threads: how many of them it used.
-    """
-
-    vendor: str
-    family: int
-    model: int
-    stepping: int
-    brand: str
-    isa: str
-    l1: int
-    l2: int
-    l3: int
-    cores: int
-    threads: int
-
-
-def describe(threads: int | None = None, cores: int | None = None) -> Machine:
-    """This machine.
-
-    threads: as used by the kernels; None for what XLA's pool has in this process.
-    cores: usable ones; None for those of the affinity mask as it is now.
-    """
-    fields = _cpuinfo()
-
-    def number(key: str) -> int:
-        text = fields.get(key, "")
-        return int(text) if text.isdecimal() else 0
-
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    caches = _registry.registry()["caches"]
-    return Machine(
-        vendor=fields.get("vendor_id", fields.get("CPU implementer", "")),
-        family=number("cpu family"),
-        model=number("model"),
-        stepping=number("stepping"),
-        brand=fields.get("model name", platform.machine()),
-        isa=" ".join(sorted(flag for flag in flags if _ISA_FLAG.match(flag))),
-        l1=int(caches["l1"]),
-        l2=int(caches["l2"]),
-        l3=int(caches["l3"]),
-        cores=len(usable_cpus()) if cores is None else cores,
-        threads=_registry.threads() if threads is None else threads,
-    )
-
-
-@functools.cache
-def _cpuinfo() -> dict[str, str]:
-    """The first CPU's entries of /proc/cpuinfo; empty where there is no such file."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
-
 
 # --- CPUs ------------------------------------------------------------------------------------
 

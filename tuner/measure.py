@@ -16,7 +16,7 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 SLOW_SECONDS = 1.0  # a call as long as this needs no loop, and no second warm-up
@@ -87,6 +87,8 @@ def interleave(
     min_seconds: float,
     budget_seconds: float,
     rng: random.Random,
+    slower_than: float = math.inf,
+    keep: Collection[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Samples]:
     """Times computations in rounds, each round in another random order.
@@ -94,8 +96,10 @@ def interleave(
     Before each sample the process sleeps and the computation runs once untimed: threads of the
     computation before it, which spin for a while in wait of work, have then gone to sleep, and
     its own are awake. A sample is a loop of at least `min_seconds`. A computation that has had
-    `budget_seconds` gets no further samples, but at least one. One that raises gets no (further)
-    samples; its `error` then says why.
+    `budget_seconds` gets no further samples, but at least one. One that is more than `slower_than`
+    times slower than the fastest gets none after its first (with several threads, whose clock is
+    less sure: its second), unless it is in `keep`. One that raises gets no (further) samples; its
+    `error` then says why.
     """
     settle = 0.03 if threads > 1 else 0.004
     results: dict[str, Samples] = {}
@@ -113,9 +117,14 @@ def interleave(
     for number in range(rounds):
         order = list(computations)
         rng.shuffle(order)
+        # Of whole rounds, so that the order within one does not matter.
+        limit = slower_than * min((min(s.ns) for s in results.values() if s.ns), default=math.inf)
         for name in order:
             samples = results[name]
             if samples.error or (samples.ns and spent[name] > budget_seconds):
+                continue
+            enough = len(samples.ns) > (threads > 1)
+            if enough and min(samples.ns) > limit and name not in keep:
                 continue
             progress(f"round {number + 1} of {rounds}: {name}")
             start = time.perf_counter()

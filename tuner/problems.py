@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 import jaxwin
-from jaxwin import Problem
+from jaxwin import Problem, _explain
 
 DIRECTIONS = ("fwd", "dx", "dw")
 PADDINGS = ("valid", "same")
@@ -119,8 +119,8 @@ class Conv:
     def problem(self, direction: str = "fwd", layout: str = "nhwc") -> Problem:
         """What jaxwin's dispatch sees of the convolution, or of one of its gradients."""
         fn, operands = computation(self, direction, layout, jaxwin.conv_general_dilated)
-        (row,) = jaxwin.explain(fn, *(abstract(self, name, layout) for name in operands))
-        return row.problem
+        (problem,) = _explain.problems(fn, *(abstract(self, name, layout) for name in operands))
+        return problem
 
     def __str__(self) -> str:
         return str(self.problem())

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from jaxwin import _registry
+from jaxwin._machine import this_machine
 from jaxwin.tuner import bench, machine, measure, peers, problems
 from jaxwin.tuner.cli import main
 
@@ -61,7 +62,7 @@ ROW = {
     "count": int,
     "flops": NUMBER,
     "result_bytes": int,
-    "peak_gflops": OPTIONAL_NUMBER,
+    "peak_gflops": NUMBER,
     "cells": {"*": CELL},
     "best_peer": (str, type(None)),
     "ratio_to_best": OPTIONAL_NUMBER,
@@ -80,17 +81,20 @@ SCHEMA = {
     "peers": [str],
     "missing": {"*": str},
     "machine": {
+        "arch": str,
         "vendor": str,
         "family": int,
         "model": int,
         "stepping": int,
         "brand": str,
-        "isa": str,
-        "l1": int,
-        "l2": int,
-        "l3": int,
-        "cores": int,
-        "threads": int,
+        "isa_flags": str,
+        "l1d_bytes": int,
+        "l2_bytes": int,
+        "l3_bytes": int,
+        "usable_cores": int,
+        "gpu_name": (str, type(None)),
+        "gpu_sm_count": (int, type(None)),
+        "gpu_compute_capability": (str, type(None)),
     },
     "cpus": [int],
     "versions": {"*": str},
@@ -289,24 +293,23 @@ def test_peers_that_keep_their_output_meet_the_donated_form() -> None:
     assert row.best() is None
 
 
-def test_peak_is_asked_for_where_the_core_can_measure_it(
+def test_shares_are_of_the_peak_that_the_core_measures(
     not_pinned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loop(isa: str, iterations: int) -> float:
-        assert isa == _registry.isa()
-        return 10.0 * iterations
+    real, asked = bench._ffi.measure_peak, []
 
-    monkeypatch.setattr(bench._ffi, "measure_peak", loop, raising=False)
+    def loop(isa: str, iterations: int) -> float:
+        asked.append(isa)
+        return real(isa, iterations)
+
+    monkeypatch.setattr(bench._ffi, "measure_peak", loop)
     (row,) = json.loads(_run(TINY, *FAST, "--json", "-").stdout)["rows"]
+    assert set(asked) == {_registry.isa()}
     assert row["peak_gflops"] > 0
     assert set(row["cells"]) == {"xla", "jaxwin"}
     cell = row["cells"]["jaxwin"]
     assert cell["peak_share"] == pytest.approx(cell["gflops"] / row["peak_gflops"])
     assert "measured FMA peak" in _run(TINY, *FAST).stdout
-    monkeypatch.delattr(bench._ffi, "measure_peak")
-    (row,) = json.loads(_run(TINY, *FAST, "--json", "-").stdout)["rows"]
-    assert row["peak_gflops"] is None
-    assert row["cells"]["jaxwin"]["peak_share"] is None
 
 
 def test_counts_weigh_a_network(not_pinned: None) -> None:
@@ -389,6 +392,7 @@ def test_interrupted(tmp_path: Path) -> None:
     data = json.loads(out.read_text())
     assert not data["complete"]
     assert 1 <= len(data["rows"]) < 50
-    assert len(data["cpus"]) == data["machine"]["threads"] == 1
+    assert len(data["cpus"]) == data["options"]["threads"] == 1
+    assert data["machine"]["usable_cores"] == this_machine().usable_cores
     assert "interrupted" in stdout
     assert "Traceback" not in stderr

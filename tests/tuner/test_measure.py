@@ -102,3 +102,19 @@ def test_calls_run_in_their_context() -> None:
     )
     assert results["a"].error == ""
     assert not inside
+
+
+@pytest.mark.parametrize(("threads", "samples"), [(1, 1), (2, 2)])
+def test_the_slow_are_given_up_unless_they_are_kept(threads: int, samples: int) -> None:
+    work = {"fast": 10, "slow": 100_000, "kept": 100_000}
+    results = _interleave(
+        {name: lambda n=n: sum(range(n)) for name, n in work.items()},
+        threads=threads,
+        slower_than=3.0,
+        keep=("kept",),
+    )
+    assert {name: len(found.ns) for name, found in results.items()} == {
+        "fast": 4,
+        "slow": samples,
+        "kept": 4,
+    }

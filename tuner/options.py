@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands have: which convolutions they work on."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from jaxwin.tuner import problems
+
+
+class Choices(click.ParamType):  # type: ignore[type-arg]
+    """Some of a list of words, with commas between them."""
+
+    name = "words"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.choices = choices
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(dict.fromkeys(str(value).split(",")))
+        for word in words:
+            if word not in self.choices:
+                self.fail(f"{word!r} is not one of {', '.join(self.choices)}", param, ctx)
+        return words
+
+
+def catalogue() -> str:
+    """The grammar of shapes and the presets, for help texts."""
+    presets = [f"  {name:<12} {what}" for name, (what, _) in problems.PRESETS.items()]
+    return "\n".join([problems.GRAMMAR, "\b", "Presets:", *presets, ""])
+
+
+def convolutions(
+    shapes: Sequence[str], presets: Sequence[str], *, batch: int, padding: str, dtype: str
+) -> list[problems.Conv]:
+    """What the shapes and presets of a command line say, in order."""
+    defaults: dict[str, Any] = {"batch": batch, "padding": padding, "dtype": dtype}
+    if not shapes and not presets:
+        raise click.UsageError(
+            'nothing to do: give --preset NAME or a SHAPE such as "56x56 c64 k64 w3"'
+        )
+    try:
+        found = [conv for name in presets for conv in problems.preset(name, **defaults)]
+        found += [problems.parse(shape, **defaults) for shape in shapes]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for conv in found:
+        arrays = sum(8 * math.prod(shape) for shape in (conv.x_shape, conv.w_shape, conv.y_shape))
+        if arrays > memory:
+            raise click.UsageError(
+                f"{conv}: its arrays in float64, for the reference, take {arrays / 2**30:.0f} GiB; "
+                f"this machine has {memory / 2**30:.0f}"
+            )
+    return found

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning: the searches of many problems, one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxwin import _explain, _registry, _tuning
+from jaxwin._problem import Problem
+from jaxwin.tuner import machine, search
+from jaxwin.tuner.database import Database, default_path
+from jaxwin.tuner.laboratory import Laboratory, LaboratoryError
+from jaxwin.tuner.search import EFFORTS, Outcome
+from jaxwin.tuner.space import Space
+
+SCHEMA_VERSION = 1
+BUSY = 0.05  # share of the CPUs' time that others may use without a warning
+_LEAST_SECONDS = 1.0  # of a search
+_SEARCHING = 0.6  # part of a budget for the search; the rest is for the last comparisons
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A problem to tune; count: how often it occurs."""
+
+    name: str
+    problem: Problem
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to tune.
+
+    threads: None for as many as dispatch would use. budget_seconds: for everything, None for no
+    limit but the effort's. timeout_seconds: how long a candidate may be silent. again: measure also
+    what is in the database. storage: URL of an optuna storage that machines of one kind share.
+    database: None for the default.
+    """
+
+    effort: str = "quick"
+    threads: int | None = None
+    budget_seconds: float | None = None
+    timeout_seconds: float = 10.0
+    again: bool = False
+    storage: str | None = None
+    database: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            raise ValueError(f"effort: {self.effort!r} is not one of {', '.join(EFFORTS)}")
+        if self.budget_seconds is not None and not self.budget_seconds > 0:
+            raise ValueError(f"budget_seconds: {self.budget_seconds} must be more than 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: {self.threads} must be at least 1")
+
+
+@dataclasses.dataclass
+class Result:
+    """A whole run, complete or interrupted; outcomes are in the order of the tasks done."""
+
+    tasks: list[Task]
+    options: Options
+    threads: int
+    isa: str
+    database: Path
+    outcomes: list[tuple[Task, Outcome]] = dataclasses.field(default_factory=list)
+    complete: bool = False
+    others_share: float = 0.0
+    stolen_share: float = 0.0
+
+    def warnings(self) -> list[str]:
+        """What should make a reader doubt the result, or tell the authors."""
+        found = []
+        measured = any(outcome.measured for _, outcome in self.outcomes)
+        if measured and self.others_share > BUSY:
+            text = f"the machine is busy: other processes used {self.others_share:.0%} of its CPUs"
+            found.append(f"{text}; `--again` measures anew on a calmer one")
+        if measured and self.stolen_share > BUSY:
+            found.append(f"the hypervisor took {self.stolen_share:.0%} of the CPUs' time")
+        noisy = [o for _, o in self.outcomes if (o.noise or 0) > search.NOISY]
+        if noisy:
+            found.append(
+                f"for {len(noisy)} of {len(self.outcomes)} problems samples spread by more than "
+                f"{search.NOISY:.0%}"
+            )
+        for task, outcome in self.outcomes:
+            if outcome.bad:
+                counts = ", ".join(f"{n} {status}" for status, n in sorted(outcome.bad.items()))
+                found.append(f"{task.name}: candidates did not pass: {counts}; please report it")
+        if not self.complete:
+            found.append("interrupted: what was measured is kept, another run goes on from there")
+        return found
+
+    def exit_code(self) -> int:
+        """As `jaxwin-tune run --help` says."""
+        statuses = {outcome.status for _, outcome in self.outcomes}
+        if not self.complete:
+            return 130
+        if "failed" in statuses:
+            return 1
+        if statuses == {"unsupported"}:
+            return 3
+        return 5 if "undecided" in statuses else 0
+
+    def __str__(self) -> str:
+        lines = [f"{task.name}: {outcome}" for task, outcome in self.outcomes]
+        lines += [f"WARNING: {warning}" for warning in self.warnings()]
+        return "\n".join(lines) or "no convolutions"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for `json.dumps`."""
+        rows = []
+        for task, outcome in self.outcomes:
+            row = dataclasses.asdict(outcome)
+            row["problem"] = json.loads(task.problem.key)
+            for role in ("default", "winner"):
+                candidate = getattr(outcome, role)
+                if candidate is not None:
+                    parameters = candidate.parameters
+                    row[role] = {"algorithm": candidate.algorithm, "parameters": parameters}
+            rows.append({"name": task.name, "text": str(task.problem), "count": task.count} | row)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "threads": self.threads,
+            "isa": self.isa,
+            "effort": self.options.effort,
+            "database": str(self.database),
+            "complete": self.complete,
+            "others_share": self.others_share,
+            "stolen_share": self.stolen_share,
+            "rows": rows,
+            "warnings": self.warnings(),
+        }
+
+
+class Progress:
+    """What a run tells while it runs; this one keeps it to itself."""
+
+    def start(self, task: Task, number: int, total: int) -> None:
+        """A search begins."""
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """It has measured `done` of at most `total` candidates."""
+
+    def finish(self, task: Task, outcome: Outcome) -> None:
+        """It has ended."""
+
+
+def merged(tasks: Iterable[Task]) -> list[Task]:
+    """Every problem once, with the sum of its counts, under the first of its names."""
+    found: dict[Problem, Task] = {}
+    for task in tasks:
+        before = found.get(task.problem)
+        count = task.count + (before.count if before else 0)
+        found[task.problem] = dataclasses.replace(before or task, count=count)
+    return list(found.values())
+
+
+def run(
+    tasks: Sequence[Task],
+    options: Options,
+    progress: Progress | None = None,
+    measurer: search.Measurer | None = None,
+) -> Result:
+    """Tunes the problems of some tasks, and stores measurements and winners in the database.
+
+    With a budget the problems that take most of a program's time by the cost model come first and
+    get the larger shares. Ctrl-C ends the run; its result is then not `complete`. measurer: takes
+    the place of the measuring process, for tests.
+
+    Raises:
+        ValueError: there are not as many CPUs as threads, the storage cannot be used, or
+            JAXWIN_MAX_ISA is no instruction set.
+        DatabaseError: the database cannot be used.
+    """
+    progress = progress or Progress()
+    tasks = merged(tasks)
+    isa = _registry.isa()
+    threads = _registry.threads() if options.threads is None else options.threads
+    usable = len(machine.usable_cpus())
+    if threads > usable:
+        raise ValueError(f"threads: {threads} asked for, but this process may use {usable} CPUs")
+    path = options.database or default_path()
+    result = Result(tasks, options, threads, isa, path)
+    weights = {task.problem: _weight(task, isa, threads) for task in tasks}
+    order = tasks
+    if options.budget_seconds is not None:
+        order = sorted(tasks, key=lambda task: -weights[task.problem])
+    before = _load()
+    deadline = time.monotonic() + (options.budget_seconds or float("inf"))
+    laboratory = Laboratory(threads, options.timeout_seconds, options.seed)
+    try:
+        with Database(path) as database, laboratory:
+            context = search.Context(
+                measurer or laboratory,
+                database,
+                threads,
+                isa,
+                EFFORTS[options.effort],
+                again=options.again,
+                storage=_storage(options.storage),
+                seed=options.seed,
+                near=_near(path, isa, threads),
+            )
+            for number, task in enumerate(order):
+                progress.start(task, number, len(order))
+                rest = sum(weights[t.problem] for t in order[number:])
+                share = weights[task.problem] / rest if rest else 1.0
+                left = deadline - time.monotonic()
+                outcome = _tune(task, context, left, share, progress)
+                result.outcomes.append((task, outcome))
+                progress.finish(task, outcome)
+        result.complete = True
+    except KeyboardInterrupt:
+        pass  # what was measured is stored; `complete` tells
+    finally:
+        _tuning.reload()
+        others, stolen = machine.disturbance(before, _load())
+        result.others_share, result.stolen_share = others, stolen
+    return result
+
+
+def _load() -> machine.Load:
+    """With the measuring processes, which have ended, among this process's own work."""
+    now, times = machine.Load.now(machine.usable_cpus()), os.times()
+    return dataclasses.replace(now, own=now.own + times.children_user + times.children_system)
+
+
+def _tune(
+    task: Task, context: search.Context, left: float, share: float, progress: Progress
+) -> Outcome:
+    if left <= 0:
+        return Outcome(task.problem, "skipped", "the budget was used up")
+    seconds = min(context.effort.seconds, max(_LEAST_SECONDS, left * share * _SEARCHING))
+    try:
+        return search.tune_problem(task.problem, context, seconds=seconds, progress=progress.step)
+    except LaboratoryError as error:
+        return Outcome(task.problem, "failed", str(error))
+
+
+def _weight(task: Task, isa: str, threads: int) -> float:
+    """A program's time in a problem, by the cost model."""
+    space = Space(task.problem, isa, threads, search.MAX_WORKSPACE)
+    default = space.incumbent()
+    return task.count * space.cost(default) if default is not None else 0.0
+
+
+def _near(path: Path, isa: str, threads: int) -> Callable[[Problem], Iterable[_tuning.Row]]:
+    """Winners of near problems: of earlier runs, and of this one so far."""
+
+    def near(problem: Problem) -> Iterable[_tuning.Row]:
+        table = _tuning.read_table([("environment", path), *_tuning.files()])
+        return table.nearest(problem, isa, threads)
+
+    return near
+
+
+def _storage(url: str | None) -> Any:
+    if url is None:
+        return None
+    import optuna
+
+    try:
+        return optuna.storages.get_storage(url)
+    except Exception as error:  # of optuna, SQLAlchemy or a driver
+        raise ValueError(f"storage: {url} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+# --- sources ---------------------------------------------------------------------------------
+
+
+def traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Task]:
+    """The convolutions of a function with these arguments, which is traced, not run."""
+    found = _explain.problems(fn, *args, **kwargs)
+    return [Task(str(problem), problem, count) for problem, count in found.items()]
+
+
+def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:
+    """The tasks of JSON lines such as {"count": 3, "problem": {...}}; `count` may be missing.
+
+    "problem" holds the fields of `Problem.key`.
+
+    Raises:
+        ValueError: a line is not one; the text begins with its place.
+    """
+    tasks = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict) or values.keys() - {"count", "problem"}:
+                raise ValueError('not an object of "count" and "problem"')
+            count = values.get("count", 1)
+            if type(count) is not int or count < 1:
+                raise ValueError(f"count: {count!r} is not a positive integer")
+            problem = Problem.from_key(json.dumps(values.get("problem")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}:{number}: {error}") from None
+        tasks.append(Task(str(problem), problem, count))
+    return tasks
+
+
+def tune(
+    fn: Callable[..., Any],
+    *args: Any,
+    effort: str = "quick",
+    budget: float | None = None,
+    threads: int | None = None,
+    again: bool = False,
+    database: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Tunes the convolutions of `fn(*args, **kwargs)` for this machine.
+
+    The function is traced, not run. What is compiled from now on takes the winners; programs that
+    are compiled already stay as they are.
+
+    effort: "quick", "normal" or "full". budget: seconds for everything. threads: as many as the
+    program uses, which is the default. again: measures also what was measured before. database:
+    the file; by default the first of JAXWIN_TUNING_DB, else the user's.
+
+    Raises:
+        ValueError: an option is wrong.
+        DatabaseError: the database cannot be used.
+    """
+    options = Options(
+        effort=effort,
+        budget_seconds=budget,
+        threads=threads,
+        again=again,
+        database=None if database is None else Path(database),
+    )
+    result = run(traced(fn, *args, **kwargs), options)
+    if not result.complete:
+        raise KeyboardInterrupt
+    return result

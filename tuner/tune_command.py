@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jaxwin-tune run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import jax
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from jaxwin.tuner import database_commands, options, problems, tune
+from jaxwin.tuner.search import EFFORTS, Outcome, duration
+
+_EFFORTS = "\n".join(
+    f"  {name:<8} at most {e.candidates} candidates and {e.seconds:g} s per convolution"
+    for name, e in EFFORTS.items()
+)
+_HELP = f"""Find the fastest plans for convolutions on this machine, and store them.
+
+Programs that are compiled afterwards take them; no bit of a result changes, only its speed.
+
+{options.catalogue()}
+\b
+Efforts:
+{_EFFORTS}
+
+Candidates run in another process, with a time limit. Their result must have the bits of the default
+plan's. What crashes, hangs or is wrong is stored as such, never wins, and is not tried again. What
+is right is timed together with the default plan, in turns, as part of a compiled program; with one
+thread by the CPU time of the process, with more by the clock on the wall. The fastest are then
+compared with the default plan once more, in a new process. A new winner must be faster by 1 % and
+by more than the samples' noise.
+
+Results go to the tuning database at once: after Ctrl-C another run goes on where this one stopped.
+What is in the database for this machine, these kernels and this number of threads is not measured
+again without --again.
+
+FILE holds one JSON object per line, such as {{"count": 3, "problem": {{...}}}}; "problem" has the
+fields of `jaxwin.Problem.key`.
+
+\b
+Exit codes:
+  0    done
+  1    a convolution could not be tuned: its default plan did not run
+  2    wrong usage
+  3    none of the convolutions has a native kernel
+  4    the tuning database cannot be used
+  5    done, but the machine was too busy to tell which plan is the fastest; try again
+  130  stopped by Ctrl-C
+
+\b
+Example:
+  jaxwin-tune run --preset resnet50 --batch 8
+  jaxwin-tune run --preset paper --threads 1 --effort quick --json > tuned.json
+  jaxwin-tune run "n8 56x56 c64 k128 w3 s2 p1" --direction fwd,dx,dw --effort full
+  jaxwin-tune run --from recorded.jsonl --budget 600
+  jaxwin-tune run --preset unet --storage postgresql://tuner@db.example/studies
+"""
+
+
+class _Lines(tune.Progress):
+    """One line per problem."""
+
+    def __init__(self) -> None:
+        self._place = ""
+
+    def start(self, task: tune.Task, number: int, total: int) -> None:
+        self._place = f"[{number + 1}/{total}] {task.name}"
+
+    def finish(self, task: tune.Task, outcome: Outcome) -> None:
+        click.echo(f"{self._place}: {outcome}", err=True)
+
+
+class _Bar(_Lines):
+    """A bar for the problem at hand, and the lines above it.
+
+    It moves only where something happened: a clock would take CPU time from what is measured.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._bar = Bar(
+            *columns,
+            TextColumn("{task.fields[what]}"),
+            console=Console(stderr=True),
+            auto_refresh=False,
+            transient=True,
+        )
+        self._id = self._bar.add_task("", what="")
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, task: tune.Task, number: int, total: int) -> None:
+        super().start(task, number, total)
+        self._bar.update(self._id, description=escape(self._place), completed=0, total=None)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        self._bar.update(self._id, what=escape(what), completed=done, total=total)
+        self._bar.refresh()
+
+    def finish(self, task: tune.Task, outcome: Outcome) -> None:
+        self._bar.console.print(escape(f"{self._place}: {outcome}"), highlight=False)
+
+
+def _print(result: tune.Result) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 250)
+    wide = console.width >= 120  # else `show` tells the plans
+    table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None)
+    words = ("convolution", "outcome")
+    for column in (*words, "default", "best", "faster", "noise", "measured", "bad"):
+        table.add_column(column, justify="left" if column in words else "right")
+    if wide:
+        table.add_column("plan")
+    for task, o in result.outcomes:
+        cells = [
+            escape(task.name),
+            o.status,
+            duration(o.default_ns),
+            duration(o.winner_ns),
+            "-" if o.ratio is None else f"{o.ratio:.2f}x",
+            "-" if o.noise is None else f"{o.noise:.1%}",
+            str(o.measured),
+            str(sum(o.bad.values())),
+        ]
+        table.add_row(*cells, *[escape(str(o.winner or o.reason))] * wide)
+    console.print(table)
+    click.echo(f"{result.isa}, {result.threads} threads; in {result.database}")
+
+
+def _tasks(
+    shapes: tuple[str, ...],
+    presets: tuple[str, ...],
+    files: tuple[IO[str], ...],
+    directions: tuple[str, ...],
+    layout: str,
+    defaults: dict[str, Any],
+) -> list[tune.Task]:
+    found = []
+    if shapes or presets or not files:
+        for conv in options.convolutions(shapes, presets, **defaults):
+            for direction in directions:
+                name = conv.name if directions == ("fwd",) else f"{conv.name} {direction}"
+                with jax.enable_x64(True):  # else float64 would become float32
+                    problem = conv.problem(direction, layout)
+                found.append(tune.Task(name, problem, conv.count))
+    for file in files:
+        try:
+            found += tune.recorded(file, file.name)
+        except ValueError as error:
+            raise click.UsageError(f"--from {error}") from error
+        except OSError as error:
+            raise click.UsageError(f"--from {file.name}: {error.strerror}") from error
+    return tune.merged(found)
+
+
+@click.command(cls=database_commands.Command, help=_HELP)
+@click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(problems.PRESETS)),
+    help="See above; may be given several times.",
+)
+@click.option(
+    "--from",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    type=click.File("r", encoding="utf-8"),
+    help="Recorded problems; may be given several times. - is standard input.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--padding",
+    type=click.Choice(problems.PADDINGS),
+    default="valid",
+    show_default=True,
+    help="Where a shape leaves it open.",
+)
+@click.option(
+    "--direction",
+    "directions",
+    type=options.Choices(problems.DIRECTIONS),
+    default="fwd",
+    show_default=True,
+    help="Of fwd, dx (input gradient) and dw (weight gradient).",
+)
+@click.option("--dtype", type=click.Choice(problems.DTYPES), default="float32", show_default=True)
+@click.option(
+    "--layout",
+    type=click.Choice(problems.LAYOUTS),
+    default="nhwc",
+    show_default=True,
+    help="Of the arrays.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="That the plans are for.  [default: as many as XLA's pool has here]",
+)
+@click.option("--effort", type=click.Choice(list(EFFORTS)), default="normal", show_default=True)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="For everything; what takes most of a program's time comes first.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds that a candidate may be silent before it counts as hanging.",
+)
+@click.option("--again", is_flag=True, help="Measure also what is in the database.")
+@click.option(
+    "--storage",
+    envvar="OPTUNA_STORAGE",
+    metavar="URL",
+    help="Of an optuna storage, through which machines of one kind share their search.",
+)
+@click.option(
+    "--database",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file.  [default: the first of JAXWIN_TUNING_DB, else the user's]",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of data, order and proposals."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option("--dry-run", is_flag=True, help="List the convolutions and stop.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def run(
+    shapes: tuple[str, ...],
+    presets: tuple[str, ...],
+    files: tuple[IO[str], ...],
+    batch: int,
+    padding: str,
+    directions: tuple[str, ...],
+    dtype: str,
+    layout: str,
+    threads: int | None,
+    effort: str,
+    budget: float | None,
+    timeout: float,
+    again: bool,
+    storage: str | None,
+    database: Path | None,
+    seed: int,
+    as_json: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    defaults = {"batch": batch, "padding": padding, "dtype": dtype}
+    tasks = _tasks(shapes, presets, files, directions, layout, defaults)
+    if dry_run:
+        for task in tasks:
+            times = f", {task.count} times" if task.count > 1 else ""
+            click.echo(f"{task.name}: {task.problem}{times}")
+        return
+    try:
+        settings = tune.Options(
+            effort=effort,
+            threads=threads,
+            budget_seconds=budget,
+            timeout_seconds=timeout,
+            again=again,
+            storage=storage,
+            database=database,
+            seed=seed,
+        )
+        if quiet:
+            result = tune.run(tasks, settings)
+        elif sys.stderr.isatty():
+            with _Bar() as bar:
+                result = tune.run(tasks, settings, bar)
+        else:
+            result = tune.run(tasks, settings, _Lines())
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        _print(result)
+    for warning in result.warnings():
+        click.echo(f"WARNING: {warning}", err=True)
+    sys.exit(result.exit_code())

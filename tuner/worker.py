@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process in which candidates run: it may crash or hang without harm to the tuner.
+
+Requests come as JSON lines on standard input, answers go as JSON lines to what was standard output;
+whatever else is printed goes to standard error. `jaxwin.tuner.laboratory` is the other side.
+
+A candidate is first run by the native core alone, into a result and a workspace full of NaN with
+guards around them: what it leaves unwritten, reads unwritten or writes elsewhere shows. Then it is
+timed as part of a compiled program: the same call, thread pool and workspace as in a user's
+program. Timing it by the native core alone would start threads anew for each call, and hide what a
+large workspace costs. The result goes into a donated buffer: a fresh one costs every candidate the
+same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxwin import _ffi, _lowering, _registry
+from jaxwin._plan import Plan
+from jaxwin._problem import Problem
+from jaxwin.tuner import machine, measure
+
+# For tests: candidates that shall go wrong, as "KIND ALGORITHM PARAMETERS" with ";" between them,
+# such as "crash direct 4,3,0,0,0,1,0". "late-crash" crashes when timed, the others when checked.
+FAULTS = "JAXWIN_TUNER_FAULTS"
+
+_GUARD = 64  # floats on both sides of a result or workspace
+_FILLING = np.float32(-1.25e30)
+
+
+class _Guarded:
+    """An array of floats, aligned as XLA aligns, between two guards."""
+
+    def __init__(self, size: int) -> None:
+        raw = np.empty(size + 2 * _GUARD + 16, np.float32)
+        shift = -(raw.ctypes.data // 4) % 16
+        self._whole = raw[shift : shift + size + 2 * _GUARD]
+        self.inside = self._whole[_GUARD : _GUARD + size]
+
+    def poison(self) -> None:
+        self._whole.fill(_FILLING)
+        self.inside.fill(np.nan)
+
+    def intact(self) -> bool:
+        guards = (self._whole[:_GUARD], self._whole[-_GUARD:])
+        return all(bool((guard == _FILLING).all()) for guard in guards)
+
+
+class _Problem:
+    """A problem with data: what is the same for all candidates."""
+
+    def __init__(self, key: str, seed: int) -> None:
+        self.problem = problem = Problem.from_key(key)
+        rng = np.random.default_rng(seed)
+
+        def draw(*shape: int) -> NDArray[np.float32]:
+            return rng.standard_normal(shape, np.float32)
+
+        self.x, self.w = draw(*problem.lhs_shape), draw(*problem.rhs_shape)
+        features = problem.out_shape[problem.out_spec[1]]
+        self.bias = draw(features) if problem.bias else None
+        self.residual = draw(*problem.out_shape) if problem.residual else None
+        self.reference: NDArray[np.float32] | None = None
+        given = (self.x, self.w, self.bias, self.residual)
+        self.operands = [jax.device_put(array) for array in given if array is not None]
+        self.held: Any = None  # the buffer that all compiled programs pass on
+
+    def check(self, plan: Plan) -> tuple[str, str]:
+        """Runs a plan by the native core; its status, and why. The first gives the reference."""
+        problem = self.problem
+        y = _Guarded(math.prod(problem.out_shape))
+        workspace = _Guarded(plan.workspace_bytes // 4 + 1)
+        y.poison()
+        workspace.poison()
+        result = y.inside.reshape(problem.out_shape)
+        activations = _registry.registry()["activations"]
+        refused = _ffi.run(
+            problem.native(),
+            plan.algorithm,
+            plan.isa,
+            plan.threads,
+            plan.params,
+            self.x,
+            self.w,
+            result,
+            workspace.inside,
+            self.bias,
+            self.residual,
+            activations.index(problem.activation or "none"),
+        )
+        if refused:
+            return "refused", refused
+        _inject("wrong", plan, result)
+        if not y.intact() or not workspace.intact():
+            return "wrong", "writes outside of its result or workspace"
+        if self.reference is None:
+            if not np.isfinite(result).all():
+                return "wrong", "leaves a part of its result unwritten"
+            self.reference = result
+            return "ok", ""
+        return self._compare(result)
+
+    def _compare(self, result: NDArray[np.float32]) -> tuple[str, str]:
+        assert self.reference is not None
+        if np.array_equal(result, self.reference):
+            return "ok", ""
+        differing = int((result != self.reference).sum())
+        return "wrong", f"{differing} of {result.size} values differ from the default plan's"
+
+    def compile(self, plan: Plan) -> tuple[Callable[[], Any], str, str]:
+        """A call of the compiled program, and the status of its first result."""
+        problem = self.problem
+        struct: Any = jax.ShapeDtypeStruct
+        out = struct(problem.out_shape, np.float32)
+        results = [out]
+        if plan.workspace_bytes > 0:
+            results.append(struct((plan.workspace_bytes,), np.uint8))
+        call = jax.ffi.ffi_call(_lowering.TARGET, results)
+        attributes = _lowering.attributes(problem, plan)
+
+        def program(operands: list[jax.Array], previous: jax.Array) -> jax.Array:
+            result: jax.Array = call(*operands, **attributes)[0]
+            return result
+
+        jitted = jax.jit(program, donate_argnums=1, keep_unused=True)
+        compiled = jitted.lower(self.operands, out).compile()
+
+        def run() -> Any:
+            held, self.held = self.held, None
+            if held is None:
+                held = jax.numpy.zeros(out.shape, out.dtype)
+            self.held = compiled(self.operands, held).block_until_ready()
+            return self.held
+
+        status, error = self._compare(np.asarray(run()))
+        return run, status, error
+
+
+def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], None]) -> Any:
+    """Checks and times candidates; one answer per candidate, in order."""
+    answers: list[dict[str, Any]] = []
+    timed: dict[str, measure.Timed] = {}
+
+    @contextlib.contextmanager
+    def announced(number: int) -> Iterator[None]:
+        tell({"running": number})
+        yield
+
+    for number, fields in enumerate(request["plans"]):
+        plan = Plan(**fields | {"params": tuple(fields["params"])})
+        with announced(number):
+            status, error = "error", ""
+            try:
+                _inject("crash", plan)
+                _inject("hang", plan)
+                status, error = subject.check(plan)
+                if status == "ok":
+                    run, status, error = subject.compile(plan)
+            except Exception as wrong:  # MemoryError, XLA's errors: this candidate's, not ours
+                error = measure.first_line(wrong)
+            answers.append({"status": status, "error": error, "ns": [], "inner": 0})
+            if status == "ok":
+                if _afflicted("late-crash", plan):
+                    run = _crash
+                around = _bind(announced, number)
+                timed[str(number)] = measure.Timed(run, around)
+    samples = measure.interleave(
+        timed,
+        threads=request["threads"],
+        rounds=request["rounds"],
+        min_seconds=request["min_seconds"],
+        budget_seconds=math.inf,
+        slower_than=request["slower_than"],
+        keep=("0",),  # what the others are compared with
+        rng=random.Random(request["seed"]),
+    )
+    for name, taken in samples.items():
+        answer = answers[int(name)]
+        answer |= {"ns": taken.ns, "inner": taken.inner}
+        if taken.error:
+            answer |= {"status": "error", "error": taken.error}
+    return {"answers": answers}
+
+
+def _bind(
+    announced: Callable[[int], contextlib.AbstractContextManager[None]], number: int
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    return lambda: announced(number)
+
+
+# --- faults ----------------------------------------------------------------------------------
+
+
+def _afflicted(kind: str, plan: Plan) -> bool:
+    params = ",".join(map(str, plan.params))
+    return f"{kind} {plan.algorithm} {params}".strip() in os.environ.get(FAULTS, "").split(";")
+
+
+def _crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _inject(kind: str, plan: Plan, result: NDArray[np.float32] | None = None) -> None:
+    if not _afflicted(kind, plan):
+        return
+    if kind == "crash":
+        _crash()
+    elif kind == "hang":
+        time.sleep(1e6)
+    elif result is not None:
+        result.reshape(-1).view(np.uint32)[-1] ^= 1
+
+
+# --- the process -----------------------------------------------------------------------------
+
+
+def _requests(stream: IO[str]) -> Iterator[Any]:
+    """The requests; ends the process with its parent, also where a candidate hangs."""
+    arrived = threading.Semaphore(0)
+    lines: list[str] = []
+
+    def read() -> None:
+        for line in stream:
+            lines.append(line)
+            arrived.release()
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        arrived.acquire()
+        yield json.loads(lines.pop(0))
+
+
+def main() -> None:
+    """Serves requests until standard input ends."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(message: Any) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    machine.pin(int(sys.argv[1]))
+    jax.devices()
+    tell({"ready": True})
+    subject: _Problem | None = None
+    for request in _requests(sys.stdin):
+        if "problem" in request:
+            del subject  # its memory first
+            subject = _Problem(request["problem"], request["seed"])
+        else:
+            assert subject is not None
+            tell(_measure(subject, request, tell))
+
+
+if __name__ == "__main__":
+    main()
