@@ -160,11 +160,16 @@ def _tasks(
                 found.append(tune.Task(name, problem, conv.count))
     for file in files:
         try:
-            found += tune.recorded(file, file.name)
+            recorded = tune.recorded(file, file.name)
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"--from {file.name}: not a text file") from error
         except ValueError as error:
             raise click.UsageError(f"--from {error}") from error
         except OSError as error:
             raise click.UsageError(f"--from {file.name}: {error.strerror}") from error
+        if not recorded:
+            raise click.UsageError(f"--from {file.name}: holds no convolution")
+        found += recorded
     return tune.merged(found)
 
 

@@ -121,7 +121,11 @@ def test_a_recorded_file_that_is_wrong(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "recorded.jsonl:1: problem: not an object" in done.output
     recorded.write_bytes(b"\xff\xfe")
-    assert _run("--from", str(recorded)).exit_code == 2
+    done = _run("--from", str(recorded))
+    assert done.exit_code == 2 and "recorded.jsonl: not a text file" in done.output
+    recorded.write_text("\n")
+    done = _run("--from", str(recorded))
+    assert done.exit_code == 2 and "recorded.jsonl: holds no convolution" in done.output
 
 
 def test_exit_codes_of_what_cannot_be_tuned(path: Path) -> None:
