@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "algorithms/registry.h"
+#include "cuda/bindings.h"
 #include "handler.h"
 #include "isa.h"
+#include "module.h"
 #include "plan.h"
 #include "problem.h"
 
@@ -30,7 +32,8 @@ T field(const nb::dict& d, const char* name) {
   return nb::cast<T>(d[name]);
 }
 
-// The same fields as the attributes of the custom call, and the shapes.
+}  // namespace
+
 ConvParams conv_params(const nb::dict& d) {
   ConvParams p;
   p.lhs_shape = field<std::vector<int64_t>>(d, "lhs_shape");
@@ -52,6 +55,8 @@ ConvParams conv_params(const nb::dict& d) {
   p.batch_group_count = field<int64_t>(d, "batch_group_count");
   return p;
 }
+
+namespace {
 
 nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
   nb::dict d;
@@ -224,6 +229,7 @@ nb::dict registry() {
   result["isas"] = isa_rows;
   result["activations"] = activations;
   result["caches"] = cache_sizes;
+  result["cuda"] = cuda::registry();
   return result;
 }
 
@@ -247,6 +253,7 @@ NB_MODULE(_ffi, m) {
     return targets;
   });
   m.def("registry", &jaxwin::registry);
+  jaxwin::cuda::bind(m);
   m.def("make_plan", &jaxwin::make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
         nb::arg("isa") = "", nb::arg("threads") = 1, nb::arg("max_workspace") = -1,
         nb::arg("params") = std::vector<int64_t>{});
