@@ -307,7 +307,7 @@ void* take(const Buffers& b, int64_t bytes, Program* program) {
 
 // --- matrix products ---------------------------------------------------------------------------------
 
-enum GemmParam { kBm, kBn, kBk, kTm, kTn, kStages, kPack };
+enum GemmParam { kBm, kBn, kBk, kTm, kTn, kStages, kPack, kUnroll };  // the last: no tensor cores
 
 struct GemmShape {
   bool mma;
@@ -367,12 +367,12 @@ Sides sides(const Problem& p, const GemmShape& s, const Types& t, const Buffers&
 }
 
 int64_t gemm_shared_bytes(const Types& t, const GemmShape& s, int a_side) {
-  constexpr int64_t kStepBytes = 20;
+  const int64_t walk = 4 * (2 * s.bk * 5 + s.bk * 4 + 4 + s.bk);  // struct Walk
   const int64_t ld_a =
       a_side == 0 ? s.bk + s.lanes : s.bm + (s.mma ? 8 : 0);
   const int64_t size_a = (a_side == 0 ? s.bm : s.bk) * ld_a;
   const int64_t size_b = s.bk * (s.bn + (s.mma ? 8 : 0));
-  return round_up(2 * s.bk * kStepBytes, 128) + s.stages * (size_a + size_b) * type_bytes(t.operand);
+  return round_up(walk, 128) + s.stages * (size_a + size_b) * type_bytes(t.operand);
 }
 
 std::string gemm_check(const Problem& p, const Types& t, const Params& v, bool mma) {
@@ -389,6 +389,7 @@ std::string gemm_check(const Problem& p, const Types& t, const Params& v, bool m
     if (s.tm * s.tn > 64 * 64) return "tm, tn: too many sums for a warp's registers";
   } else {
     if (s.tm < 4 || s.tn < 4 || s.bk < 4) return "tm, tn, bk: at least 4";
+    if (v[kUnroll] < 1 || v[kUnroll] > 32) return "unroll: 1 to 32";
     if (s.tm > 8 || s.tn > 8) return "tm, tn: too many sums for a thread's registers";
     const int64_t across = std::min<int64_t>(s.bn / s.tn, 8);
     if ((s.bm / s.tm) % (32 / across) != 0) return "bm: too few rows for a warp";
@@ -447,6 +448,7 @@ Params gemm_defaults(const Problem& p, const Types& t, bool mma) {
     v[kBk] = tile[4];
     v[kStages] = 3;
     v[kPack] = pack;
+    v[kUnroll] = mma ? 0 : 1;
     const double cost = gemm_cost(p, t, v, mma);
     if (cost < best_cost && gemm_check(p, t, v, mma).empty()) {
       best_cost = cost;
@@ -494,7 +496,10 @@ void gemm_build(const Problem& original, const Types& t, const Params& v, const 
     o.set("JAXWIN_STAGES", s.stages);
     o.set("JAXWIN_THREADS", s.threads);
     const int64_t sums = mma ? s.tm * s.tn / 32 : s.tm * s.tn;
-    o.set("JAXWIN_BLOCKS", std::max<int64_t>(1, (sums > 64 ? 256 : 512) / s.threads));
+    // Registers: 128 for each of 512 threads, more for few large blocks.
+    const int64_t resident = sums > 64 ? 256 : sums == 64 && s.threads < 256 ? 384 : 512;
+    o.set("JAXWIN_BLOCKS", std::max<int64_t>(1, resident / s.threads));
+    o.set("JAXWIN_UNROLL", mma ? 1 : v[kUnroll]);
     o.set("JAXWIN_A", side.a);
     o.set("JAXWIN_B", side.b);
     o.set("JAXWIN_CHUNKED", chunked ? 1 : 0);
@@ -523,18 +528,18 @@ void gemm_build(const Problem& original, const Types& t, const Params& v, const 
 }
 
 std::vector<ParamSpec> gemm_params(bool mma) {
-  const char* const part = mma ? "of a warp's part" : "of a thread's part";
-  const std::vector<int64_t> down = mma ? std::vector<int64_t>{16, 32, 64} : std::vector<int64_t>{4, 8};
-  static const std::string rows_text[2] = {"rows of a thread's part of it", "rows of a warp's part of it"};
-  static_cast<void>(part);
-  return {{"bm", "rows (pixels) of a block's tile", {32, 64, 128}},
-          {"bn", "columns (features) of a block's tile", {32, 64, 128}},
-          {"bk", "steps of the reduction in shared memory at a time",
-           mma ? std::vector<int64_t>{16, 32, 64} : std::vector<int64_t>{8, 16, 32}},
-          {"tm", rows_text[mma ? 1 : 0].c_str(), down},
-          {"tn", "columns of the same part", down},
-          {"stages", "such pieces under way at a time", {2, 3, 4}},
-          {"pack", "1: the filter is first copied into the order of the reduction", {0, 1}}};
+  const std::vector<int64_t> part = mma ? std::vector<int64_t>{16, 32, 64} : std::vector<int64_t>{4, 8};
+  std::vector<ParamSpec> params{
+      {"bm", "rows (pixels) of a block's tile", {32, 64, 128}},
+      {"bn", "columns (features) of a block's tile", {32, 64, 128}},
+      {"bk", "steps of the reduction in shared memory at a time",
+       mma ? std::vector<int64_t>{16, 32, 64} : std::vector<int64_t>{8, 16, 32}},
+      {"tm", mma ? "rows of a warp's part of it" : "rows of a thread's part of it", part},
+      {"tn", "columns of the same part", part},
+      {"stages", "such pieces under way at a time", {2, 3, 4}},
+      {"pack", "1: the filter is first copied into the order of the reduction", {0, 1}}};
+  if (!mma) params.push_back({"unroll", "pairs of steps that are unrolled", {1, 2, 8}});
+  return params;
 }
 
 std::string im2win_rejects(const Problem& p, const Types& t) {
@@ -673,6 +678,9 @@ void full_build(const Problem& p, const Types& t, const Params& v, const Buffers
 
 // --- lanes -----------------------------------------------------------------------------------------------
 
+// Of a thread of `depthwise` for the window; JAXWIN_WINDOW_X is 0 beyond.
+constexpr int64_t kWindowRegisters = 64;
+
 enum LanesParam { kStrip, kVector, kThreads };
 
 bool lanes_along_x(const Problem& p) {
@@ -734,8 +742,10 @@ template <bool kDepthwise>
 Params lanes_defaults(const Problem& p, const Types&) {
   Params v{};
   v[kVector] = 1;
-  const int64_t most = kDepthwise && p.window() > 25 ? 2 : 4;  // registers
-  for (const int64_t vector : {most, int64_t{2}}) {
+  // A window that stays in registers saves more than wide loads do.
+  const bool small_window = kDepthwise && p.window() <= kWindowRegisters;
+  for (const int64_t vector : {4, 2}) {
+    if (small_window && p.window() * vector > kWindowRegisters) continue;
     const bool fits =
         kDepthwise ? depthwise_vector(p, {}, vector) : grouped_vector(p, {}, vector);
     if (fits) {
@@ -777,7 +787,7 @@ void lanes_build(const Problem& p, const Types& t, const Params& v, const Buffer
       // The window as constants where that unrolls to a reasonable size.
       const Part& q = a.part[0];
       const bool known =
-          list.size() == 1 && q.taps > 0 && q.taps * v[kStrip] * vector <= 1024 &&
+          list.size() == 1 && q.taps > 0 && q.taps * vector <= kWindowRegisters &&
           (v[kStrip] - 1) * q.stride[2] + (q.win[2] - 1) * q.dilation[2] <= 128;
       o.set("JAXWIN_WINDOW_X", known ? q.win[2] : 0);
       o.set("JAXWIN_WINDOW_Y", known ? q.win[1] : 0);

@@ -11,7 +11,7 @@
 //
 // Specialised by definitions: JAXWIN_BM, _BN, _BK (tile), _TM, _TN (of a thread, or of a warp for
 // tensor cores), _STAGES, _THREADS, _A, _B (how operands lie, below), _CHUNKED, _PARTIAL,
-// _IMAGES_FIRST, _DIMS, _TYPE, _EPILOGUE, _Y_VECTOR, _BLOCKS.
+// _IMAGES_FIRST, _DIMS, _TYPE, _EPILOGUE, _Y_VECTOR, _BLOCKS, _UNROLL.
 
 namespace jaxwin {
 namespace cuda {
@@ -19,6 +19,7 @@ namespace cuda {
 constexpr int kBm = JAXWIN_BM, kBn = JAXWIN_BN, kBk = JAXWIN_BK;
 constexpr int kTm = JAXWIN_TM, kTn = JAXWIN_TN;
 constexpr int kStages = JAXWIN_STAGES, kThreads = JAXWIN_THREADS;
+constexpr int kUnroll = JAXWIN_UNROLL;
 
 // A in shared memory. JAXWIN_A 0: [row][k], 16 bytes along k (channels are neighbours in memory);
 // 1: [k][row], 16 bytes along rows (images are neighbours); 2: [k][row], element by element.
@@ -90,6 +91,12 @@ JAXWIN_DEVICE Digits digits_of(int k, int channels, const Part& p) {
   static_cast<void>(channels);
   return d;
 }
+// The beginning of shared memory. Steps of two stages; where the threads below kBk are.
+struct Walk {
+  Step steps[2 * kBk];
+  Digits at[kBk], by;
+  int k[kBk];
+};
 JAXWIN_DEVICE void carry(int& digit, int& next, int size) {
   if (digit >= size) {
     digit -= size;
@@ -287,7 +294,7 @@ struct Tile {
   JAXWIN_DEVICE int column(int j) const { return j / 4 * (kAcross * 4) + across * 4 + j % 4; }
 
   JAXWIN_DEVICE void multiply(const float* a, const float* b) {
-#pragma unroll
+#pragma unroll kUnroll
     for (int k = 0; k < kBk; k += 2) {
       Two left[kTm];
       if (kRowMajorA) {
@@ -426,10 +433,12 @@ struct alignas(sizeof(T) * Tile::kGroup) Group {
 
 JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a) {
   JAXWIN_DYNAMIC_SHARED(shared);
-  constexpr int kStepBytes = 2 * kBk * static_cast<int>(sizeof(Step));
-  Step* const steps = reinterpret_cast<Step*>(shared);
+  // Where the threads that make steps are in the reduction is kept in shared memory: registers are
+  // the scarce thing here.
+  Walk* const walk = reinterpret_cast<Walk*>(shared);
+  Step* const steps = walk->steps;
   Element* const tiles =
-      reinterpret_cast<Element*>(shared + (kStepBytes + 127) / 128 * 128);
+      reinterpret_cast<Element*>(shared + (static_cast<int>(sizeof(Walk)) + 127) / 128 * 128);
   const int thread = static_cast<int>(threadIdx.x);
 
   const int columns_at = static_cast<int>(blockIdx.x) % a.column_blocks;
@@ -457,17 +466,20 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a)
 #pragma unroll
   for (int r = 0; r < kRowRecords; ++r) rows[r] = make_row(a, p, first_row + row_of_record(r, thread));
 
-  Digits digits{0, 0, 0, 0}, by{0, 0, 0, 0};
-  int k = begin + thread;  // of the step that this thread makes next
   if (thread < kBk) {
-    digits = digits_of(k, a.c, p);
-    by = digits_of(kBk, a.c, p);
+    walk->at[thread] = digits_of(begin + thread, a.c, p);
+    walk->k[thread] = begin + thread;
+    if (thread == 0) walk->by = digits_of(kBk, a.c, p);
   }
+  __syncthreads();
   const auto next_steps = [&](int slot) {
     if (thread < kBk) {
+      Digits digits = walk->at[thread];
+      const int k = walk->k[thread];
       steps[slot * kBk + thread] = make_step(a, p, digits, k < end);
-      advance(digits, by, a.c, p);
-      k += kBk;
+      advance(digits, walk->by, a.c, p);
+      walk->at[thread] = digits;
+      walk->k[thread] = k + kBk;
     }
   };
   const auto load = [&](int stage, int slot) {

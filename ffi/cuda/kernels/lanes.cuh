@@ -79,14 +79,11 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_depthwise(JAXWIN_ARGS ConvArgs a) {
   constexpr int kX = JAXWIN_WINDOW_X, kY = JAXWIN_WINDOW_Y, kZ = JAXWIN_WINDOW_Z;
   constexpr int kStride = JAXWIN_STRIDE_X, kDilation = JAXWIN_DILATION_X;
   constexpr int kColumns = (kStrip - 1) * kStride + (kX - 1) * kDilation + 1;
-  constexpr bool kKeep = kX * kY * kZ * kVector <= 64;  // the whole window in registers
-  Lanes window[kKeep ? kX * kY * kZ : 1];
-  if (kKeep) {
+  Lanes window[kX * kY * kZ];
 #pragma unroll
-    for (int i = 0; i < kX * kY * kZ; ++i) {
-      window[i] = lanes_at(w + i / (kY * kZ) * p.w_sp[2] + i / kZ % kY * p.w_sp[1] +
-                               i % kZ * p.w_sp[0], true);
-    }
+  for (int i = 0; i < kX * kY * kZ; ++i) {
+    window[i] = lanes_at(
+        w + i / (kY * kZ) * p.w_sp[2] + i / kZ % kY * p.w_sp[1] + i % kZ * p.w_sp[0], true);
   }
 #pragma unroll
   for (int column = 0; column < kColumns; ++column) {
@@ -111,9 +108,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_depthwise(JAXWIN_ARGS ConvArgs a) {
             value = lanes_at(x + iz * a.x_sp[0] + iy * a.x_sp[1] + ix * a.x_sp[2], real);
             loaded = true;
           }
-          const Lanes weight = kKeep ? window[kKeep ? (v * kY + u) * kZ + s : 0]
-                                     : lanes_at(w + v * p.w_sp[2] + u * p.w_sp[1] + s * p.w_sp[0],
-                                                true);
+          const Lanes weight = window[(v * kY + u) * kZ + s];
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
             sum[t].v[i] = fma(value.v[i], weight.v[i], sum[t].v[i]);
