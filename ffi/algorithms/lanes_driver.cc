@@ -671,7 +671,8 @@ std::vector<ParamSpec> lanes_param_specs() {
       {"cols", "output pixels per block; 0: the whole row", {0, 28, 56, 112, 448}},
       {"pixels", "output pixels of the register tile", {2, 4, 6, 8, 10, 12, 14, 16}},
       {"strip", "1: a padded copy of the block's input; 0: read in place but at borders", {0, 1}},
-      {"sweep", "output rows of the tile that is swept along x; 0: tiles of pixels",
+      {"sweep",
+       "output rows of the tile that is swept along x; 0: tiles of pixels",
        {0, 1, 2, 3, 4, 5}},
   };
 }

@@ -37,6 +37,7 @@ struct GemmArgs {
   int64_t cols;  // (NV - 1) * W < cols <= NV * W
   int64_t load;
   int64_t add;
+  int64_t stream;   // stores pass the caches by; cols = NV * W, C in whole aligned vectors, no add
   int64_t blocks;   // LanesFn only
   int64_t b_block;  // LanesFn only
 };
@@ -108,8 +109,8 @@ struct Kernels {
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   int max_pixels;
-  LanesFn lanes[kMaxMr + 1];           // [P]
-  LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
+  LanesFn lanes[kMaxMr + 1];                                               // [P]
+  LanesGradFn lanes_grad[kMaxMr + 1];                                      // [Q]
   SweepFn sweep[kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];  // [KW][SX][R]; may be 0
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.

@@ -124,11 +124,13 @@ template <int KW, int SX, int R, bool kWhole, int kPhase>
 JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<R>* s, V (&acc)[kSweepLive<KW, SX>][R]) {
   if (s->o == s->steps) return;
   sweep_step<KW, SX, R, kWhole, kPhase>(g, s, acc);
-  if constexpr (kPhase + 1 < kSweepLive<KW, SX>) sweep_steps<KW, SX, R, kWhole, kPhase + 1>(g, s, acc);
+  if constexpr (kPhase + 1 < kSweepLive<KW, SX>)
+    sweep_steps<KW, SX, R, kWhole, kPhase + 1>(g, s, acc);
 }
 
 template <int KW, int SX, int R, bool kWhole>
-void sweep_block(const SweepArgs* g, const float* x, const float* w, float* y, Mask tail) {
+__attribute__((noinline)) void sweep_block(const SweepArgs* g, const float* x, const float* w,
+                                           float* y, Mask tail) {
   constexpr int kLive = kSweepLive<KW, SX>;
   V acc[kLive][R];
   JAXWIN_UNROLL
