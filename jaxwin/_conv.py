@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin import _registry
+from jaxwin import _cuda, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 
 Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[int, int]]
@@ -26,8 +26,8 @@ _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 
 def algorithms() -> tuple[str, ...]:
-    """What `conv` takes as `algorithm`."""
-    return "auto", *_registry.algorithm_names(), "xla"
+    """What `conv` takes as `algorithm`, on one platform or another."""
+    return "auto", *dict.fromkeys((*_registry.algorithm_names(), *_cuda.registry())), "xla"
 
 
 def conv(

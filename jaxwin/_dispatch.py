@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from jaxwin import _ffi, _registry, _tuning
+from jaxwin import _cuda, _ffi, _registry, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row, Table
@@ -30,12 +30,15 @@ def decide(
     algorithm: str = "auto",
     max_workspace: int | None = None,
     enforce: bool = True,
+    platform: str = "cpu",
+    exact: bool = False,
 ) -> Decision:
     """The plan for a problem under the environment as it is now.
 
     algorithm: "auto", "xla", or the name of an algorithm, which must be able to compute the
         problem. max_workspace: bytes, or None for any. enforce: whether JAXWIN_MODE=require
-        raises here.
+        raises here. platform: "cpu" or "cuda". exact: whether precision forbids tensor cores; of
+        meaning on CUDA only.
 
     Raises:
         ValueError: the algorithm is unknown, or it was asked for by name and cannot compute the
@@ -46,12 +49,21 @@ def decide(
     """
     if _flag("JAXWIN_DISABLE"):
         return Decision("xla", None, "JAXWIN_DISABLE is set")
+    if platform == "cuda":
+        decision = _cuda.decide(
+            problem, algorithm=algorithm, max_workspace=max_workspace, exact=exact
+        )
+        return _said(problem, decision)
     mode = _tuning.mode()
     table = None if mode == "off" else _tuning.table()
     isa, threads = _registry.isa(), _registry.threads()
     decision = _decide(problem, algorithm, max_workspace, isa, threads, table)
     if enforce and mode == "require" and decision.tier in ("transferred", "heuristic"):
         raise RuntimeError(untuned(problem, isa, threads))
+    return _said(problem, decision)
+
+
+def _said(problem: Problem, decision: Decision) -> Decision:
     if _flag("JAXWIN_VERBOSE"):
         plan = decision.plan
         chosen = f"{plan.algorithm} {plan.params} {plan.isa}" if plan else f"xla: {decision.reason}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU lowering of a convolution: problem -> plan -> custom call, or lax where no kernel exists."""
+"""Lowering of a convolution: problem -> plan -> custom call, or lax where no kernel exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from jaxwin import _compat, _dispatch, _ffi, _registry
+from jaxwin import _compat, _cuda, _dispatch, _ffi, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem, from_parameters
 
@@ -22,6 +22,7 @@ FFI_TARGETS = tuple(_REGISTRATIONS)
 for _name, _parts in _REGISTRATIONS.items():
     _compat.register_ffi_target(_name, _parts["handlers"], _parts["state_type"])
 TARGET = FFI_TARGETS[0]
+_cuda.register(TARGET)
 
 
 def lower_conv(
@@ -34,9 +35,10 @@ def lower_conv(
     has_residual: bool = False,
     algorithm: str = "auto",
     max_workspace: int | None = None,
+    platform: str = "cpu",
     **conv_params: Any,
 ) -> Sequence[Any]:
-    """Lowers one convolution, with its epilogue if it has one, for the CPU.
+    """Lowers one convolution, with its epilogue if it has one, for a platform: "cpu" or "cuda".
 
     ctx: of the primitive; all sizes static. epilogue: the bias (one value per output feature)
     and the residual (the shape of the result), as far as there are any. conv_params: those of
@@ -56,12 +58,18 @@ def lower_conv(
         activation=activation,
         reversed_dimensions=reversed_dimensions,
     )
-    decision = _dispatch.decide(problem, algorithm=algorithm, max_workspace=max_workspace)
+    decision = _dispatch.decide(
+        problem,
+        algorithm=algorithm,
+        max_workspace=max_workspace,
+        platform=platform,
+        exact=_cuda.is_exact(conv_params["precision"]),
+    )
     if decision.plan is not None:
         return _custom_call(ctx, problem, decision.plan, lhs, unreversed, *epilogue)
     if epilogue or activation is not None:
         raise NotImplementedError(decision.reason)
-    return _compat.lower_through_lax(ctx, lhs, rhs, **conv_params)
+    return _compat.lower_through_lax(ctx, lhs, rhs, platform=platform, **conv_params)
 
 
 def _without_reversal(rhs: Any, spatial: Sequence[int]) -> tuple[Any, tuple[int, ...]]:
@@ -122,7 +130,10 @@ def _custom_call(
     if plan.workspace_bytes > 0:
         results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
     call = attributes(problem, plan)
-    if not problem.widened:
+    on_cuda = plan.isa == _cuda.ISA
+    if not problem.widened or (
+        on_cuda and _cuda.operand_dtype(problem, plan.algorithm) == problem.lhs_dtype
+    ):
         return _call(ctx, list(ctx.avals_in), results, operands, call)
     narrow: Sequence[Any] = ctx.avals_in
     wide: list[Any] = [jax.core.ShapedArray(a.shape, np.dtype(np.float32)) for a in narrow]
