@@ -15,6 +15,7 @@ constexpr double kProcessors = 132;
 constexpr int64_t kMostShared = 99 * 1024;
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;
 constexpr int64_t kMostParts = 4096;
+constexpr int64_t kMostPartialBytes = int64_t{1} << 40;
 constexpr int64_t kPartialBytes = int64_t{64} << 20;  // about, of sums of chunks at a time
 
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
@@ -196,7 +197,8 @@ struct Chunks {
   int64_t pitch;
 };
 
-Chunks chunks_of(const Problem& p) {
+// `at_a_time`: chunks of one launch; 0: as many as kPartialBytes hold.
+Chunks chunks_of(const Problem& p, int64_t at_a_time = 0) {
   Chunks c{};
   if (p.chunk_rows == 0) {
     c.length = p.reduction();
@@ -209,7 +211,9 @@ Chunks chunks_of(const Problem& p) {
   c.count = ceil_div(rows, chunk_rows);
   c.pitch = p.k > 1 ? round_up(p.k, 4) : 1;
   c.floats = p.g * p.n * p.pixels() * c.pitch;
-  c.capacity = std::clamp<int64_t>(kPartialBytes / 4 / std::max<int64_t>(c.floats, 1), 1, c.count);
+  const int64_t wanted =
+      at_a_time > 0 ? at_a_time : kPartialBytes / 4 / std::max<int64_t>(c.floats, 1);
+  c.capacity = std::clamp<int64_t>(wanted, 1, c.count);
   return c;
 }
 
@@ -307,7 +311,8 @@ void* take(const Buffers& b, int64_t bytes, Program* program) {
 
 // --- matrix products ---------------------------------------------------------------------------------
 
-enum GemmParam { kBm, kBn, kBk, kTm, kTn, kStages, kPack, kUnroll };  // the last: no tensor cores
+// kUnroll: not for tensor cores; kChunks: where it may be needed.
+enum GemmParam { kBm, kBn, kBk, kTm, kTn, kStages, kPack, kUnroll, kChunks };
 
 struct GemmShape {
   bool mma;
@@ -395,11 +400,13 @@ std::string gemm_check(const Problem& p, const Types& t, const Params& v, bool m
     if ((s.bm / s.tm) % (32 / across) != 0) return "bm: too few rows for a warp";
   }
   if (v[kPack] != 0 && v[kPack] != 1) return "pack: 0 or 1";
+  if (v[kChunks] < 0) return "chunks: must not be negative";
+  if (partial_bytes(chunks_of(p, v[kChunks])) > kMostPartialBytes) return "chunks: too many sums";
   for (int side = 0; side < 3; ++side) {
     if (gemm_shared_bytes(t, s, side) > kMostShared) return "stages: too much shared memory";
   }
   const int64_t blocks = (ceil_div(p.n * p.pixels(), s.bm) + std::min(parts_of(p), p.pixels())) *
-                         ceil_div(p.k, s.bn) * p.g * chunks_of(p).capacity;
+                         ceil_div(p.k, s.bn) * p.g * chunks_of(p, v[kChunks]).capacity;
   if (blocks > kMostBlocks) return "bm, bn: too many blocks";
   return {};
 }
@@ -472,7 +479,7 @@ void gemm_build(const Problem& original, const Types& t, const Params& v, const 
     p = packed_problem(p, pitch);
     b.w = dst;
   }
-  const Chunks c = chunks_of(p);
+  const Chunks c = chunks_of(p, v[kChunks]);
   const bool chunked = p.chunk_rows > 0;
   const bool partial = c.count > 1;
   const std::vector<Part> list = chunked ? std::vector<Part>{whole(p)} : parts(p);
@@ -905,9 +912,11 @@ const std::vector<const Algorithm*>& algorithms() {
     r.push_back(gemm_algorithm<false>(
         "segregated", "transposed convolution by output residues in one launch, no zero insertion",
         "arXiv 2209.03704, 2502.20493", segregated_rejects));
-    r.push_back(gemm_algorithm<false>(
+    Algorithm grad = gemm_algorithm<false>(
         "weight_grad", "outer products over chunks of pixels, the chunks' sums added in order",
-        "canonical order of the reduction: numerical contract, chunked sums", weight_grad_rejects));
+        "canonical order of the reduction: numerical contract, chunked sums", weight_grad_rejects);
+    grad.params.push_back({"chunks", "chunks of one launch; 0: as many as 64 MiB hold", {0}});
+    r.push_back(grad);
     Algorithm lanes{};
     lanes.source = "one result per thread, channels as lanes";
     lanes.family = "canonical";

@@ -81,6 +81,9 @@ struct Program {
   int64_t workspace_bytes = 0;
 };
 
+inline constexpr int kMostParams = 12;
+using Params = std::array<int64_t, kMostParams>;  // values in the order of Algorithm::params
+
 struct Algorithm {
   const char* name;
   const char* summary;
