@@ -24,6 +24,7 @@ from jax._src import util as _util
 from jax._src.interpreters import ad as _ad
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import mlir as _mlir
+from jax._src.lax import lax as _lax
 from jax.extend import backend as _backend
 from jaxlib import xla_client as _xla_client
 
@@ -37,6 +38,9 @@ apply_primitive: Any = _dispatch.apply_primitive
 ConvDimensionNumbers = lax.ConvDimensionNumbers
 lax_conv_p: Any = lax.conv_general_dilated_p
 shaped_array: Any = _core.ShapedArray
+
+# What lax makes of a convolution's `precision`, such as None under `jax.default_matmul_precision`.
+canonicalize_precision: Any = _lax.canonicalize_precision
 
 # The value of this context is part of every key of JAX's caches: code traced while convolutions
 # are being replaced never meets code traced while they are not.

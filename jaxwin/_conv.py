@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin import _cuda, _registry
+from jaxwin import _compat, _cuda, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 
 Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[int, int]]
@@ -150,7 +150,7 @@ def conv(
         "dimension_numbers": lax.ConvDimensionNumbers(data, kernel, data),
         "feature_group_count": groups,
         "batch_group_count": 1,
-        "precision": None,
+        "precision": _compat.canonicalize_precision(None),
         "preferred_element_type": None,
         "out_sharding": None,
     }
