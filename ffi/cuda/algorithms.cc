@@ -68,7 +68,6 @@ ConvArgs common_args(const Problem& p, const Buffers& b) {
   a.bias = b.bias;
   a.residual = b.residual;
   a.y = b.y;
-  a.activation = small(static_cast<int64_t>(b.activation));
   a.n = small(p.n);
   a.g = small(p.g);
   a.c = small(p.c);
@@ -181,10 +180,12 @@ int dims(const Problem& p) {
   return trivial(1) ? 1 : 2;
 }
 
-void set_types(const Types& t, const Buffers& b, Options* o) {
+// `last`: the launch writes the result, not partial sums.
+void set_types(const Types& t, const Buffers& b, bool last, Options* o) {
   o->set("JAXWIN_TYPE", static_cast<int>(t.operand));
   o->set("JAXWIN_RESULT_F32", t.wide_result ? 1 : 0);
-  o->set("JAXWIN_EPILOGUE", b.has_epilogue() ? 1 : 0);
+  o->set("JAXWIN_EPILOGUE", last && b.has_epilogue() ? 1 : 0);
+  o->set("JAXWIN_ACTIVATION", last ? static_cast<int>(b.activation) : 0);
 }
 
 // --- chunked reductions ------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ void launch_chunked(const Problem& p, const Types& t, const Buffers& b, const Ch
     Launch sum{};
     sum.kernel = "jaxwin_sum";
     sum.source = "helpers";
-    set_types(t, b, &sum.options);
+    set_types(t, b, true, &sum.options);
     sum.options.set("JAXWIN_SUM", 1);
     sum.options.set("JAXWIN_THREADS", kHelperThreads);
     sum.options.set("JAXWIN_IMAGES_FIRST", images_first ? 1 : 0);
@@ -484,16 +485,13 @@ void gemm_build(const Problem& original, const Types& t, const Params& v, const 
   const bool partial = c.count > 1;
   const std::vector<Part> list = chunked ? std::vector<Part>{whole(p)} : parts(p);
   const Sides side = sides(p, s, t, b, packed, list);
-  const bool needs_epilogue = !partial && b.has_epilogue();
 
   const auto launch = [&](ConvArgs a) {
     Launch l{};
     l.kernel = "jaxwin_gemm";
     l.source = "gemm";
     Options& o = l.options;
-    o.set("JAXWIN_TYPE", static_cast<int>(t.operand));
-    o.set("JAXWIN_RESULT_F32", t.wide_result ? 1 : 0);
-    o.set("JAXWIN_EPILOGUE", needs_epilogue ? 1 : 0);
+    set_types(t, b, !partial, &o);
     o.set("JAXWIN_MMA", mma ? 1 : 0);
     o.set("JAXWIN_BM", s.bm);
     o.set("JAXWIN_BN", s.bn);
@@ -784,7 +782,7 @@ void lanes_build(const Problem& p, const Types& t, const Params& v, const Buffer
     l.kernel = kDepthwise ? "jaxwin_depthwise" : "jaxwin_grouped";
     l.source = "lanes";
     Options& o = l.options;
-    set_types(t, b, &o);
+    set_types(t, b, true, &o);
     o.set(kDepthwise ? "JAXWIN_DEPTHWISE" : "JAXWIN_GROUPED", 1);
     o.set("JAXWIN_THREADS", v[kThreads]);
     o.set("JAXWIN_STRIP", v[kStrip]);
@@ -817,7 +815,9 @@ double lanes_cost(const Problem& p, const Types&, const Params& v) {
                                                            1.0 / static_cast<double>(v[kStrip]));
   const double moved = static_cast<double>(
       p.n * p.g * (p.c * p.in[0] * p.in[1] * p.in[2] + p.k * p.pixels()));
-  return std::max(loads / 32 / kProcessors, moved * 4 / 18 / kProcessors) + 4000;
+  // A chain is as long as its reduction, whatever runs beside it.
+  const double chain = static_cast<double>(p.reduction()) * 6;
+  return std::max({loads / 32 / kProcessors, moved * 4 / 18 / kProcessors, chain}) + 4000;
 }
 
 // --- one result per thread ---------------------------------------------------------------------------
@@ -847,7 +847,7 @@ void direct_build(const Problem& p, const Types& t, const Params&, const Buffers
     l.kernel = "jaxwin_direct";
     l.source = "lanes";
     Options& o = l.options;
-    o.set("JAXWIN_EPILOGUE", !partial && b.has_epilogue() ? 1 : 0);
+    set_types(t, b, !partial, &o);
     o.set("JAXWIN_DIRECT", 1);
     o.set("JAXWIN_THREADS", kDirectThreads);
     o.set("JAXWIN_STRIP", 1);
@@ -871,9 +871,12 @@ void direct_build(const Problem& p, const Types& t, const Params&, const Buffers
 double direct_cost(const Problem& p, const Types&, const Params&) {
   double taps = 1;
   for (int d = 0; d < 3; ++d) taps *= static_cast<double>(p.lhs_dilation[d]);
-  const double loads = p.flops() * (1 + (taps - 1) / 4);
+  const double loads = p.flops() * 1.5 * (1 + (taps - 1) / 4);
   const double results = static_cast<double>(p.n * p.g * p.k * p.pixels());
-  return loads / 32 / kProcessors + results * static_cast<double>(chunks_of(p).count) / 300 + 5000;
+  const double moved = static_cast<double>(p.n * p.g * p.c * p.in[0] * p.in[1] * p.in[2]) + results;
+  const double chain = static_cast<double>(chunks_of(p).length) * 6;
+  return std::max({loads / 32 / kProcessors, moved * 4 / 18 / kProcessors, chain}) +
+         results * static_cast<double>(chunks_of(p).count) / 300 + 5000;
 }
 
 }  // namespace

@@ -32,7 +32,6 @@ struct ConvArgs {
   int w_g, w_k, w_c;
   int y_n, y_g, y_k;
   int lhs_dilation[3];  // `direct` only: elsewhere parts take its place
-  int activation;       // jaxwin::Activation
   int row_blocks, column_blocks;
   // The reduction is cut into chunks of so many elements, counted in its own order.
   int chunk_length, chunks, first_chunk;

@@ -176,23 +176,26 @@ Status Runtime::compile(const Launch& launch, const std::string& architecture,
     return {Failure::kInternal, "NVRTC gives no image for " + architecture + ": error " +
                                     std::to_string(code)};
   }
-  ++counters_.compiled;
   return {};
 }
 
 Status Runtime::image(const Launch& launch, const std::string& architecture, std::string* image) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (Status s = open_nvrtc(); !s.ok()) return s;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (Status s = open_nvrtc(); !s.ok()) return s;
+  }
+  // Without the lock: NVRTC may be used by several threads, and takes seconds.
   const std::string key = std::string(kernel_source("hash")) + " nvrtc " +
                           std::to_string(nvrtc_version_) + " " + architecture + " " +
                           key_of(launch);
-  if (read_cached(options_.cache, key, image)) {
-    ++counters_.from_disk;
-    return {};
+  const bool cached = read_cached(options_.cache, key, image);
+  if (!cached) {
+    if (Status s = compile(launch, architecture, image); !s.ok()) return s;
+    write_cached(options_.cache, key, *image, options_.cache_bytes);
   }
-  Status s = compile(launch, architecture, image);
-  if (s.ok()) write_cached(options_.cache, key, *image, options_.cache_bytes);
-  return s;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ++(cached ? counters_.from_disk : counters_.compiled);
+  return {};
 }
 
 Status Runtime::device(int ordinal, Device* device) {

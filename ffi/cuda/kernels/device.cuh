@@ -232,7 +232,7 @@ JAXWIN_DEVICE float finish(const ConvArgs& a, float value, int feature, int at) 
   if (a.residual != nullptr) {
     value = add(value, widen(static_cast<const Element*>(a.residual)[at]));
   }
-  value = activate(value, a.activation);
+  value = activate(value, JAXWIN_ACTIVATION);
 #endif
   static_cast<void>(a);
   static_cast<void>(feature);
