@@ -51,8 +51,8 @@ inline std::string decode_attributes(const xla::ffi::Dictionary& attributes, Cal
   int64_t has_bias = 0;
   int64_t has_residual = 0;
   int64_t activation = 0;
-#define JAXWIN_ATTRIBUTE(name, target)                       \
-  if (!get_attribute(attributes, name, &(target))) {         \
+#define JAXWIN_ATTRIBUTE(name, target)                         \
+  if (!get_attribute(attributes, name, &(target))) {           \
     return "attribute " name " is missing or of a wrong type"; \
   }
   JAXWIN_ATTRIBUTE("lhs_spec", call->conv.lhs_spec);

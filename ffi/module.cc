@@ -2,6 +2,8 @@
 //
 // What Python may ask the native core: the registry, plans, the FFI handler.
 
+#include "module.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -18,7 +20,6 @@
 #include "cuda/bindings.h"
 #include "handler.h"
 #include "isa.h"
-#include "module.h"
 #include "plan.h"
 #include "problem.h"
 

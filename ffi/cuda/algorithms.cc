@@ -12,7 +12,7 @@ namespace {
 // no device, and no result depends on them.
 constexpr double kProcessors = 132;
 // What every device from compute capability 8.0 on can give a block.
-constexpr int64_t kMostShared = 99 * 1024;
+constexpr int64_t kMostShared = int64_t{99} << 10;
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;
 constexpr int64_t kMostParts = 4096;
 constexpr int64_t kMostPartialBytes = int64_t{1} << 40;
@@ -21,7 +21,7 @@ constexpr int64_t kPartialBytes = int64_t{64} << 20;  // about, of sums of chunk
 int32_t small(int64_t v) { return static_cast<int32_t>(v); }
 bool is_power_of_two(int64_t v) { return v > 0 && (v & (v - 1)) == 0; }
 
-// --- what all have in common -----------------------------------------------------------------------
+// --- what all have in common --------------------------------------------------------------------
 
 // One past the last element that is reached with these sizes and strides.
 int64_t span(std::initializer_list<std::pair<int64_t, int64_t>> dimensions) {
@@ -33,18 +33,29 @@ int64_t span(std::initializer_list<std::pair<int64_t, int64_t>> dimensions) {
 std::string rejects_size(const Problem& p) {
   constexpr int64_t kMostElements = int64_t{1} << 31;
   constexpr int64_t kMostReach = 1 << 28;
-  const int64_t x = span({{p.n, p.x.n}, {p.g, p.x.g}, {p.c, p.x.c}, {p.in[0], p.x.sp[0]},
-                          {p.in[1], p.x.sp[1]}, {p.in[2], p.x.sp[2]}});
-  const int64_t w = span({{p.g, p.w.g}, {p.k, p.w.k}, {p.c, p.w.c}, {p.win[0], p.w.sp[0]},
-                          {p.win[1], p.w.sp[1]}, {p.win[2], p.w.sp[2]}});
-  const int64_t y = span({{p.n, p.y.n}, {p.g, p.y.g}, {p.k, p.y.k}, {p.out[0], p.y.sp[0]},
-                          {p.out[1], p.y.sp[1]}, {p.out[2], p.y.sp[2]}});
+  const int64_t x = span({{p.n, p.x.n},
+                          {p.g, p.x.g},
+                          {p.c, p.x.c},
+                          {p.in[0], p.x.sp[0]},
+                          {p.in[1], p.x.sp[1]},
+                          {p.in[2], p.x.sp[2]}});
+  const int64_t w = span({{p.g, p.w.g},
+                          {p.k, p.w.k},
+                          {p.c, p.w.c},
+                          {p.win[0], p.w.sp[0]},
+                          {p.win[1], p.w.sp[1]},
+                          {p.win[2], p.w.sp[2]}});
+  const int64_t y = span({{p.n, p.y.n},
+                          {p.g, p.y.g},
+                          {p.k, p.y.k},
+                          {p.out[0], p.y.sp[0]},
+                          {p.out[1], p.y.sp[1]},
+                          {p.out[2], p.y.sp[2]}});
   if (std::max({x, w, y}) >= kMostElements) return "an operand has 2^31 elements or more";
   if (p.reduction() >= kMostReach) return "the reduction is too long";
   for (int d = 0; d < 3; ++d) {
-    const int64_t reach =
-        std::max({std::abs(p.pad[d]), p.win[d] * p.rhs_dilation[d], p.out[d] * p.stride[d],
-                  p.in[d] * p.lhs_dilation[d]});
+    const int64_t reach = std::max({std::abs(p.pad[d]), p.win[d] * p.rhs_dilation[d],
+                                    p.out[d] * p.stride[d], p.in[d] * p.lhs_dilation[d]});
     // The whole input is within reach of every output's position, as element offsets too.
     if (reach >= kMostReach || reach * std::abs(p.x.sp[d]) >= kMostElements / 2) {
       return "padding or dilation reaches too far";
@@ -165,7 +176,8 @@ void launch_parts(const std::vector<Part>& list, const ConvArgs& common, const B
 bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // Every stride that is used is a multiple of `lanes`.
-bool multiples(std::initializer_list<std::pair<int64_t, int64_t>> sizes_and_strides, int64_t lanes) {
+bool multiples(std::initializer_list<std::pair<int64_t, int64_t>> sizes_and_strides,
+               int64_t lanes) {
   for (const auto& [size, stride] : sizes_and_strides) {
     if (size > 1 && stride % lanes != 0) return false;
   }
@@ -188,7 +200,7 @@ void set_types(const Types& t, const Buffers& b, bool last, Options* o) {
   o->set("JAXWIN_ACTIVATION", last ? static_cast<int>(b.activation) : 0);
 }
 
-// --- chunked reductions ------------------------------------------------------------------------------
+// --- chunked reductions -------------------------------------------------------------------------
 
 struct Chunks {
   int64_t length;    // elements of the reduction
@@ -259,7 +271,7 @@ void launch_chunked(const Problem& p, const Types& t, const Buffers& b, const Ch
   }
 }
 
-// --- filters in a regular order ----------------------------------------------------------------------
+// --- filters in a regular order -----------------------------------------------------------------
 
 // The same problem on a filter packed as [g][x][y][z][c][k], k padded to `pitch`.
 Problem packed_problem(const Problem& p, int64_t pitch) {
@@ -310,7 +322,7 @@ void* take(const Buffers& b, int64_t bytes, Program* program) {
   return b.workspace == nullptr ? nullptr : static_cast<char*>(b.workspace) + at;
 }
 
-// --- matrix products ---------------------------------------------------------------------------------
+// --- matrix products ----------------------------------------------------------------------------
 
 // kUnroll: not for tensor cores; kChunks: where it may be needed.
 enum GemmParam { kBm, kBn, kBk, kTm, kTn, kStages, kPack, kUnroll, kChunks };
@@ -321,7 +333,8 @@ struct GemmShape {
 };
 
 GemmShape gemm_shape(const Types& t, const Params& v, bool mma) {
-  GemmShape s{mma, v[kBm], v[kBn], v[kBk], v[kTm], v[kTn], v[kStages], 0, 16 / type_bytes(t.operand)};
+  GemmShape s{
+      mma, v[kBm], v[kBn], v[kBk], v[kTm], v[kTn], v[kStages], 0, 16 / type_bytes(t.operand)};
   if (s.tm > 0 && s.tn > 0) s.threads = (s.bm / s.tm) * (s.bn / s.tn) * (mma ? 32 : 1);
   return s;
 }
@@ -374,8 +387,7 @@ Sides sides(const Problem& p, const GemmShape& s, const Types& t, const Buffers&
 
 int64_t gemm_shared_bytes(const Types& t, const GemmShape& s, int a_side) {
   const int64_t walk = 4 * (2 * s.bk * 5 + s.bk * 4 + 4 + s.bk);  // struct Walk
-  const int64_t ld_a =
-      a_side == 0 ? s.bk + s.lanes : s.bm + (s.mma ? 8 : 0);
+  const int64_t ld_a = a_side == 0 ? s.bk + s.lanes : s.bm + (s.mma ? 8 : 0);
   const int64_t size_a = (a_side == 0 ? s.bm : s.bk) * ld_a;
   const int64_t size_b = s.bk * (s.bn + (s.mma ? 8 : 0));
   return round_up(walk, 128) + s.stages * (size_a + size_b) * type_bytes(t.operand);
@@ -415,8 +427,8 @@ std::string gemm_check(const Problem& p, const Types& t, const Params& v, bool m
 double gemm_cost(const Problem& p, const Types& t, const Params& v, bool mma) {
   const GemmShape s = gemm_shape(t, v, mma);
   const double chunks = static_cast<double>(std::max<int64_t>(1, chunks_of(p).count));
-  const double tiles = static_cast<double>(ceil_div(p.n * p.pixels(), s.bm) *
-                                           ceil_div(p.k, s.bn) * p.g) * chunks;
+  const double tiles =
+      static_cast<double>(ceil_div(p.n * p.pixels(), s.bm) * ceil_div(p.k, s.bn) * p.g) * chunks;
   const double steps = p.flops() / 2 / static_cast<double>(p.n * p.g * p.k * p.pixels()) / chunks;
   // 128 multiply-adds per cycle; small tiles are held up by shared memory. Tensor cores: eight
   // (tf32) or sixteen times that, held up by more.
@@ -425,8 +437,8 @@ double gemm_cost(const Problem& p, const Types& t, const Params& v, bool mma) {
   const double tile = static_cast<double>(s.bm * s.bn) * (steps + 40) / rate + 1500;
   // Blocks run side by side on a processor, but share its units: whole rounds of blocks count.
   const double rounds = std::max(1.0, tiles / kProcessors);
-  const double whole_rounds = rounds < 8 ? static_cast<double>(static_cast<int64_t>(rounds + 0.999))
-                                         : rounds;
+  const double whole_rounds =
+      rounds < 8 ? static_cast<double>(static_cast<int64_t>(rounds + 0.999)) : rounds;
   double total = whole_rounds * tile + 4000;
   if (v[kPack] != 0) total += 3000 + static_cast<double>(p.g * p.k * p.reduction()) / 500;
   if (chunks > 1) total += 4000 + chunks * static_cast<double>(p.g * p.n * p.pixels() * p.k) / 300;
@@ -474,8 +486,7 @@ void gemm_build(const Problem& original, const Types& t, const Params& v, const 
   const bool packed = v[kPack] != 0;
   if (packed) {
     const int64_t pitch = round_up(p.k, s.lanes);
-    void* const dst =
-        take(b, p.g * p.window() * p.c * pitch * type_bytes(t.operand), program);
+    void* const dst = take(b, p.g * p.window() * p.c * pitch * type_bytes(t.operand), program);
     launch_pack(p, t, b, pitch, dst, program);
     p = packed_problem(p, pitch);
     b.w = dst;
@@ -533,7 +544,8 @@ void gemm_build(const Problem& original, const Types& t, const Params& v, const 
 }
 
 std::vector<ParamSpec> gemm_params(bool mma) {
-  const std::vector<int64_t> part = mma ? std::vector<int64_t>{16, 32, 64} : std::vector<int64_t>{4, 8};
+  const std::vector<int64_t> part =
+      mma ? std::vector<int64_t>{16, 32, 64} : std::vector<int64_t>{4, 8};
   std::vector<ParamSpec> params{
       {"bm", "rows (pixels) of a block's tile", {32, 64, 128}},
       {"bn", "columns (features) of a block's tile", {32, 64, 128}},
@@ -600,7 +612,7 @@ Algorithm gemm_algorithm(const char* name, const char* summary, const char* sour
   return a;
 }
 
-// --- im2win, materialised ------------------------------------------------------------------------------
+// --- im2win, materialised -----------------------------------------------------------------------
 
 int64_t window_columns(const Problem& p) {
   return (p.out[2] - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
@@ -681,7 +693,7 @@ void full_build(const Problem& p, const Types& t, const Params& v, const Buffers
   gemm_build(q, t, full_params(v), b, false, program);
 }
 
-// --- lanes -----------------------------------------------------------------------------------------------
+// --- lanes --------------------------------------------------------------------------------------
 
 // Of a thread of `depthwise` for the window; JAXWIN_WINDOW_X is 0 beyond.
 constexpr int64_t kWindowRegisters = 64;
@@ -695,20 +707,29 @@ bool lanes_along_x(const Problem& p) {
 }
 
 bool depthwise_vector(const Problem& p, const Buffers& b, int64_t v) {
-  return v == 1 ||
-         (p.x.g == 1 && p.y.g == 1 && p.w.g == 1 && p.g % v == 0 && p.w_first % v == 0 &&
-          aligned(b.x, 4 * v) && aligned(b.w, 4 * v) && aligned(b.y, 4 * v) &&
-          multiples({{p.n, p.x.n}, {p.in[0], p.x.sp[0]}, {p.in[1], p.x.sp[1]}, {p.in[2], p.x.sp[2]},
-                     {p.n, p.y.n}, {p.out[0], p.y.sp[0]}, {p.out[1], p.y.sp[1]},
-                     {p.out[2], p.y.sp[2]}, {p.win[0], p.w.sp[0]}, {p.win[1], p.w.sp[1]},
-                     {p.win[2], p.w.sp[2]}},
-                    v));
+  return v == 1 || (p.x.g == 1 && p.y.g == 1 && p.w.g == 1 && p.g % v == 0 && p.w_first % v == 0 &&
+                    aligned(b.x, 4 * v) && aligned(b.w, 4 * v) && aligned(b.y, 4 * v) &&
+                    multiples({{p.n, p.x.n},
+                               {p.in[0], p.x.sp[0]},
+                               {p.in[1], p.x.sp[1]},
+                               {p.in[2], p.x.sp[2]},
+                               {p.n, p.y.n},
+                               {p.out[0], p.y.sp[0]},
+                               {p.out[1], p.y.sp[1]},
+                               {p.out[2], p.y.sp[2]},
+                               {p.win[0], p.w.sp[0]},
+                               {p.win[1], p.w.sp[1]},
+                               {p.win[2], p.w.sp[2]}},
+                              v));
 }
 
 bool grouped_vector(const Problem& p, const Buffers& b, int64_t v) {
   return v == 1 || (p.x.c == 1 && p.c % v == 0 && aligned(b.x, 4 * v) &&
-                    multiples({{p.n, p.x.n}, {p.g, p.x.g}, {p.in[0], p.x.sp[0]},
-                               {p.in[1], p.x.sp[1]}, {p.in[2], p.x.sp[2]}},
+                    multiples({{p.n, p.x.n},
+                               {p.g, p.x.g},
+                               {p.in[0], p.x.sp[0]},
+                               {p.in[1], p.x.sp[1]},
+                               {p.in[2], p.x.sp[2]}},
                               v));
 }
 
@@ -735,8 +756,8 @@ std::string lanes_check(const Problem& p, const Types&, const Params& v) {
   if (!is_power_of_two(v[kThreads]) || v[kThreads] < 32 || v[kThreads] > 1024) {
     return "threads: a power of two from 32 to 1024";
   }
-  const bool fits = kDepthwise ? depthwise_vector(p, {}, v[kVector])
-                               : grouped_vector(p, {}, v[kVector]);
+  const bool fits =
+      kDepthwise ? depthwise_vector(p, {}, v[kVector]) : grouped_vector(p, {}, v[kVector]);
   if (!fits) return "vector: channels do not lie so";
   if (v[kStrip] > 1 && lanes_along_x(p)) return "strip: neighbouring threads have the pixels";
   if (v[kStrip] * v[kVector] > 32) return "strip, vector: too many sums for a thread's registers";
@@ -751,8 +772,7 @@ Params lanes_defaults(const Problem& p, const Types&) {
   const bool small_window = kDepthwise && p.window() <= kWindowRegisters;
   for (const int64_t vector : {4, 2}) {
     if (small_window && p.window() * vector > kWindowRegisters) continue;
-    const bool fits =
-        kDepthwise ? depthwise_vector(p, {}, vector) : grouped_vector(p, {}, vector);
+    const bool fits = kDepthwise ? depthwise_vector(p, {}, vector) : grouped_vector(p, {}, vector);
     if (fits) {
       v[kVector] = vector;
       break;
@@ -791,9 +811,8 @@ void lanes_build(const Problem& p, const Types& t, const Params& v, const Buffer
     if (kDepthwise) {
       // The window as constants where that unrolls to a reasonable size.
       const Part& q = a.part[0];
-      const bool known =
-          list.size() == 1 && q.taps > 0 && q.taps * vector <= kWindowRegisters &&
-          (v[kStrip] - 1) * q.stride[2] + (q.win[2] - 1) * q.dilation[2] <= 128;
+      const bool known = list.size() == 1 && q.taps > 0 && q.taps * vector <= kWindowRegisters &&
+                         (v[kStrip] - 1) * q.stride[2] + (q.win[2] - 1) * q.dilation[2] <= 128;
       o.set("JAXWIN_WINDOW_X", known ? q.win[2] : 0);
       o.set("JAXWIN_WINDOW_Y", known ? q.win[1] : 0);
       o.set("JAXWIN_WINDOW_Z", known ? q.win[0] : 0);
@@ -811,16 +830,18 @@ template <bool kDepthwise>
 double lanes_cost(const Problem& p, const Types&, const Params& v) {
   // Loads through the first-level cache: 32 threads' worth per cycle where they are neighbours.
   const double steps = p.flops() / 2;
-  const double loads = kDepthwise ? steps * 0.6 : steps * (1.0 / static_cast<double>(v[kVector]) +
-                                                           1.0 / static_cast<double>(v[kStrip]));
-  const double moved = static_cast<double>(
-      p.n * p.g * (p.c * p.in[0] * p.in[1] * p.in[2] + p.k * p.pixels()));
+  const double loads =
+      kDepthwise
+          ? steps * 0.6
+          : steps * (1.0 / static_cast<double>(v[kVector]) + 1.0 / static_cast<double>(v[kStrip]));
+  const double moved =
+      static_cast<double>(p.n * p.g * (p.c * p.in[0] * p.in[1] * p.in[2] + p.k * p.pixels()));
   // A chain is as long as its reduction, whatever runs beside it.
   const double chain = static_cast<double>(p.reduction()) * 6;
   return std::max({loads / 32 / kProcessors, moved * 4 / 18 / kProcessors, chain}) + 4000;
 }
 
-// --- one result per thread ---------------------------------------------------------------------------
+// --- one result per thread ----------------------------------------------------------------------
 
 constexpr int64_t kDirectThreads = 128;
 
@@ -896,9 +917,9 @@ const std::vector<const Algorithm*>& algorithms() {
     r.push_back(gemm_algorithm<false>(
         "im2win", "implicit im2win: window order in shared memory, tiles by asynchronous copies",
         "arXiv 2306.14316, with the window tensor never built", im2win_rejects));
-    Algorithm full = gemm_algorithm<false>(
-        "im2win_full", "the window tensor is built first, then multiplied", "arXiv 2306.14316",
-        full_rejects);
+    Algorithm full =
+        gemm_algorithm<false>("im2win_full", "the window tensor is built first, then multiplied",
+                              "arXiv 2306.14316", full_rejects);
     full.defaults = [](const Problem& p, const Types& t) {
       Params v = gemm_defaults(windowed_problem(p), t, false);
       v[kPack] = 1;
@@ -926,7 +947,8 @@ const std::vector<const Algorithm*>& algorithms() {
     lanes.dtypes = {"float32"};
     lanes.params = lanes_params();
     lanes.name = "depthwise";
-    lanes.summary = "channels as lanes, the columns of the window loaded once for a strip of pixels";
+    lanes.summary =
+        "channels as lanes, the columns of the window loaded once for a strip of pixels";
     lanes.rejects = lanes_rejects<true>;
     lanes.defaults = lanes_defaults<true>;
     lanes.check = lanes_check<true>;
@@ -1031,8 +1053,7 @@ const char* kernel_source(const std::string& name) {
 
 std::string translation_unit(const std::string& source) {
   // In place of #include lines, which would need files where the program runs.
-  return std::string(kernel_source("args")) + kernel_source("device") +
-         kernel_source(source);
+  return std::string(kernel_source("args")) + kernel_source("device") + kernel_source(source);
 }
 
 }  // namespace jaxwin::cuda

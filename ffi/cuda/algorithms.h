@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the CUDA side can compute, and by which kernel launches. Nothing here touches CUDA: a plan and
-// its launches can be made, and are tested, on any machine.
+// What the CUDA side can compute, and by which kernel launches. Nothing here touches CUDA: a plan
+// and its launches can be made, and are tested, on any machine.
 #pragma once
 
 #include <array>

@@ -127,8 +127,9 @@ nb::list launches(const nb::dict& problem, const std::string& algorithm, const s
   return result;
 }
 
-RuntimeOptions options_of(const std::vector<std::string>& cuda, const std::vector<std::string>& nvrtc,
-                          const std::string& cache, int64_t cache_bytes) {
+RuntimeOptions options_of(const std::vector<std::string>& cuda,
+                          const std::vector<std::string>& nvrtc, const std::string& cache,
+                          int64_t cache_bytes) {
   RuntimeOptions options;
   options.cuda = cuda;
   options.nvrtc = nvrtc;
@@ -252,39 +253,40 @@ void bind(nb::module_& m) {
       "cuda_device", [](int ordinal) { return device_dict(&process_runtime(), ordinal); },
       nb::arg("ordinal") = 0);
   m.def("cuda_make_plan", &make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
-        nb::arg("dtype") = "float32", nb::arg("wide_result") = false,
-        nb::arg("max_workspace") = -1, nb::arg("params") = std::vector<int64_t>{});
+        nb::arg("dtype") = "float32", nb::arg("wide_result") = false, nb::arg("max_workspace") = -1,
+        nb::arg("params") = std::vector<int64_t>{});
   m.def("cuda_candidates", &candidates, nb::arg("problem"), nb::arg("dtype") = "float32",
         nb::arg("wide_result") = false);
   m.def("cuda_launches", &launches, nb::arg("problem"), nb::arg("algorithm"), nb::arg("dtype"),
         nb::arg("wide_result"), nb::arg("params"), nb::arg("buffers"));
   m.def("cuda_source", [](const std::string& source) { return translation_unit(source); });
   nb::class_<Runtime>(m, "CudaRuntime")
-      .def("__init__",
-           [](Runtime* self, const std::vector<std::string>& cuda,
-              const std::vector<std::string>& nvrtc, const std::string& cache,
-              int64_t cache_bytes) {
-             new (self) Runtime(options_of(cuda, nvrtc, cache, cache_bytes));
-           },
-           nb::arg("cuda"), nb::arg("nvrtc"), nb::arg("cache") = "",
-           nb::arg("cache_bytes") = int64_t{256} << 20)
-      .def("run",
-           [](Runtime* self, const nb::dict& problem, const std::string& algorithm,
-              const std::string& dtype, bool wide_result, const std::vector<int64_t>& params,
-              const nb::dict& buffers, uintptr_t stream) {
-             const Program program =
-                 program_of(problem, algorithm, dtype, wide_result, params, buffers);
-             Status s;
-             {
-               const nb::gil_scoped_release release;
-               // NOLINTNEXTLINE(performance-no-int-to-ptr)
-               s = self->run(program, reinterpret_cast<void*>(stream));
-             }
-             return to_tuple(s);
-           },
-           nb::arg("problem"), nb::arg("algorithm"), nb::arg("dtype") = "float32",
-           nb::arg("wide_result") = false, nb::arg("params") = std::vector<int64_t>{},
-           nb::arg("buffers") = nb::dict(), nb::arg("stream") = 0)
+      .def(
+          "__init__",
+          [](Runtime* self, const std::vector<std::string>& cuda,
+             const std::vector<std::string>& nvrtc, const std::string& cache, int64_t cache_bytes) {
+            new (self) Runtime(options_of(cuda, nvrtc, cache, cache_bytes));
+          },
+          nb::arg("cuda"), nb::arg("nvrtc"), nb::arg("cache") = "",
+          nb::arg("cache_bytes") = int64_t{256} << 20)
+      .def(
+          "run",
+          [](Runtime* self, const nb::dict& problem, const std::string& algorithm,
+             const std::string& dtype, bool wide_result, const std::vector<int64_t>& params,
+             const nb::dict& buffers, uintptr_t stream) {
+            const Program program =
+                program_of(problem, algorithm, dtype, wide_result, params, buffers);
+            Status s;
+            {
+              const nb::gil_scoped_release release;
+              // NOLINTNEXTLINE(performance-no-int-to-ptr)
+              s = self->run(program, reinterpret_cast<void*>(stream));
+            }
+            return to_tuple(s);
+          },
+          nb::arg("problem"), nb::arg("algorithm"), nb::arg("dtype") = "float32",
+          nb::arg("wide_result") = false, nb::arg("params") = std::vector<int64_t>{},
+          nb::arg("buffers") = nb::dict(), nb::arg("stream") = 0)
       .def("images", &images, nb::arg("problem"), nb::arg("algorithm"),
            nb::arg("dtype") = "float32", nb::arg("wide_result") = false,
            nb::arg("params") = std::vector<int64_t>{}, nb::arg("architecture") = "sm_80",

@@ -74,7 +74,8 @@ void remove_oldest(const std::string& folder, int64_t most_bytes) {
     total += bytes;
   }
   if (wrong || total <= most_bytes) return;
-  std::sort(files.begin(), files.end(), [](const File& a, const File& b) { return a.time < b.time; });
+  std::sort(files.begin(), files.end(),
+            [](const File& a, const File& b) { return a.time < b.time; });
   for (const File& f : files) {
     if (total <= most_bytes) return;
     std::error_code gone;

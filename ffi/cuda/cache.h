@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Compiled images on disk. A file is named after the hash of its key, holds the whole key and a
-// checksum, and appears by renaming: what cannot be read back exactly counts as absent, and a folder
-// that cannot be written to is no error.
+// checksum, and appears by renaming: what cannot be read back exactly counts as absent, and a
+// folder that cannot be written to is no error.
 #pragma once
 
 #include <cstdint>

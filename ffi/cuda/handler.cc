@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The XLA FFI entry point on CUDA. As on the CPU it trusts nothing: problem and plan are rebuilt and
-// checked. It only queues work on XLA's stream and may be recorded into a command buffer.
+// The XLA FFI entry point on CUDA. As on the CPU it trusts nothing: problem and plan are rebuilt
+// and checked. It only queues work on XLA's stream and may be recorded into a command buffer.
 
 #include "cuda/handler.h"
 
@@ -136,13 +136,10 @@ ffi::Error convolve(void* stream, ffi::Dictionary attributes, ffi::RemainingArgs
   }
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxwin_conv_cuda, convolve,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<void*>>()
-                                  .Attrs()
-                                  .RemainingArgs()
-                                  .RemainingRets(),
-                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxwin_conv_cuda, convolve,
+    ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Attrs().RemainingArgs().RemainingRets(),
+    {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 

@@ -20,7 +20,7 @@ constexpr int kFunctionRegisters = 4;      // CU_FUNC_ATTRIBUTE_NUM_REGS
 constexpr int kOutOfMemory = 2;            // CUDA_ERROR_OUT_OF_MEMORY
 constexpr int kCaptureRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr int kOldest = 80;                // compute capability 8.0
-constexpr int64_t kDefaultShared = 48 * 1024;
+constexpr int64_t kDefaultShared = int64_t{48} << 10;
 
 Status unavailable(std::string text) { return {Failure::kUnavailable, std::move(text)}; }
 
@@ -96,8 +96,8 @@ Status Runtime::open_driver() {
   void* const library = open_first(options_.cuda, &why);
   if (library == nullptr) return unavailable("the CUDA driver cannot be opened: " + why);
   Driver d;
-#define JAXWIN_CUDA_SYMBOL(symbol, name, parameters)                         \
-  d.name = reinterpret_cast<decltype(d.name)>(dlsym(library, #symbol));      \
+#define JAXWIN_CUDA_SYMBOL(symbol, name, parameters)                    \
+  d.name = reinterpret_cast<decltype(d.name)>(dlsym(library, #symbol)); \
   if (d.name == nullptr) return unavailable("the CUDA driver has no " #symbol ": update it");
 #include "cuda/symbols.inc"
 #undef JAXWIN_CUDA_SYMBOL
@@ -120,7 +120,7 @@ Status Runtime::open_nvrtc() {
   Nvrtc n;
 #define JAXWIN_NVRTC_SYMBOL(symbol, name, parameters)                   \
   n.name = reinterpret_cast<decltype(n.name)>(dlsym(library, #symbol)); \
-  if (n.name == nullptr) return unavailable("NVRTC has no " #symbol ": version 12 or 13 is needed");
+  if (n.name == nullptr) return unavailable("NVRTC has no " #symbol ": version too old");
 #include "cuda/symbols.inc"
 #undef JAXWIN_NVRTC_SYMBOL
   int major = 0;
@@ -132,8 +132,7 @@ Status Runtime::open_nvrtc() {
   return {};
 }
 
-Status Runtime::compile(const Launch& launch, const std::string& architecture,
-                        std::string* image) {
+Status Runtime::compile(const Launch& launch, const std::string& architecture, std::string* image) {
   const bool binary = architecture.compare(0, 3, "sm_") == 0;
   std::vector<std::string> options{"--gpu-architecture=" + architecture,
                                    "--std=c++17",
@@ -161,10 +160,11 @@ Status Runtime::compile(const Launch& launch, const std::string& architecture,
     if (nvrtc_.log_size(program, &bytes) == 0 && bytes > 0) {
       log.resize(bytes);
       if (nvrtc_.log(program, log.data()) != 0) log.clear();
+      log.resize(std::min(log.size(), log.find('\0')));
     }
     return {Failure::kInternal, "NVRTC cannot compile " + std::string(launch.kernel) + " for " +
                                     architecture + ": error " + std::to_string(code) + ": " +
-                                    first_error(log.c_str())};
+                                    first_error(log)};
   }
   size_t bytes = 0;
   int code = binary ? nvrtc_.cubin_size(program, &bytes) : nvrtc_.ptx_size(program, &bytes);
@@ -173,8 +173,8 @@ Status Runtime::compile(const Launch& launch, const std::string& architecture,
     code = binary ? nvrtc_.cubin(program, image->data()) : nvrtc_.ptx(program, image->data());
   }
   if (code != 0 || image->empty()) {
-    return {Failure::kInternal, "NVRTC gives no image for " + architecture + ": error " +
-                                    std::to_string(code)};
+    return {Failure::kInternal,
+            "NVRTC gives no image for " + architecture + ": error " + std::to_string(code)};
   }
   return {};
 }
@@ -272,8 +272,7 @@ Status Runtime::load(const Launch& launch, Function* loaded) {
     driver_.unload_module(loaded->module);
     return failed(what, code);
   };
-  if (const int code =
-          driver_.get_function(&loaded->function, loaded->module, launch.kernel);
+  if (const int code = driver_.get_function(&loaded->function, loaded->module, launch.kernel);
       code != 0) {
     return unload("cuModuleGetFunction", code);
   }
@@ -343,10 +342,9 @@ Status Runtime::run(const Program& program, void* stream) {
   for (size_t i = 0; i < functions.size(); ++i) {
     const Launch& l = program.launches[i];
     void* args[] = {const_cast<unsigned char*>(l.args.data())};
-    if (const int code = driver_.launch(functions[i], static_cast<unsigned>(l.blocks), 1, 1,
-                                        static_cast<unsigned>(l.threads), 1, 1,
-                                        static_cast<unsigned>(l.shared_bytes), stream, args,
-                                        nullptr);
+    if (const int code = driver_.launch(
+            functions[i], static_cast<unsigned>(l.blocks), 1, 1, static_cast<unsigned>(l.threads),
+            1, 1, static_cast<unsigned>(l.shared_bytes), stream, args, nullptr);
         code != 0) {
       return failed(("cuLaunchKernel of " + std::string(l.kernel)).c_str(), code);
     }

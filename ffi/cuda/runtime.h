@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Kernels at run time: libcuda and NVRTC by dlopen, compiled images in memory and on disk, launches.
-// Nothing is opened before the first use, so a machine without a GPU never notices.
+// Kernels at run time: libcuda and NVRTC by dlopen, compiled images in memory and on disk,
+// launches. Nothing is opened before the first use, so a machine without a GPU never notices.
 #pragma once
 
 #include <cstddef>
@@ -30,8 +30,8 @@ struct Nvrtc {
 struct RuntimeOptions {
   std::vector<std::string> cuda{"libcuda.so.1"};  // the first that opens is taken
   std::vector<std::string> nvrtc{"libnvrtc.so.13", "libnvrtc.so.12"};
-  std::string cache;                              // a folder; "": no cache on disk
-  int64_t cache_bytes = int64_t{256} << 20;       // about; the oldest files go first
+  std::string cache;                         // a folder; "": no cache on disk
+  int64_t cache_bytes = int64_t{256} << 20;  // about; the oldest files go first
 };
 
 struct Device {

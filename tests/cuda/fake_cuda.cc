@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A libcuda and a libnvrtc for tests (one of them, by -DFAKE_CUDA or -DFAKE_NVRTC): they check how they
-// are called, and fail where they are told to.
+// A libcuda and a libnvrtc for tests (one of them, by -DFAKE_CUDA or -DFAKE_NVRTC): they check how
+// they are called, and fail where they are told to.
 
 #include <atomic>
 #include <cstdio>
@@ -12,8 +12,8 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 static std::mutex mutex;
-static std::string calls;     // one name a line
-static std::string fail_at;   // this function fails
+static std::string calls;    // one name a line
+static std::string fail_at;  // this function fails
 static int fail_code;
 static int capability = 90;
 
@@ -67,7 +67,10 @@ EXPORT int cuDeviceGetName(char* name, int size, int) {
   return called("cuDeviceGetName");
 }
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 16 ? 7 : attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 0;
+  *value = attribute == 16   ? 7
+           : attribute == 75 ? capability / 10
+           : attribute == 76 ? capability % 10
+                             : 0;
   return called("cuDeviceGetAttribute");
 }
 EXPORT int cuStreamGetCtx(void*, void** c) {
@@ -118,8 +121,8 @@ EXPORT int cuFuncGetAttribute(int* value, int, void*) {
   *value = 1;
   return called("cuFuncGetAttribute");
 }
-EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsigned threads, unsigned,
-                          unsigned, unsigned shared, void*, void** args, void**) {
+EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsigned threads,
+                          unsigned, unsigned, unsigned shared, void*, void** args, void**) {
   if (function != &launches || args == nullptr || args[0] == nullptr || depth != 1) return 1;
   const int code = called("cuLaunchKernel");
   if (code == 0) ++launches;
@@ -131,7 +134,8 @@ EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsign
 #endif
 
 #if defined(FAKE_NVRTC)
-static std::string log_text = "jaxwin_gemm.cu(12): note\njaxwin_gemm.cu(34): error: no such thing\nmore";
+static std::string log_text =
+    "jaxwin_gemm.cu(12): note\njaxwin_gemm.cu(34): error: no such thing\nmore";
 static std::string output;
 
 EXPORT int nvrtcVersion(int* major, int* minor) {
@@ -148,8 +152,8 @@ EXPORT int nvrtcGetSupportedArchs(int* list) {
   list[1] = 90;
   return 0;
 }
-EXPORT int nvrtcCreateProgram(void** program, const char* source, const char*, int, const char* const*,
-                              const char* const*) {
+EXPORT int nvrtcCreateProgram(void** program, const char* source, const char*, int,
+                              const char* const*, const char* const*) {
   *program = &output;
   return std::strstr(source, "jaxwin") == nullptr ? 3 : called("nvrtcCreateProgram");
 }

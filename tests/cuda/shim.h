@@ -2,9 +2,9 @@
 //
 // The CUDA kernels on the CPU, for tests: one block at a time, its threads as fibers. Shared memory
 // begins as NaN; an asynchronous copy leaves NaN where it will write until somebody waits for it;
-// blocks run their threads in ascending and descending order in turn, so that a missing barrier shows;
-// a barrier that not all threads reach is an error. Matrix instructions follow the fragment layouts of
-// the PTX ISA, lane by lane.
+// blocks run their threads in ascending and descending order in turn, so that a missing barrier
+// shows; a barrier that not all threads reach is an error. Matrix instructions follow the fragment
+// layouts of the PTX ISA, lane by lane.
 #pragma once
 
 #include <ucontext.h>
@@ -96,10 +96,13 @@ void run_block(int threads, int bytes, const Body& body) {
     f.groups.clear();
     f.open.clear();
     f.collectives = 0;
-    makecontext(&f.context, +[] {
-      (*current)();
-      fibers[threadIdx.x].state = State::kDone;
-    }, 0);
+    makecontext(
+        &f.context,
+        +[] {
+          (*current)();
+          fibers[threadIdx.x].state = State::kDone;
+        },
+        0);
   }
   const bool backwards = blockIdx.x % 2 == 1;
   for (;;) {

@@ -40,6 +40,7 @@ def say(text: str) -> None:
 def command(words: list[str], seconds: float, **options: Any) -> dict[str, Any]:
     """Runs a program; what became of it, with the end of what it printed."""
     begin = time.monotonic()
+    code: int | str
     try:
         done = subprocess.run(
             words,
@@ -53,7 +54,9 @@ def command(words: list[str], seconds: float, **options: Any) -> dict[str, Any]:
         )
         code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
-        code, output = "timeout", str(error.stdout or "")
+        seen = error.stdout or b""
+        code = "timeout"
+        output = seen.decode(errors="replace") if isinstance(seen, bytes) else seen
     except OSError as error:
         code, output = "error", str(error)
     taken = round(time.monotonic() - begin, 1)
@@ -70,7 +73,7 @@ def build() -> dict[str, Any]:
         [*configure, *generator, f"-DPython_EXECUTABLE={sys.executable}"],
         ["cmake", "--build", str(folder), "--target", "_ffi", "-j", str(os.cpu_count() or 4)],
     ):
-        steps.append(command(words, 300))
+        steps.append(command(words, 900))
         if steps[-1]["code"] != 0:
             raise SystemExit(f"the build failed:\n{steps[-1]['output']}")
     suffixes = (sysconfig.get_config_var("EXT_SUFFIX"), ".abi3.so")

@@ -22,8 +22,8 @@ JAXWIN_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
 JAXWIN_DEVICE int float_bits(float a) { return __float_as_int(a); }
 JAXWIN_DEVICE float bits_float(int a) { return __int_as_float(a); }
 
-// Copies kBytes (4, 8 or 16) to shared memory, or zeros where not `real`; done after the wait for its
-// group. `from` must be a valid address in any case.
+// Copies kBytes (4, 8 or 16) to shared memory, or zeros where not `real`; done after the wait for
+// its group. `from` must be a valid address in any case.
 template <int kBytes>
 JAXWIN_DEVICE void copy_async(void* to, const void* from, bool real) {
 #if __CUDA_ARCH__ >= 800
@@ -126,7 +126,7 @@ JAXWIN_DEVICE unsigned short float_to_f16(float a) {
 namespace jaxwin {
 namespace cuda {
 
-// --- elements ----------------------------------------------------------------------------------
+// --- elements -----------------------------------------------------------------------------------
 // JAXWIN_TYPE: 0 float32, 1 bfloat16, 2 float16.
 
 #if !defined(JAXWIN_TYPE)
@@ -154,7 +154,7 @@ JAXWIN_DEVICE Result round_result(float a) { return narrow(a); }
 #endif
 constexpr int kLanes16 = 16 / static_cast<int>(sizeof(Element));  // elements in 16 bytes
 
-// --- the epilogue: operation by operation that of kernels/elementwise.h --------------------------
+// --- the epilogue: operation by operation that of kernels/elementwise.h -------------------------
 
 // x86's: the second operand where either is NaN.
 JAXWIN_DEVICE float greater_of(float a, float b) { return a > b ? a : b; }
@@ -182,9 +182,7 @@ JAXWIN_DEVICE float exponential(float x) {
   return mul(mul(p, low), high);
 }
 
-JAXWIN_DEVICE float sigmoid(float x) {
-  return div(1.0F, add(1.0F, exponential(sub(0.0F, x))));
-}
+JAXWIN_DEVICE float sigmoid(float x) { return div(1.0F, add(1.0F, exponential(sub(0.0F, x)))); }
 
 JAXWIN_DEVICE float hyperbolic_tangent(float x) {
   const float a = greater_of(sub(0.0F, x), x);
@@ -240,7 +238,7 @@ JAXWIN_DEVICE float finish(const ConvArgs& a, float value, int feature, int at) 
   return value;
 }
 
-// --- positions -----------------------------------------------------------------------------------
+// --- positions ----------------------------------------------------------------------------------
 
 // Where nothing is: no position of an input is reached from here.
 constexpr int kNowhere = -(1 << 30);

@@ -6,8 +6,8 @@
 // both operands come into shared memory by asynchronous copies, some stages ahead; what lies on
 // padding or behind a tail is written as zero by the copy itself.
 //
-// JAXWIN_MMA 0: one chain of fused multiply-adds per result, the canonical order (README.md, "What the
-// numbers promise"). JAXWIN_MMA 1: tensor cores, another order and, for float32, tf32 operands.
+// JAXWIN_MMA 0: one chain of fused multiply-adds per result, the canonical order (README.md, "What
+// the numbers promise"). JAXWIN_MMA 1: tensor cores, another order and, for float32, tf32 operands.
 //
 // Specialised by definitions: JAXWIN_BM, _BN, _BK (tile), _TM, _TN (of a thread, or of a warp for
 // tensor cores), _STAGES, _THREADS, _A, _B (how operands lie, below), _CHUNKED, _PARTIAL,
@@ -70,7 +70,8 @@ struct Step {
 struct Digits {
   int c, z, y, x;
 };
-// The order of the reduction: channels fastest, then z, y, x; where chunked x fastest, y, z, channel.
+// The order of the reduction: channels fastest, then z, y, x; where chunked x fastest, y, z,
+// channel.
 JAXWIN_DEVICE Digits digits_of(int k, int channels, const Part& p) {
   Digits d;
 #if JAXWIN_CHUNKED
@@ -257,7 +258,7 @@ JAXWIN_DEVICE void load_b(const ConvArgs& a, const Element* w, Element* to, cons
 #endif
 }
 
-// --- one tile in registers -------------------------------------------------------------------------
+// --- one tile in registers ----------------------------------------------------------------------
 
 #if JAXWIN_MMA == 0
 struct alignas(16) Four {
@@ -382,8 +383,8 @@ struct Tile {
         if (kRowMajorA) {
           load_matrices(left[i], a + (row + eighth % 2 * 8 + within) * kLdA + k + eighth / 2 * 8);
         } else {
-          load_matrices_transposed(
-              left[i], a + (k + eighth / 2 * 8 + within) * kLdA + row + eighth % 2 * 8);
+          load_matrices_transposed(left[i],
+                                   a + (k + eighth / 2 * 8 + within) * kLdA + row + eighth % 2 * 8);
         }
       }
 #pragma unroll
@@ -429,7 +430,7 @@ struct alignas(sizeof(T) * Tile::kGroup) Group {
   T v[Tile::kGroup];
 };
 
-// --- the kernel --------------------------------------------------------------------------------------
+// --- the kernel ---------------------------------------------------------------------------------
 
 JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a) {
   JAXWIN_DYNAMIC_SHARED(shared);
@@ -464,7 +465,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a)
 
   Row rows[kRowRecords];
 #pragma unroll
-  for (int r = 0; r < kRowRecords; ++r) rows[r] = make_row(a, p, first_row + row_of_record(r, thread));
+  for (int r = 0; r < kRowRecords; ++r)
+    rows[r] = make_row(a, p, first_row + row_of_record(r, thread));
 
   if (thread < kBk) {
     walk->at[thread] = digits_of(begin + thread, a.c, p);
@@ -531,7 +533,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a)
       const int column = first_column + tile.column(j);
       if (column >= a.k) continue;
 #if JAXWIN_PARTIAL
-      // Neighbours up to k_pitch belong to this row.
+        // Neighbours up to k_pitch belong to this row.
 #pragma unroll
       for (int q = 0; q < Tile::kGroup; ++q) {
         if (column + q < a.k) y[column + q] = tile.sum[i][j + q];
@@ -540,8 +542,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a)
       Group<Result> group;
 #pragma unroll
       for (int q = 0; q < Tile::kGroup; ++q) {
-        group.v[q] = round_result(
-            finish(a, tile.sum[i][j + q], g * a.k + column + q, at + column + q));
+        group.v[q] =
+            round_result(finish(a, tile.sum[i][j + q], g * a.k + column + q, at + column + q));
       }
       *reinterpret_cast<Group<Result>*>(y + at + column) = group;
 #else

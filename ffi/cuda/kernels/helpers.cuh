@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Small kernels around the others: filters packed, the im2win tensor, sums of chunks. One element per
-// thread.
+// Small kernels around the others: filters packed, the im2win tensor, sums of chunks. One element
+// per thread.
 
 namespace jaxwin {
 namespace cuda {
@@ -27,9 +27,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_pack(JAXWIN_ARGS PackArgs a) {
   rest /= a.win[1];
   const int x = static_cast<int>(rest % a.win[2]);
   const int g = static_cast<int>(rest / a.win[2]);
-  *to = k < a.k ? static_cast<const Element*>(
-                      a.w)[g * a.w_g + k * a.w_k + c * a.w_c + z * a.w_sp[0] + y * a.w_sp[1] +
-                           x * a.w_sp[2]]
+  *to = k < a.k ? static_cast<const Element*>(a.w)[g * a.w_g + k * a.w_k + c * a.w_c +
+                                                   z * a.w_sp[0] + y * a.w_sp[1] + x * a.w_sp[2]]
                 : static_cast<Element>(0);
 }
 #endif
@@ -58,8 +57,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_window(JAXWIN_ARGS WindowArgs a) {
   const bool real = static_cast<unsigned>(ix) < static_cast<unsigned>(a.in[2]) &&
                     static_cast<unsigned>(iy) < static_cast<unsigned>(a.in[1]) &&
                     static_cast<unsigned>(iz) < static_cast<unsigned>(a.in[0]);
-  *to = real ? static_cast<const Element*>(a.x)[n * a.x_n + g * a.x_g + c * a.x_c +
-                                                iz * a.x_sp[0] + iy * a.x_sp[1] + ix * a.x_sp[2]]
+  *to = real ? static_cast<const Element*>(a.x)[n * a.x_n + g * a.x_g + c * a.x_c + iz * a.x_sp[0] +
+                                                iy * a.x_sp[1] + ix * a.x_sp[2]]
              : static_cast<Element>(0);
 }
 #endif

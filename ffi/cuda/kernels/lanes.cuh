@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Kernels in which a thread computes results of its own from global memory: for few channels in a
-// group. Neighbouring threads have neighbouring channels, or pixels where JAXWIN_LANES_X. The chain of
-// each result is the canonical one.
+// group. Neighbouring threads have neighbouring channels, or pixels where JAXWIN_LANES_X. The chain
+// of each result is the canonical one.
 //
 // Definitions: JAXWIN_THREADS, _STRIP (pixels along x of a thread), _VECTOR (neighbouring channels
 // that are loaded at once), _LANES_X, and for depthwise _WINDOW_X, _Y, _Z, _STRIDE_X, _DILATION_X.
@@ -58,8 +58,8 @@ JAXWIN_DEVICE Work find_work(const ConvArgs& a, const Part& p, int block, int la
 }
 
 #if JAXWIN_DEPTHWISE
-// One channel per group, one feature: kVector groups per thread. Columns of the window one after the
-// other, each loaded once for all pixels of the strip.
+// One channel per group, one feature: kVector groups per thread. Columns of the window one after
+// the other, each loaded once for all pixels of the strip.
 JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_depthwise(JAXWIN_ARGS ConvArgs a) {
   const int part = part_of_block(a, static_cast<int>(blockIdx.x));
   const Part& p = a.part[part];
@@ -143,8 +143,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_depthwise(JAXWIN_ARGS ConvArgs a) {
   }
 #endif
 
-  const int at = p.y_first + g * a.y_g + r.image * a.y_n + r.o[0] * p.y_sp[0] +
-                 r.o[1] * p.y_sp[1] + r.o[2] * p.y_sp[2];
+  const int at = p.y_first + g * a.y_g + r.image * a.y_n + r.o[0] * p.y_sp[0] + r.o[1] * p.y_sp[1] +
+                 r.o[2] * p.y_sp[2];
   float* const y = static_cast<float*>(a.y);
 #pragma unroll
   for (int t = 0; t < kStrip; ++t) {
@@ -266,8 +266,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_direct(JAXWIN_ARGS ConvArgs a) {
   }
 #else
   for (int v = 0; v < p.win[2]; ++v) {
-    const bool real_x =
-        input_at(base[2] + v * p.dilation[2], a.lhs_dilation[2], a.in[2], hole, ix);
+    const bool real_x = input_at(base[2] + v * p.dilation[2], a.lhs_dilation[2], a.in[2], hole, ix);
     if (hole) continue;
     for (int u = 0; u < p.win[1]; ++u) {
       const bool real_y =
@@ -275,8 +274,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_direct(JAXWIN_ARGS ConvArgs a) {
       if (hole) continue;
       for (int s = 0; s < p.win[0]; ++s) {
         const bool real =
-            input_at(base[0] + s * p.dilation[0], a.lhs_dilation[0], a.in[0], hole, iz) &&
-            real_x && real_y;
+            input_at(base[0] + s * p.dilation[0], a.lhs_dilation[0], a.in[0], hole, iz) && real_x &&
+            real_y;
         if (hole) continue;
         const float* const from = x + iz * a.x_sp[0] + iy * a.x_sp[1] + ix * a.x_sp[2];
         const float* const tap = w + s * p.w_sp[0] + u * p.w_sp[1] + v * p.w_sp[2];
@@ -288,13 +287,12 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_direct(JAXWIN_ARGS ConvArgs a) {
   }
 #endif
 #if JAXWIN_PARTIAL
-  const int row =
-      ((r.image * p.out[0] + r.o[0]) * p.out[1] + r.o[1]) * p.out[2] + r.o[2];
-  static_cast<float*>(a.y)[(static_cast<long long>(chunk * a.g + g) * p.rows + row) * a.k_pitch +
-                           k] = sum;
+  const int row = ((r.image * p.out[0] + r.o[0]) * p.out[1] + r.o[1]) * p.out[2] + r.o[2];
+  static_cast<float*>(
+      a.y)[(static_cast<long long>(chunk * a.g + g) * p.rows + row) * a.k_pitch + k] = sum;
 #else
-  const int at = g * a.y_g + k * a.y_k + r.image * a.y_n + r.o[0] * p.y_sp[0] +
-                 r.o[1] * p.y_sp[1] + r.o[2] * p.y_sp[2];
+  const int at = g * a.y_g + k * a.y_k + r.image * a.y_n + r.o[0] * p.y_sp[0] + r.o[1] * p.y_sp[1] +
+                 r.o[2] * p.y_sp[2];
   static_cast<float*>(a.y)[at] = finish(a, sum, r.lane, at);
   static_cast<void>(chunk);
 #endif
