@@ -7,6 +7,7 @@ kernel runs and why, `tune` finds the fastest plans for this machine.
 """
 
 from jaxwin._accelerate import accelerate
+from jaxwin._batch_norm import fold_batch_norm
 from jaxwin._conv import conv
 from jaxwin._explain import Explanation, ExplanationRow, explain
 from jaxwin._install import install, installed, is_installed, uninstall
@@ -26,6 +27,7 @@ __all__ = [
     "conv_transpose",
     "explain",
     "export_safety_checks",
+    "fold_batch_norm",
     "install",
     "installed",
     "is_installed",
