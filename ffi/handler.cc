@@ -70,9 +70,11 @@ struct CallSite {
   bool has_bias = false;
   bool has_residual = false;
   Activation activation = Activation::kNone;
+  std::vector<int64_t> rhs_shape;  // of packed filters, before they were packed
 
   struct Prepared {
     ConvParams params;
+    std::vector<int64_t> rhs_shape;  // of the buffer
     Problem problem;
     Plan plan;
   };
@@ -108,6 +110,8 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> instantiate(ffi::Dictionary attributes) 
   JAXWIN_ATTRIBUTE("has_bias", has_bias);
   JAXWIN_ATTRIBUTE("has_residual", has_residual);
   JAXWIN_ATTRIBUTE("activation", activation);
+  JAXWIN_ATTRIBUTE("rhs_panel", site->params.rhs_panel);
+  if (site->params.rhs_panel != 0) JAXWIN_ATTRIBUTE("rhs_shape", site->rhs_shape);
 #undef JAXWIN_ATTRIBUTE
   if (padding.size() % 2 != 0) {
     return ffi::Unexpected(invalid("padding: pairs of low and high are needed"));
@@ -136,16 +140,21 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::Any
                                                   const ffi::AnyBuffer& out, std::string* wrong) {
   const std::lock_guard<std::mutex> lock(site->mutex);
   if (site->prepared != nullptr && same_shape(lhs, site->prepared->params.lhs_shape) &&
-      same_shape(rhs, site->prepared->params.rhs_shape) &&
+      same_shape(rhs, site->prepared->rhs_shape) &&
       same_shape(out, site->prepared->params.out_shape)) {
     return site->prepared;
   }
   auto fresh = std::make_shared<CallSite::Prepared>();
   fresh->params = site->params;
   fresh->params.lhs_shape = shape(lhs);
-  fresh->params.rhs_shape = shape(rhs);
+  fresh->rhs_shape = shape(rhs);
+  fresh->params.rhs_shape = site->params.rhs_panel == 0 ? fresh->rhs_shape : site->rhs_shape;
   fresh->params.out_shape = shape(out);
   *wrong = make_problem(fresh->params, &fresh->problem);
+  if (wrong->empty() && site->params.rhs_panel > 0 &&
+      fresh->rhs_shape != packed_shape(fresh->params)) {
+    *wrong = "rhs: packed filters of another shape";
+  }
   if (!wrong->empty()) return nullptr;
   *wrong = make_plan(fresh->problem, site->request, &fresh->plan);
   if (!wrong->empty() && fresh->plan.target.kernels == nullptr) {

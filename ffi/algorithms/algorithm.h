@@ -67,6 +67,14 @@ struct Algorithm {
   void (*run)(const Problem&, const Params&, const Operands&, const Execution&);
   // Lower is better: the analytic order of preference, in modelled cycles.
   double (*cost)(const Problem&, const Target&, const Params&);
+  // Whether it can take filters that are packed already (Problem::panel).
+  bool takes_packed = false;
+
+  // `rejects`, and what it need not know about.
+  std::string refuses(const Problem& p) const {
+    if (p.panel > 0 && !takes_packed) return "the filters are packed for other algorithms";
+    return rejects(p);
+  }
 };
 
 // Data cache sizes in bytes.
@@ -81,5 +89,7 @@ int64_t useful_threads(const Problem& p, int64_t threads);
 // Adds to y what 0 * w gives for window positions on padding where w is not finite: NaN, as in
 // lax. For algorithms that skip those positions. (Inserted zeros are no operands, in lax neither.)
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
+// The same without a look at all filters first.
+void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
 
 }  // namespace jaxwin

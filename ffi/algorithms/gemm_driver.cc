@@ -18,6 +18,7 @@ enum Pack {
   kInPlace,  // the micro-kernel reads the filters where they lie
   kShared,   // all panels are packed first, once per call
   kLocal,    // every block packs the panels it is about to use, for itself
+  kBefore,   // the filters are panels already (Problem::panel)
 };
 
 // As much of B as leaves most of the second-level cache to A and C.
@@ -529,6 +530,26 @@ void pack_panels(const Layout& l, const Kernels& k, const float* w, int64_t g, i
   }
 }
 
+// add_skipped_nonfinite for packed filters: each panel is a convolution of its own.
+void add_skipped_by_panel(const Problem& p, const Operands& o, const Execution& e) {
+  const int64_t panels = ceil_div(p.k, p.panel);
+  if (!p.touches_padding()) return;
+  for (int64_t i = 0; i < p.g * panels; ++i) {
+    const int64_t g = i / panels;
+    const int64_t k0 = i % panels * p.panel;
+    Problem part = p;
+    part.g = 1;
+    part.k = std::min(p.panel, p.k - k0);
+    const int64_t z = p.c * p.panel;
+    part.w = {0, 1, p.panel, {z, z * p.win[0], z * p.win[0] * p.win[1]}};
+    Operands own = o;
+    own.w = o.w + i * p.panel * p.reduction();
+    own.y = o.y + g * p.y.g + k0 * p.y.k;
+    if (e.target.kernels->all_finite(own.w, p.panel * p.reduction()) != 0) continue;
+    mark_skipped_nonfinite(part, own, e);
+  }
+}
+
 }  // namespace
 
 void gemm_run(const Problem& problem, const Params& params, const Operands& o, const Execution& e,
@@ -539,8 +560,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const RowKinds kinds = make_row_kinds(l);
   const int64_t n_blocks = ceil_div(l.reduction, l.kc);
   std::atomic<bool> suspicious{!kinds.covers};
-  float* packed = e.workspace;
-  float* full = packed + l.packed_floats;
+  const float* packed = l.pack == kBefore ? o.w : e.workspace;
+  float* full = e.workspace + l.packed_floats;
   float* scratch = full + l.full_floats;
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
@@ -561,7 +582,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     if (task < packs) {
       const int64_t panel = task % l.panels;
       pack_panels(l, k, o.w, task / l.panels, panel, panel + 1, 0, l.reduction,
-                  packed + task * l.panel * l.reduction, 0);
+                  e.workspace + task * l.panel * l.reduction, 0);
       return;
     }
     const int64_t row = (task - packs) % l.all_rows;
@@ -632,9 +653,9 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-      const float* b = l.pack == kShared  ? packed + (g * l.panels + panel) * l.panel * l.reduction
+      const float* b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
                        : l.pack == kLocal ? local + (panel - first) * l.panel * l.kc
-                                          : o.w + g * p.w.g + panel * l.panel;
+                                          : packed + (g * l.panels + panel) * l.panel * l.reduction;
       float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
       if (a_rows.empty()) {
@@ -689,7 +710,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
     }
   });
-  if (suspicious) add_skipped_nonfinite(p, o, e);
+  if (suspicious && p.panel == 0) add_skipped_nonfinite(p, o, e);
+  if (suspicious && p.panel > 0) add_skipped_by_panel(p, o, e);
 }
 
 int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering) {
@@ -741,7 +763,12 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
   Params params{};
-  const Tile tile = best_tile(k, p.out[2], p.k);
+  Tile tile = best_tile(k, p.out[2], p.k);
+  if (p.panel > 0) {
+    tile.nv = std::clamp<int64_t>(p.panel / k.width, 1, kMaxNv);
+    const int64_t most = std::max(1, k.max_mr[tile.nv]);
+    tile.mr = ceil_div(p.out[2], ceil_div(p.out[2], most));
+  }
   params[kMr] = tile.mr;
   params[kNv] = tile.nv;
   const int64_t panel = tile.nv * k.width;
@@ -793,9 +820,12 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
-  const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
+  const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) && lowering != Lowering::kColumns &&
                           fewest <= 2 && params[kCols] == 0 && p.k > panel;
-  if (few_blocks && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
+  if (p.panel > 0) {
+    params[kPack] = kBefore;
+    if (few_blocks) params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);
+  } else if (few_blocks && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
     params[kPack] = kInPlace;
     params[kKc] = std::clamp<int64_t>(panel_floats() / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats()) {
@@ -833,7 +863,11 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kKc] < 0) return "kc: negative";
   if (params[kKc] > 0 && params[kKc] < std::min<int64_t>(8, p.reduction())) return "kc: too small";
   if (params[kRows] < 0 || params[kCols] < 0) return "rows, cols: negative";
-  if (params[kPack] < kInPlace || params[kPack] > kLocal) return "pack: 0, 1 or 2";
+  if (params[kPack] < kInPlace || params[kPack] > kBefore) return "pack: 0, 1, 2 or 3";
+  if ((params[kPack] == kBefore) != (p.panel > 0)) {
+    return "pack: 3 is for filters that are packed already, and for no others";
+  }
+  if (p.panel > 0 && p.panel != nv * k.width) return "nv: the filters are packed in other panels";
   if (params[kPack] == kInPlace && p.w.k != 1) {
     return "pack: reading the filters in place needs contiguous features";
   }
@@ -866,7 +900,7 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
   const double width = static_cast<double>(k.width);
   const double w_floats = static_cast<double>(p.g * p.k * p.reduction());
-  if (params[kPack] != kInPlace) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
+  if (params[kPack] != kInPlace && p.panel == 0) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
   const double unit = static_cast<double>(p.win[0] * p.win[1]);
   const double copy = p.x.c == 1 ? 2.0 : 4.0;
   const double run = static_cast<double>(ceil_div(p.c, k.width));
@@ -903,8 +937,9 @@ std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
       {"rows", "output rows per block, of any images; 0: all", {0, 1, 2, 3, 4, 6, 8, 12, 16}},
       {"cols", "output pixels per block; 0: the whole row", {0, 56, 112, 448, 1024}},
       {"pack",
-       "filters are 0: read in place, 1: packed into panels first, 2: packed by every block",
-       {0, 1, 2}},
+       "filters are 0: read in place, 1: packed into panels first, 2: packed by every block, 3: "
+       "packed before the call",
+       {0, 1, 2, 3}},
       {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
   };
   if (lowering == Lowering::kWindow || lowering == Lowering::kColumns) specs.back().values = {0, 1};

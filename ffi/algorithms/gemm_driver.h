@@ -48,7 +48,8 @@ Algorithm gemm_algorithm(const char* name, const char* summary, const char* sour
           },
           [](const Problem& p, const Target& t, const Params& q) {
             return gemm_cost(p, t, q, kLowering);
-          }};
+          },
+          true};
 }
 
 // Modelled cycles of one reduction step of a tile; the tile that this prefers for rows x columns.
