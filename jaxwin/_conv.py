@@ -239,7 +239,8 @@ def pack(
     w = _array("w", w)
     if x is None:
         window, channels = w.shape[:-2], w.shape[-2] * groups
-        x = jax.ShapeDtypeStruct((1, *(13 + k for k in window), channels), w.dtype)
+        struct: Any = jax.ShapeDtypeStruct
+        x = struct((1, *(13 + k for k in window), channels), w.dtype)
         stride, padding, dilation, layout = 1, "VALID", 1, "NHWC"
 
     def call(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -264,7 +265,7 @@ def _array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def _check_dtype(name: str, value: jax.Array, x: jax.Array) -> None:
+def _check_dtype(name: str, value: jax.Array | PackedWeights, x: jax.Array) -> None:
     if value.dtype != x.dtype:
         raise TypeError(
             f"conv: {name} must have the dtype of x, got {value.dtype.name} and x of "

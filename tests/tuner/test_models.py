@@ -39,7 +39,7 @@ def _abstract_layers(name: str):
     model = models.MODELS[name]
     draw = models._draw
     try:
-        models._draw = lambda part, shape, rng: jax.ShapeDtypeStruct(shape, np.float32)
+        models._draw = lambda part, shape, *_: jax.ShapeDtypeStruct(shape, np.float32)
         found = models.layers(model, np.random.default_rng(0))
     finally:
         models._draw = draw
