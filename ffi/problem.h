@@ -26,8 +26,8 @@ struct ConvParams {
   int64_t rhs_panel = 0;  // 0: rhs lies as its shape and specification say; else see packed_shape
 };
 
-// The shape in which packed filters lie: groups, panels of `rhs_panel` features (the last one filled
-// up with zeros), window positions and channels in the order of the reduction, features.
+// The shape in which packed filters lie: groups, panels of `rhs_panel` features (the last one
+// filled up with zeros), window positions and channels in the order of the reduction, features.
 std::vector<int64_t> packed_shape(const ConvParams& params);
 
 struct Problem {

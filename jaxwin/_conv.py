@@ -79,7 +79,9 @@ def conv(
     """
     x = _array("x", x)
     packing = w.packing if isinstance(w, PackedWeights) else None
-    if not isinstance(w, PackedWeights):
+    if isinstance(w, PackedWeights):
+        _pack.check(w)
+    else:
         w = _array("w", w)
     rank = x.ndim - 2
     if not 1 <= rank <= 3:
@@ -99,8 +101,6 @@ def conv(
         )
     _check_dtype("w", w, x)
 
-    if isinstance(w, PackedWeights):
-        _pack.check(w)
     channels_last = _is_channels_last(layout, rank)
     strides = _per_dimension("stride", stride, rank)
     dilations = _per_dimension("dilation", dilation, rank)

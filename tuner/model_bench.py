@@ -96,6 +96,7 @@ class _ModelPeer(Peer):
 class _JaxModel(_ModelPeer):
     options: ClassVar[dict[str, Any]] = {}
     folds: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     net: ClassVar[type[models.JaxNet]] = models.JaxNet
 
     def function(self, model: Model) -> Callable[..., Any]:
@@ -113,6 +114,8 @@ class _JaxModel(_ModelPeer):
             for name, of in task.layers.items()
         }
         data = [jnp.asarray(x) for x in task.inputs]
+        if self.packs:
+            layers = {name: models.packed(model, of, data[0]) for name, of in layers.items()}
         args: tuple[Any, ...]
         if model.training:
             args = ((layers, jax.tree.map(jnp.zeros_like, layers)), data)
@@ -190,6 +193,14 @@ class JaxwinFused(_JaxModel):
     training = False
     folds = True
     net: ClassVar[type[models.JaxNet]] = models.FusedNet
+
+
+class JaxwinPacked(JaxwinFused):
+    """The same with `jaxwin.pack`."""
+
+    name = "jaxwin-packed"
+    summary = "as jaxwin-fused, weights packed before; inference only"
+    packs = True
 
 
 class _TorchModel(_ModelPeer):

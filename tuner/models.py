@@ -393,6 +393,35 @@ class FusedNet(JaxNet):
         )
 
 
+class _Meeting(FusedNet):
+    """Writes down how each layer's weights would be packed for the input that they meet."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__(layers)
+        self.found: list[Callable[[Any], Any]] = []
+
+    def convolve(
+        self,
+        x: Any,
+        layer: Layer,
+        stride: int,
+        padding: int,
+        groups: int,
+        transposed: bool,
+        activation: str | None,
+        residual: Any,
+    ) -> Any:
+        struct: Any = jax.ShapeDtypeStruct
+        like = struct(x.shape, x.dtype)
+        pack = functools.partial(jaxwin.pack, x=like, stride=stride, padding=padding, groups=groups)
+        self.found.append((lambda w: w) if transposed else pack)
+        return super().convolve(x, layer, stride, padding, groups, transposed, activation, residual)
+
+    def multiply(self, x: Any, layer: Layer) -> Any:
+        self.found.append(lambda w: w)
+        return super().multiply(x, layer)
+
+
 class _Listing(JaxNet):
     """Writes down what a network asks for."""
 
@@ -480,6 +509,14 @@ def folded(of: Layers) -> Layers:
         )
         for layer in of
     ]
+
+
+def packed(model: Model, of: Layers, x: Any) -> Layers:
+    """Folded layers with weights packed for an input of the model."""
+    (network,) = model.networks.values()
+    net = _Meeting(of)
+    jax.eval_shape(functools.partial(network, net), x)
+    return [layer | {"w": pack(layer["w"])} for layer, pack in zip(of, net.found, strict=True)]
 
 
 def jax_inference(model: Model, net: type[JaxNet] = JaxNet) -> Callable[..., Any]:

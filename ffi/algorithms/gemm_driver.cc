@@ -820,8 +820,9 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
-  const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) && lowering != Lowering::kColumns &&
-                          fewest <= 2 && params[kCols] == 0 && p.k > panel;
+  const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
+                          lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
+                          p.k > panel;
   if (p.panel > 0) {
     params[kPack] = kBefore;
     if (few_blocks) params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);

@@ -19,7 +19,7 @@ from jaxwin.tuner import bench, machine, model_bench, models, peers, problems
 from jaxwin.tuner.cli import main
 
 FAST = ("--rounds", "2", "--min-time", "0.01", "--threads", "1")
-JAX = ["xla", "xla-eigen", "xla-folded", "jaxwin", "jaxwin-fused"]
+JAX = ["xla", "xla-eigen", "xla-folded", "jaxwin", "jaxwin-fused", "jaxwin-packed"]
 TORCH = ["torch", "torch-frozen"]
 
 
@@ -84,7 +84,7 @@ def test_every_way_of_inference_gives_the_same(not_pinned: None) -> None:
         assert cell["status"] == "ok", (name, cell["reason"])
         assert cell["error"] < 1e-5
         assert cell["median_ns"] > 0
-    ours = min(row["cells"][name]["median_ns"] for name in ("jaxwin", "jaxwin-fused"))
+    ours = min(row["cells"][name]["median_ns"] for name in chosen if peers.is_ours(name))
     others = {name: row["cells"][name]["median_ns"] for name in chosen if not peers.is_ours(name)}
     assert row["best_peer"] == min(others, key=others.__getitem__)
     assert row["ratio_to_best"] == pytest.approx(min(others.values()) / ours)
@@ -115,7 +115,7 @@ def test_both_frameworks_have_the_same_network(name: str) -> None:
     layers, inputs = models.layers(model, rng), models.inputs(model, 2, rng)
     task = model_bench.Task(name, model, 2, 1, layers, inputs)
     expected = model_bench.make("xla").prepare_model(task).result
-    for peer in ("torch", "jaxwin-fused"):
+    for peer in ("torch", "jaxwin-fused", "jaxwin-packed"):
         got = model_bench.make(peer).prepare_model(task).result
         assert model_bench.difference(got, expected) < 1e-5
 
