@@ -139,11 +139,11 @@ def test_a_wrong_layer_is_found(
             return super().prepare_model(other)
 
     monkeypatch.setitem(model_bench._REGISTRY, "jaxwin", Wrong)
-    done = _run("--model", name, *FAST, "--peers", "xla,jaxwin", "--json", "-")
+    done = _run("--model", name, *FAST, "--peers", "jaxwin", "--json", "-")
     assert done.exit_code == 1
     (row,) = json.loads(done.stdout)["rows"]
-    assert row["cells"]["jaxwin"]["status"] == "wrong"
-    assert row["best_peer"] is None
+    cell = row["cells"]["jaxwin"]
+    assert (cell["status"], cell["median_ns"]) == ("wrong", None)
 
 
 def test_a_missing_library_is_named(not_pinned: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_tables_and_batches(not_pinned: None) -> None:
     head = "| model | batch | xla | jaxwin | best peer | jaxwin / best | jaxwin / xla |"
     assert head in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("| small | ")]
-    assert [row.split(" | ")[1] for row in rows] == ["1", "3", "1", "3"]  # times, memory
+    assert [row.split(" | ")[1] for row in rows] == ["1", "3"] * 3  # times, memory, faults
     assert "[2/2] small b3" in done.stderr
     assert _run(*arguments, "--fail-under", "1e9").exit_code == 1
 
@@ -186,6 +186,7 @@ def test_dry_run() -> None:
         (("--peers", "torch-frozen", "56x56 c64 k64 w3"), "'torch-frozen'"),
         (("--batch", "1,2", "56x56 c64 k64 w3"), "--batch"),
         (("--model", "small", "--batch", "0"), "below 1"),
+        (("--model", "small", "--peers", "jaxwin", "--fail-under", "1"), "--fail-under"),
     ],
 )
 def test_wrong_usage_exits_with_two(arguments: tuple[str, ...], blame: str) -> None:
