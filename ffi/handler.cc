@@ -77,6 +77,7 @@ struct CallSite {
     std::vector<int64_t> rhs_shape;  // of the buffer
     Problem problem;
     Plan plan;
+    std::shared_ptr<const void> by_algorithm;
   };
   std::mutex mutex;
   std::shared_ptr<const Prepared> prepared;
@@ -166,6 +167,10 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::Any
     *wrong = make_plan(fresh->problem, request, &fresh->plan);
   }
   if (!wrong->empty()) return nullptr;
+  const Algorithm& a = *fresh->plan.algorithm;
+  if (a.prepare != nullptr) {
+    fresh->by_algorithm = a.prepare(fresh->problem, fresh->plan.target, fresh->plan.params);
+  }
   site->prepared = fresh;
   return fresh;
 }
@@ -191,7 +196,12 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   if (!is_f32(**out)) return invalid("the result must be float32");
 
   std::string wrong;
-  const auto prepared = prepare(site, *lhs, *rhs, **out, &wrong);
+  std::shared_ptr<const CallSite::Prepared> prepared;
+  try {
+    prepared = prepare(site, *lhs, *rhs, **out, &wrong);
+  } catch (const std::bad_alloc&) {
+    return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
+  }
   if (prepared == nullptr) return invalid(wrong);
   const Problem& problem = prepared->problem;
   const Plan& plan = prepared->plan;
@@ -243,7 +253,8 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
       [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },
       threads);
   try {
-    plan.algorithm->run(problem, plan.params, o, {plan.target, &pool, workspace});
+    plan.algorithm->run(problem, plan.params, o,
+                        {plan.target, &pool, workspace, prepared->by_algorithm.get()});
   } catch (const std::bad_alloc&) {
     return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
   }

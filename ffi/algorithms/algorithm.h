@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,7 @@ struct Execution {
   Target target;
   const Threads* pool;
   float* workspace;
+  const void* prepared = nullptr;  // what Algorithm::prepare made for this plan, or null
 };
 
 inline constexpr int kMaxParams = 8;
@@ -69,6 +71,8 @@ struct Algorithm {
   double (*cost)(const Problem&, const Target&, const Params&);
   // Whether it can take filters that are packed already (Problem::panel).
   bool takes_packed = false;
+  // What `run` would otherwise derive from the plan in every call; may be null.
+  std::shared_ptr<const void> (*prepare)(const Problem&, const Target&, const Params&) = nullptr;
 
   // `rejects`, and what it need not know about.
   std::string refuses(const Problem& p) const {

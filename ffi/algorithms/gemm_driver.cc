@@ -552,14 +552,44 @@ void add_skipped_by_panel(const Problem& p, const Operands& o, const Execution& 
   }
 }
 
+struct Prepared {
+  Layout l;
+  RowKinds kinds;
+};
+
+// Room for n values; few need no allocation.
+template <typename T>
+class Room {
+ public:
+  explicit Room(int64_t n) : many_(n > kFew ? n : 0) {}
+  T* data() { return many_.empty() ? few_.data() : many_.data(); }
+
+ private:
+  static constexpr int64_t kFew = 32;
+  std::array<T, kFew> few_;
+  std::vector<T> many_;
+};
+
 }  // namespace
+
+std::shared_ptr<const void> gemm_prepare(const Problem& problem, const Target& t,
+                                         const Params& params, Lowering lowering) {
+  auto prepared = std::make_shared<Prepared>();
+  prepared->l = make_layout(problem, t, params, lowering);
+  prepared->kinds = make_row_kinds(prepared->l);
+  return prepared;
+}
 
 void gemm_run(const Problem& problem, const Params& params, const Operands& o, const Execution& e,
               Lowering lowering) {
-  const Layout l = make_layout(problem, e.target, params, lowering);
+  std::shared_ptr<const void> own;
+  if (e.prepared == nullptr) own = gemm_prepare(problem, e.target, params, lowering);
+  const auto& prepared =
+      *static_cast<const Prepared*>(e.prepared != nullptr ? e.prepared : own.get());
+  const Layout& l = prepared.l;
+  const RowKinds& kinds = prepared.kinds;
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  const RowKinds kinds = make_row_kinds(l);
   const int64_t n_blocks = ceil_div(l.reduction, l.kc);
   std::atomic<bool> suspicious{!kinds.covers};
   const float* packed = l.pack == kBefore ? o.w : e.workspace;
@@ -633,10 +663,11 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
 
     // Where each output row begins in A, if not at equal distances.
-    std::vector<const float*> a_rows;
+    Room<const float*> a_rows_room(block.rows);
+    const float** a_rows = a_rows_room.data();
+    const bool apart = lowering == Lowering::kRows || lowering == Lowering::kDirect;
     if (lowering == Lowering::kRows) fill_rows(l, k, p, input(g, 0), r0, r1, j0, j1, strip);
-    if (lowering == Lowering::kRows || lowering == Lowering::kDirect) a_rows.resize(block.rows);
-    for (int64_t r = r0; r < r1 && !a_rows.empty(); ++r) {
+    for (int64_t r = r0; r < r1 && apart; ++r) {
       const int64_t y = r % p.out[1] * p.stride[1] - p.pad[1];
       if (lowering == Lowering::kRows) {
         const int64_t part = r / p.out[1];
@@ -651,7 +682,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
     }
 
-    std::vector<int64_t> c_rows(block.rows);
+    Room<int64_t> c_rows_room(block.rows);
+    int64_t* c_rows = c_rows_room.data();
     for (int64_t r = r0; r < r1; ++r) {
       c_rows[r - r0] =
           l.buffered ? (r - r0) * block.cols * buffer_ld : output(g, r) + j0 * p.y.sp[2];
@@ -663,8 +695,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
                                           : packed + (g * l.panels + panel) * l.panel * l.reduction;
       float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
-      if (a_rows.empty()) {
-        multiply(l, k, block, b, kinds, kb, features, c, c_rows.data(), c_pixel);
+      if (!apart) {
+        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel);
         return;
       }
       for (int64_t r = r0; r < r1; ++r) {
@@ -672,7 +704,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         row.rows = 1;
         row.first_row = r;
         row.a = a_rows[r - r0];
-        multiply(l, k, row, b, kinds, kb, features, c, c_rows.data() + (r - r0), c_pixel);
+        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel);
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
