@@ -50,6 +50,7 @@ ConvParams conv_params(const nb::dict& d) {
   p.rhs_reversal = field<std::vector<int64_t>>(d, "rhs_reversal");
   p.feature_group_count = field<int64_t>(d, "feature_group_count");
   p.batch_group_count = field<int64_t>(d, "batch_group_count");
+  p.rhs_panel = field<int64_t>(d, "rhs_panel");
   return p;
 }
 
@@ -139,7 +140,8 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
     for (const int64_t d : shape) n *= static_cast<size_t>(d);
     return n;
   };
-  if (x.size() != size(conv.lhs_shape) || w.size() != size(conv.rhs_shape) ||
+  const auto& w_shape = conv.rhs_panel > 0 ? packed_shape(conv) : conv.rhs_shape;
+  if (x.size() != size(conv.lhs_shape) || w.size() != size(w_shape) ||
       y.size() != size(conv.out_shape)) {
     return "an array has a wrong size";
   }
@@ -197,6 +199,7 @@ nb::dict registry() {
     row["abi"] = abi(a->name);
     row["dtypes"] = nb::make_tuple("float32");
     row["params"] = params;
+    row["takes_packed"] = a->takes_packed;
     algorithm_rows.append(row);
   }
   nb::list isa_rows;

@@ -170,6 +170,7 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
                 reversed_dimensions=_spatial(
                     reversed_dimensions.get(equation.invars[1], ()), params
                 ),
+                packed=params.get("packed"),
             )
             native = primitive is not _compat.lax_conv_p or _install.is_installed()
             options = tuple(

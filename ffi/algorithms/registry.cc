@@ -30,7 +30,7 @@ const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max
   const Algorithm* best = nullptr;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Algorithm* a : algorithms()) {
-    if (!a->rejects(p).empty()) continue;
+    if (!a->refuses(p).empty()) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
     if (max_workspace >= 0 &&
@@ -118,6 +118,10 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
     return;
   }
   if (e.target.kernels->all_finite(o.w - p.w_first, size) != 0) return;
+  mark_skipped_nonfinite(p, o, e);
+}
+
+void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   // Rare and slow: every (feature, window position) with a value that is not finite makes NaN of
   // the outputs for which that position is skipped.
   for (int64_t g = 0; g < p.g; ++g) {
