@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -106,8 +107,9 @@ nb::dict candidates(const nb::dict& problem, const std::string& isa, int64_t thr
   return result;
 }
 
-// The problem's size and the order of its reduction, as the core understands it.
-nb::dict describe(const nb::dict& problem) {
+// The problem's size, the order of its reduction, and how many of so many threads are worth waking,
+// as the core understands it.
+nb::dict describe(const nb::dict& problem, int64_t threads) {
   nb::dict d;
   Problem p;
   const std::string wrong = make_problem(conv_params(problem), &p);
@@ -118,6 +120,7 @@ nb::dict describe(const nb::dict& problem) {
   d["flops"] = p.flops();
   d["chunk_rows"] = p.chunk_rows;
   d["dilated_input"] = p.dilated_input();
+  d["useful_threads"] = useful_threads(p, std::max<int64_t>(1, threads));
   return d;
 }
 
@@ -268,7 +271,7 @@ NB_MODULE(_ffi, m) {
         nb::arg("threads"), nb::arg("params"), nb::arg("x"), nb::arg("w"), nb::arg("y"),
         nb::arg("workspace"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
         nb::arg("activation") = 0);
-  m.def("describe", &jaxwin::describe, nb::arg("problem"));
+  m.def("describe", &jaxwin::describe, nb::arg("problem"), nb::arg("threads") = 1);
   m.def(
       "measure_peak",
       [](const std::string& isa, int64_t iterations) {
