@@ -12,6 +12,7 @@ from jaxwin._explain import Explanation, ExplanationRow, explain
 from jaxwin._install import install, installed, is_installed, uninstall
 from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
 from jaxwin._problem import Problem
+from jaxwin._record import Recording, record
 from jaxwin._tune import tune
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "Explanation",
     "ExplanationRow",
     "Problem",
+    "Recording",
     "accelerate",
     "conv",
     "conv_general_dilated",
@@ -29,6 +31,7 @@ __all__ = [
     "install",
     "installed",
     "is_installed",
+    "record",
     "tune",
     "uninstall",
 ]

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxwin
-from jaxwin import _registry, _tuning
+from jaxwin import _registry, _settings
 from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import database_commands, machine, options, peers, problems, tune_command
 
@@ -208,7 +208,7 @@ def doctor(repair: bool, as_json: bool) -> None:
     facts["instruction sets"] = [row["name"] for row in registry["isas"] if row["runnable"]]
     try:
         facts["instruction set in use"] = _registry.isa()
-        _tuning.mode()
+        _settings.mode()
     except ValueError as error:
         problems.append(str(error))
     facts["threads"] = _registry.threads()

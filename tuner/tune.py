@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxwin import _explain, _registry, _tuning
+from jaxwin import _explain, _record, _registry, _tuning
 from jaxwin._problem import Problem
 from jaxwin.tuner import machine, search
 from jaxwin.tuner.database import Database, default_path
@@ -286,7 +287,7 @@ def traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Task]:
 def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:
     """The tasks of JSON lines such as {"count": 3, "problem": {...}}; `count` may be missing.
 
-    "problem" holds the fields of `Problem.key`.
+    What `jaxwin.record` writes. "problem" holds the fields of `Problem.key`.
 
     Raises:
         ValueError: a line is not one; the text begins with its place.
@@ -296,17 +297,33 @@ def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-            if not isinstance(values, dict) or values.keys() - {"count", "problem"}:
-                raise ValueError('not an object of "count" and "problem"')
-            count = values.get("count", 1)
-            if type(count) is not int or count < 1:
-                raise ValueError(f"count: {count!r} is not a positive integer")
-            problem = Problem.from_key(json.dumps(values.get("problem")))
+            problem, count, _ = _record.parse(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{number}: {error}") from None
         tasks.append(Task(str(problem), problem, count))
     return tasks
+
+
+def missed(threads: int) -> tuple[list[Task], dict[int, int]]:
+    """What programs with so many threads were seen to miss, what takes most time first.
+
+    Also how many problems were missed with other numbers of threads. What dispatch has a tuned row
+    for by now is left out.
+
+    Raises:
+        OSError: the file of missed problems cannot be read.
+        ValueError: JAXWIN_MAX_ISA is no instruction set.
+    """
+    isa, table = _registry.isa(), _tuning.table()
+    tasks, others = [], collections.Counter[int]()
+    for (problem, count_threads), count in _record.misses().items():
+        if table.exact(problem, isa, count_threads) is not None:
+            continue
+        if count_threads == threads:
+            tasks.append(Task(str(problem), problem, count))
+        else:
+            others[count_threads] += 1
+    return sorted(tasks, key=lambda task: -_weight(task, isa, threads)), dict(others)
 
 
 def tune(
