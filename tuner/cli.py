@@ -23,19 +23,18 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxwin
-from jaxwin import _registry, _settings
+from jaxwin import _record, _registry, _settings
 from jaxwin.tuner import bench as benchmark
-from jaxwin.tuner import database_commands, machine, options, peers, problems, tune_command
-
-VARIABLES = (
-    "JAXWIN_DISABLE",
-    "JAXWIN_MAX_ISA",
-    "JAXWIN_MODE",
-    "JAXWIN_TUNING_DB",
-    "JAXWIN_VERBOSE",
-    "JAX_PLATFORMS",
-    "NPROC",
+from jaxwin.tuner import (
+    database_commands,
+    machine,
+    options,
+    peers,
+    problems,
+    record_command,
+    tune_command,
 )
+
 PACKAGES = ("jaxwin", "jax", "jaxlib", "numpy", "flax", "optuna", "sqlite-utils")
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -49,11 +48,13 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for pr
     ),
 )
 @click.version_option(jaxwin.__version__, prog_name="jaxwin-tune")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Ask jaxwin what it can do and what it decides; tune it for this machine."""
+    context.with_resource(_record.misses_ignored())  # what commands compile is no program's
 
 
-for _command in (tune_command.run, *database_commands.COMMANDS):
+for _command in (tune_command.run, record_command.record, *database_commands.COMMANDS):
     main.add_command(_command)
 
 
@@ -218,7 +219,7 @@ def doctor(repair: bool, as_json: bool) -> None:
     except RuntimeError as error:  # JAX_PLATFORMS names one that is not there
         facts["jax platform"] = "none"
         problems.append(str(error).splitlines()[0])
-    for variable in VARIABLES:
+    for variable in (*_settings.VARIABLES, "JAX_PLATFORMS", "XLA_FLAGS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]
     if facts["jax platform"] not in ("cpu", "none"):

@@ -165,6 +165,13 @@ def merged(tasks: Iterable[Task]) -> list[Task]:
     return list(found.values())
 
 
+def nothing(options: Options) -> Result:
+    """The result of tuning no problem."""
+    threads = _registry.threads() if options.threads is None else options.threads
+    path = options.database or default_path()
+    return Result([], options, threads, _registry.isa(), path, complete=True)
+
+
 def run(
     tasks: Sequence[Task],
     options: Options,
