@@ -109,6 +109,21 @@ class Measurement:
         object.__setattr__(self, "error", error)
         object.__setattr__(self, "abi", self.abi or _registry.abi(self.algorithm))
 
+    def again(self, status: str, error: str) -> Measurement:
+        """This candidate as something else that happened to it now, without times."""
+        return dataclasses.replace(
+            self,
+            status=status,
+            error=error,
+            ns_min=None,
+            ns_median=None,
+            ns_mad=None,
+            repeats=0,
+            confirmed=False,
+            created=_now(),
+            uid=uuid.uuid4().hex,
+        )
+
     def record(self) -> dict[str, Any]:
         """The measurement as one JSON object that stands alone."""
         machine = {k: v for k, v in dataclasses.asdict(self.machine).items() if v is not None}

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxwin import _explain, _record, _registry, _tuning
 from jaxwin._problem import Problem
-from jaxwin.tuner import machine, search
+from jaxwin.tuner import exits, machine, search
 from jaxwin.tuner.database import Database, default_path
 from jaxwin.tuner.laboratory import Laboratory, LaboratoryError
 from jaxwin.tuner.search import EFFORTS, Outcome
@@ -101,15 +101,15 @@ class Result:
         return found
 
     def exit_code(self) -> int:
-        """As `jaxwin-tune run --help` says."""
+        """As `jaxwin-tune --help` says."""
         statuses = {outcome.status for _, outcome in self.outcomes}
         if not self.complete:
-            return 130
+            return exits.INTERRUPTED
         if "failed" in statuses:
-            return 1
+            return exits.FOUND
         if statuses == {"unsupported"}:
-            return 3
-        return 5 if "undecided" in statuses else 0
+            return exits.UNSUPPORTED
+        return exits.BUSY if "undecided" in statuses else exits.OK
 
     def __str__(self) -> str:
         lines = [f"{task.name}: {outcome}" for task, outcome in self.outcomes]

@@ -54,15 +54,8 @@ compiled and that have no measurement of their own. What takes most time (how of
 times the cost model's time) comes first. jaxwin remembers them, shapes only, in missed.jsonl beside
 the user's database, unless JAXWIN_MISSES=0 or JAXWIN_MODE=off is set.
 
-\b
-Exit codes:
-  0    done
-  1    a convolution could not be tuned: its default plan did not run
-  2    wrong usage
-  3    none of the convolutions has a native kernel
-  4    the tuning database cannot be used
-  5    done, but the machine was too busy to tell which plan is the fastest; try again
-  130  stopped by Ctrl-C
+Exits with 1 where the default plan of a convolution did not run, with 3 where none of them has a
+native kernel, and with 5 where the machine was too busy.
 
 \b
 Example:

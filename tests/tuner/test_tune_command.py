@@ -101,7 +101,7 @@ def test_sources(tmp_path: Path) -> None:
         ((TINY, "--threads", "10000"), "threads"),
         ((TINY, "--budget", "0"), "--budget"),
         ((TINY, "--direction", "up"), "--direction"),
-        (("--from", "/does/not/exist"), "--from"),
+        (("--from", "/does/not/exist"), "/does/not/exist"),
         (("--preset", "nobody"), "--preset"),
         ((TINY, "--storage", "abacus://"), "storage"),
     ],
@@ -156,7 +156,7 @@ def test_without_arguments_what_was_missed_is_tuned(path: Path) -> None:
 
 def test_help_names_exit_codes_and_efforts() -> None:
     text = _run("--help").output
-    for word in ("130", "quick", "normal", "full", "jaxwin-tune run --preset resnet50"):
+    for word in ("Exits with 1", "quick", "normal", "full", "jaxwin-tune run --preset resnet50"):
         assert word in text
 
 
