@@ -219,7 +219,10 @@ Example:
 @click.option("--filter", "w_shape", type=_Sizes(), help="[[KD,]KH,]KW,C/groups,K")
 @click.option("--stride", type=_Sizes(), default=(1,), help="One value, or one per dimension.")
 @click.option("--dilation", type=_Sizes(), default=(1,), help="Of the filter.")
-@click.option("--padding", default="SAME", help="SAME, VALID or a number.", show_default=True)
+@click.option(
+    "--padding",
+    help="SAME, VALID or a number.  [default: SAME for --input, VALID for shapes]",
+)
 @click.option("--groups", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--grad", type=click.Choice(["none", "input", "filter"]), default="none")
@@ -234,7 +237,7 @@ def explain(
     w_shape: tuple[int, ...] | None,
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
-    padding: str,
+    padding: str | None,
     groups: int,
     dtype: str,
     grad: str,
@@ -246,7 +249,7 @@ def explain(
         if shapes or presets:
             raise click.UsageError("--input: give either that or a SHAPE")
         explanation = _explained_arrays(
-            x_shape, w_shape, stride, dilation, padding, groups, dtype, grad
+            x_shape, w_shape, stride, dilation, padding or "SAME", groups, dtype, grad
         )
     else:
         found: dict[jaxwin.Problem, None] = {}
@@ -254,9 +257,11 @@ def explain(
         rest = [shape for shape in shapes if not options.is_file(shape)]
         try:
             if rest or presets or not files:
+                if padding is not None and padding.lower() not in problems.PADDINGS:
+                    raise click.UsageError("--padding: shapes say numbers themselves, as in p1")
                 given: dict[str, Any] = {
                     "batch": batch,
-                    "padding": padding.lower(),
+                    "padding": (padding or "valid").lower(),
                     "dtype": dtype,
                 }
                 for conv in options.convolutions(rest, presets, **given):
@@ -274,6 +279,8 @@ def explain(
         return
     click.echo(str(explanation))
     for row in explanation:
+        if row.rejected and len(explanation) > 1:
+            click.echo(str(row.problem))
         for name, reason in row.rejected.items():
             click.echo(f"  not {name}: {reason}")
 

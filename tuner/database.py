@@ -464,8 +464,12 @@ class Database:
         with self._errors():
             return read_winners(self._connection)
 
-    def merge(self, source: Path) -> tuple[int, int]:
-        """Adds the measurements of another database; (how many it has, how many were new)."""
+    def merge(self, source: Path, *, winners: bool = False) -> tuple[int, int]:
+        """Adds the measurements of another database; (how many it has, how many were new).
+
+        winners: only those that dispatch may take with these kernels, one for each problem,
+        machine, instruction set and number of threads.
+        """
         if source.exists() and source.samefile(self.path):
             raise DatabaseError(f"{source}: cannot be merged into itself")
         total = 0
@@ -478,7 +482,11 @@ class Database:
 
         try:
             with _tuning.reading(source) as connection:
-                added = self.add(counted(read_measurements(connection)))
+                rows = read_measurements(connection)
+                if winners:
+                    best = {row["uid"] for row in read_winners(connection) if not row["stale"]}
+                    rows = (row for row in rows if row.uid in best)
+                added = self.add(counted(rows))
         except _tuning.Unusable as error:
             raise DatabaseError(str(error)) from error
         return total, added
@@ -572,7 +580,8 @@ def read_winners(connection: sqlite3.Connection) -> list[dict[str, Any]]:
 
     `stale` is 1 for the fastest of kernels that this build has not; they are apart.
     """
-    cursor = connection.execute(_WINNERS, (json.dumps(_registry.kernels()),))
+    kernels = [*_registry.kernels(), f"{_registry.XLA} {_registry.abi(_registry.XLA)}"]
+    cursor = connection.execute(_WINNERS, (json.dumps(kernels),))
     names = [column[0] for column in cursor.description]
     return [dict(zip(names, row, strict=True)) for row in cursor]
 

@@ -212,22 +212,28 @@ class _Lines:
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file that is added to.  [default: the first of JAXWIN_TUNING_DB, else the user's]",
 )
+@click.option(
+    "--winners",
+    is_flag=True,
+    help="Only the fastest plan of each problem, for a small file that is shipped.",
+)
 @_json
-def merge(sources: tuple[Path, ...], database: Path | None, as_json: bool) -> None:
+def merge(sources: tuple[Path, ...], database: Path | None, winners: bool, as_json: bool) -> None:
     """Add the measurements of other databases to one; every measurement is kept once.
 
     \b
     Example:
       jaxwin-tune merge node1.db node2.db --into site.db
+      jaxwin-tune merge site.db --winners --into /usr/share/jaxwin/tuning.db
     """
     summaries = []
     with Database(database) as db:
         for source in sources:
-            rows, new = db.merge(source)
+            rows, new = db.merge(source, winners=winners)
             with _tuning.reading(source) as connection:
                 (total,) = connection.execute("SELECT count(*) FROM measurements").fetchone()
             summaries.append({"file": str(source), "rows": rows, "new": new})
-            summaries[-1]["wrong"] = total - rows
+            summaries[-1]["wrong"] = 0 if winners else total - rows
         path = str(db.path)
     if as_json:
         click.echo(json.dumps({"database": path, "files": summaries}))
@@ -381,7 +387,8 @@ def _count(connection: Any) -> dict[str, int]:
     """How many measurements a database has, and how many of them may count here."""
     here = this_machine()
     likeness = {k: here.likeness(m) for k, m in _tuning.machines(connection).items()}
-    abis = {name: _registry.abi(name) for name in _registry.algorithm_names()}
+    names = (*_registry.algorithm_names(), _registry.XLA)
+    abis = {name: _registry.abi(name) for name in names}
     counts: collections.Counter[str] = collections.Counter()
     query = (
         "SELECT machine_id, algorithm, abi, status, count(*) FROM measurements GROUP BY 1, 2, 3, 4"

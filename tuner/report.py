@@ -265,7 +265,7 @@ def _triad(size: int, threads: int, times: int) -> Callable[[], float]:
 def _bars(subjects: Sequence[Subject]) -> str:
     """Before and after, per convolution; what saves most first."""
     shown = subjects[:_BARS]
-    label, width, row = 330.0, 1040.0, 34.0
+    label, width, row = 345.0, 1060.0, 34.0
     unit, name = (1e6, "ms") if max(s.before for s in shown) >= 1e6 else (1e3, "µs")
     high = max(max(s.before, s.after) for s in shown) / unit
     room = width - label - 150
@@ -281,7 +281,7 @@ def _bars(subjects: Sequence[Subject]) -> str:
         plan = Candidate(s.winner.algorithm, tuple(s.winner.parameters.values()))
         tip = f"{s.problem}, {s.threads} threads: {duration(s.before)} by default, "
         tip += f"{duration(s.after)} with {plan.algorithm} {_parameters(s.winner)}"
-        parts.append(svg.text(label - 10, y + 18, svg.shortened(_name(s), 52), "label", "end"))
+        parts.append(svg.text(label - 10, y + 18, svg.shortened(_name(s), 50), "label", "end"))
         parts.append(svg.rectangle(label, y + 2, room * s.before / unit / high, 11, "before", tip))
         parts.append(svg.rectangle(label, y + 15, room * s.after / unit / high, 11, "after", tip))
         gain = s.before / s.after
@@ -302,7 +302,7 @@ def _parameters(m: Measurement) -> str:
 
 def _roofline(subjects: Sequence[Subject], peaks: Peaks | None, threads: int) -> str:
     """Where convolutions stand between what memory and what arithmetic allow."""
-    width, height, left, bottom = 700.0, 420.0, 62.0, 372.0
+    width, height, left, bottom = 560.0, 380.0, 52.0, 332.0
     intensities = [s.intensity for s in subjects]
     speeds = [s.gflops for s in subjects]
     top = max(*speeds, peaks.gflops if peaks else 0) * 1.4
@@ -390,7 +390,7 @@ def _history(subjects: Sequence[Subject]) -> str:
         def x(i: int, left: float = left, right: float = right, n: int = len(points)) -> float:
             return left + (right - left) * (i + 0.5) / n
 
-        parts = [svg.text(left, 16, svg.shortened(_name(s), 48), "panel")]
+        parts = [svg.text(4, 16, svg.shortened(_name(s), 44), "panel")]
         for tick in (0.25, 0.5, 1.0, 2.0):
             if y.low <= tick <= y.high:
                 parts.append(
@@ -594,7 +594,7 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
   margin-top: 18px; }
 .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 12px;
   padding: 14px 16px; }
-.tile b { display: block; font-size: 24px; font-variant-numeric: tabular-nums;
+.tile b { display: block; font-size: 23px; font-variant-numeric: tabular-nums;
   letter-spacing: -.02em; }
 .tile span { color: var(--soft); font-size: 13px; }
 svg { width: 100%; height: auto; display: block; }
@@ -618,9 +618,9 @@ svg .roofname { fill: var(--soft); font-size: 11px; }
 svg .cell { font-size: 11px; }
 svg .cell.strong { fill: var(--strong); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 18px; }
-.panels.loose { display: flex; flex-wrap: wrap; gap: 28px; }
+.panels.loose { display: flex; flex-wrap: wrap; gap: 28px; align-items: flex-start; }
 .panels.loose svg { width: auto; flex: 0 1 auto; min-width: 200px; }
-.rooflines { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr));
+.rooflines { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
   gap: 18px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px;
@@ -687,7 +687,7 @@ def _numbers(content: Content) -> str:
         tiles += [
             (f"{gain:.2f}x", "faster than the default plans (geometric mean)"),
             (f"{faster}", "have a better plan than the default"),
-            (f"{duration(before)} → {duration(after)}", "one call of each"),
+            (_change(before, after), "for one call of each"),
         ]
     tiles.append((f"{content.measured:,}", "measurements"))
     tiles.append((f"{len(content.failures):,}", "failures"))
@@ -696,6 +696,12 @@ def _numbers(content: Content) -> str:
         for value, what in tiles
     )
     return f'<div class="tiles">{inside}</div>'
+
+
+def _change(before: float, after: float) -> str:
+    unit, name = (1e9, "s") if before >= 1e9 else (1e6, "ms") if before >= 1e6 else (1e3, "µs")
+    digits = 0 if after / unit >= 100 else 1 if after / unit >= 10 else 2
+    return f"{before / unit:.{digits}f} → {after / unit:.{digits}f} {name}"
 
 
 def _sections(content: Content) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxwin import _explain, _record, _registry, _tuning
+from jaxwin import _explain, _record, _registry, _settings, _tuning
 from jaxwin._problem import Problem
 from jaxwin.tuner import exits, machine, search
 from jaxwin.tuner.database import Database, default_path
@@ -42,7 +42,8 @@ class Options:
     threads: None for as many as dispatch would use. budget_seconds: for everything, None for no
     limit but the effort's. timeout_seconds: how long a candidate may be silent. again: measure also
     what is in the database. storage: URL of an optuna storage that machines of one kind share.
-    database: None for the default.
+    database: None for the default. family: "canonical", or "any" for a comparison with XLA; None
+    for what JAXWIN_FAMILY says.
     """
 
     effort: str = "quick"
@@ -53,8 +54,11 @@ class Options:
     storage: str | None = None
     database: Path | None = None
     seed: int = 0
+    family: str | None = None
 
     def __post_init__(self) -> None:
+        if self.family not in (None, *_settings.FAMILIES):
+            raise ValueError(f"family: {self.family!r} is not one of {_settings.FAMILIES}")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort: {self.effort!r} is not one of {', '.join(EFFORTS)}")
         if self.budget_seconds is not None and not self.budget_seconds > 0:
@@ -217,6 +221,7 @@ def run(
                 storage=_storage(options.storage),
                 seed=options.seed,
                 near=_near(path, isa, threads),
+                family=options.family or _settings.family(),
             )
             for number, task in enumerate(order):
                 progress.start(task, number, len(order))

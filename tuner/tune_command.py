@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from jaxwin import _record, _registry
+from jaxwin import _record, _registry, _settings
 from jaxwin.tuner import database_commands, options, problems, tune
 from jaxwin.tuner.search import EFFORTS, Outcome, duration
 
@@ -40,6 +40,10 @@ is right is timed together with the default plan, in turns, as part of a compile
 thread by the CPU time of the process, with more by the clock on the wall. The fastest are then
 compared with the default plan once more, in a new process. A new winner must be faster by 1 % and
 by more than the samples' noise.
+
+With --family any the winner is then compared with XLA. Where XLA is faster, programs with
+JAXWIN_FAMILY=any or `jaxwin.conv(algorithm="any")` take it. Its numbers differ in the last bits, so
+that is for who does not need the same bits everywhere.
 
 Results go to the tuning database at once: after Ctrl-C another run goes on where this one stopped.
 What is in the database for this machine, these kernels and this number of threads is not measured
@@ -256,6 +260,11 @@ def _forget(result: tune.Result) -> None:
     show_default=True,
     help="Seconds that a candidate may be silent before it counts as hanging.",
 )
+@click.option(
+    "--family",
+    type=click.Choice(_settings.FAMILIES),
+    help="`any` compares winners with XLA, too.  [default: JAXWIN_FAMILY, else canonical]",
+)
 @click.option("--again", is_flag=True, help="Measure also what is in the database.")
 @click.option(
     "--storage",
@@ -287,6 +296,7 @@ def run(
     effort: str,
     budget: float | None,
     timeout: float,
+    family: str | None,
     again: bool,
     storage: str | None,
     database: Path | None,
@@ -316,6 +326,7 @@ def run(
             storage=storage,
             database=database,
             seed=seed,
+            family=family,
         )
         if not tasks:
             result = tune.nothing(settings)
