@@ -210,6 +210,15 @@ nb::dict registry() {
     row["width"] = k->width;
     row["tiles"] = tiles;
     row["max_pixels"] = k->max_pixels;
+    nb::list sweeps;
+    for (int window = 1; window <= kMaxSweepWindow; ++window) {
+      for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
+        int rows = kMaxSweep;
+        while (rows > 0 && k->sweep[window][stride][rows] == nullptr) --rows;
+        if (rows > 0) sweeps.append(nb::make_tuple(window, stride, rows));
+      }
+    }
+    row["sweeps"] = sweeps;
     row["runnable"] = kernels_by_name(k->isa) != nullptr;
     isa_rows.append(row);
   }

@@ -8,6 +8,7 @@ natively, one vector and one row at a time. The emulator reports any access outs
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass, field
 
 import native
@@ -39,6 +40,7 @@ _NUMBERS = (
     "cols",
     "load",
     "add",
+    "stream",
     "blocks",
     "b_block",
 )
@@ -50,6 +52,30 @@ class GemmArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
+    ]
+
+
+class SweepArgs(ctypes.Structure):
+    """SweepArgs of ffi/kernels/kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y", "runs")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "n_runs",
+                "n",
+                "cols",
+                "x_row",
+                "x_col",
+                "q_begin",
+                "q_end",
+                "w_col",
+                "w_block",
+                "y_row",
+                "y_col",
+            )
+        ),
     ]
 
 
@@ -207,6 +233,72 @@ def test_lanes(kernels: Kernels, pixels: int) -> None:
                     )
                     kernels.native(isa, "lanes", 1, piece)
             _same(c, expected, f"{isa} cols {cols}")
+
+
+@pytest.mark.parametrize(("mr", "nv"), TILES)
+def test_gemm_past_the_caches(kernels: Kernels, mr: int, nv: int) -> None:
+    rng = np.random.default_rng([mr, nv])
+    cols = c_row = nv * WIDTH
+    runs = guarded(np.array([(0, 0, 3)], np.int64))
+    a, b = _matrix(rng, (mr - 1) * 2 + 3), _matrix(rng, 3 * cols)
+    results = []
+    for stream in (0, 1):
+        c = guarded(np.full(mr * c_row, _CANARY))
+        numbers = {"a_row": 2, "a_step": 1, "b_step": cols, "c_row": c_row, "stream": stream}
+        arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
+        kernels.emulated("gemm", mr, nv, 0, arguments, buffers=(a, b, c, runs))
+        results.append(c)
+    _same(results[1], results[0], "stream")
+
+
+@pytest.mark.parametrize(("window", "stride", "most"), ISAS["avx512"]["sweeps"])
+def test_sweep(kernels: Kernels, window: int, stride: int, most: int) -> None:
+    """Against the tiles of pixels, one pixel and one vector at a time."""
+    rng = np.random.default_rng([window, stride])
+    n, wide = 5, window + 3
+    for rows in range(1, most + 1):
+        for cols in (WIDTH - 3, 2 * WIDTH + 5):
+            # A column that is skipped at both ends, except where there is but one output.
+            q_begin, q_end = 1, (n - 1) * stride + window - 1
+            x_col, taps = cols + 2, 2
+            x_row = (q_end + 3) * x_col
+            runs = guarded(np.array([(x_row + 1, WIDTH, 1), (0, 0, 1)], np.int64))
+            x = _matrix(rng, (rows + 1) * x_row + cols)
+            w_col = taps * WIDTH + 1
+            w_block = window * w_col + wide
+            blocks = -(-cols // WIDTH)
+            w = _matrix(rng, blocks * w_block)
+            y_col, y_row = cols + 1, n * (cols + 1) + 3
+            start = np.full((rows - 1) * y_row + (n - 1) * y_col + cols, _CANARY)
+            y = guarded(start)
+            arguments = _words(
+                SweepArgs(
+                    *(v.ctypes.data for v in (x, w, y, runs)),
+                    *(len(runs), n, cols, x_row, x_col, q_begin, q_end),
+                    *(w_col, w_block, y_row, y_col),
+                )
+            )
+            kernels.emulated("sweep", window, stride, rows, arguments, buffers=(x, w, y, runs))
+            for isa in REFERENCES:
+                width = ISAS[isa]["width"]
+                expected = start.copy()
+                for r, o, j in itertools.product(range(rows), range(n), range(0, cols, width)):
+                    seen = [
+                        (run[0] + q * x_col, kx * w_col + run[1], 1)
+                        for kx in range(window)
+                        if q_begin <= (q := o * stride + kx) < q_end
+                        for run in runs
+                    ]
+                    piece = _gemm_args(
+                        x[r * x_row + j :],
+                        w[j // WIDTH * w_block + j % WIDTH :],
+                        expected[r * y_row + o * y_col + j :],
+                        np.array(seen, np.int64),
+                        cols=min(width, cols - j),
+                        blocks=1,
+                    )
+                    kernels.native(isa, "lanes", 1, piece)
+                _same(y, expected, f"{isa} rows {rows} cols {cols}")
 
 
 @pytest.mark.parametrize("count", range(1, ISAS["avx512"]["max_pixels"] + 1))

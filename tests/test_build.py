@@ -162,6 +162,18 @@ def test_no_vector_spills_in_the_lanes(target: str, name: str) -> None:
             assert _spills(loop, code) == [], f"{name}<{count}>"
 
 
+@pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
+def test_no_vector_spills_in_the_sweeps(target: str) -> None:
+    tiles = _tiles(target, "sweep_block")
+    for window, stride, rows in ISAS[target]["sweeps"]:
+        assert (str(window), str(stride), str(rows), "true") in tiles
+    for arguments, code in tiles.items():
+        hot = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
+        assert hot, f"no loop in sweep_block<{arguments}>"
+        for loop in hot:
+            assert _spills(loop, code) == [], f"sweep_block<{arguments}>"
+
+
 def test_a_spill_is_seen(tmp_path: Path) -> None:
     """Forty accumulators do not fit thirty-two registers."""
     (tmp_path / "a.cc").write_text(

@@ -79,8 +79,12 @@ def test_every_tile(isa: str) -> None:
             problem = problems.make(1, 3, k, (5, max_mr + 3), (2, 3), padding=((1, 0), (1, 1)))
             x, w = problems.operands(problem, rng)
             expected = reference.chain(problem, x, w)
+            names = [spec["name"] for spec in ALGORITHMS["im2win"]["params"]]
+            plan = _ffi.make_plan(problem.native(), algorithm="im2win", isa=isa)["plan"]
+            usual = dict(zip(names, plan["params"], strict=True))
             for mr in range(1, max_mr + 1):
-                params = (mr, nv, 0, 2, 0, 1, 0)
+                tile = usual | {"mr": mr, "nv": nv, "kc": 0, "rows": 2, "cols": 0, "pack": 1}
+                params = tuple(tile.values())
                 result = problems.run(problem, x, w, "im2win", isa=isa, params=params)
                 np.testing.assert_array_equal(result, expected, f"mr {mr} nv {nv} k {k}")
 

@@ -78,6 +78,11 @@ const Caches& caches();
 // The number of threads that is worth waking for this much arithmetic.
 int64_t useful_threads(const Problem& p, int64_t threads);
 
+// Stores of whole vectors of features may pass the caches by: they are aligned in y.
+bool streamable(const Problem& p, const Kernels& k, const float* y);
+// Makes such stores of this thread visible to the others.
+void publish_streams();
+
 // Adds to y what 0 * w gives for window positions on padding where w is not finite: NaN, as in
 // lax. For algorithms that skip those positions. (Inserted zeros are no operands, in lax neither.)
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);

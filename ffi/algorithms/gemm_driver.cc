@@ -404,6 +404,7 @@ struct Block {  // one block of A rows, ready for the micro-kernel
   int64_t row_stride;  // between output rows
   int64_t rows, cols;
   int64_t first_row;  // in [0, all_rows)
+  bool stream;        // results pass the caches by
 };
 
 // One panel of features against a block: rows x cols pixels, block kb of the reduction.
@@ -422,6 +423,7 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, const float
   args.c_row = c_pixel;
   args.cols = features;
   args.load = kb > 0 ? 1 : 0;
+  args.stream = block.stream && features % l.width == 0 && (kb + 1) * l.kc >= l.reduction ? 1 : 0;
   // Tiles of nearly equal height: 55 pixels are 14 + 14 + 14 + 13.
   const int64_t tiles = ceil_div(block.cols, mr_max);
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -545,6 +547,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
+  const bool stream =
+      params[kStream] != 0 && !l.buffered && !o.has_epilogue() && streamable(p, k, o.y);
   // Row R of all_rows is row r of image n.
   const auto input = [&](int64_t g, int64_t row) {
     return o.x + g * p.x.g + row / l.out_rows * p.x.n;
@@ -598,6 +602,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     block.rows = r1 - r0;
     block.row_stride = l.strip_row;
     block.first_row = r0;
+    block.stream = stream;
     block.a = l.full != 0 ? full + (g * l.all_rows + r0) * l.strip_row : strip;
     if (lowering == Lowering::kWindow && l.full == 0) {
       for (int64_t r = r0; r < r1; ++r) {
@@ -688,6 +693,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
     }
+    if (stream) publish_streams();
   });
   if (suspicious) add_skipped_nonfinite(p, o, e);
 }
@@ -820,6 +826,9 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   params[kRows] = std::max<int64_t>(1, rows);
+  // Results that would not stay in the caches until they are read.
+  const int64_t bytes = p.g * p.n * p.k * p.pixels() * static_cast<int64_t>(sizeof(float));
+  params[kStream] = p.y.k == 1 && bytes >= std::max(caches().l3 / 6, 4 * caches().l2) ? 1 : 0;
   return params;
 }
 
@@ -841,6 +850,7 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kFull] != 0 && (params[kFull] != 1 || !has_full)) {
     return "full: 0 or 1";
   }
+  if (params[kStream] != 0 && params[kStream] != 1) return "stream: 0 or 1";
   const double floats = static_cast<double>(p.g * p.n * p.out[0] * p.out[1]) *
                         static_cast<double>(p.out[2] + p.win[2] * p.rhs_dilation[2]) *
                         static_cast<double>(p.stride[2]) * static_cast<double>(p.reduction());
@@ -906,8 +916,9 @@ std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
        "filters are 0: read in place, 1: packed into panels first, 2: packed by every block",
        {0, 1, 2}},
       {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
+      {"stream", "1: results pass the caches by on their way to memory", {0, 1}},
   };
-  if (lowering == Lowering::kWindow || lowering == Lowering::kColumns) specs.back().values = {0, 1};
+  if (lowering == Lowering::kWindow || lowering == Lowering::kColumns) specs[kFull].values = {0, 1};
   return specs;
 }
 

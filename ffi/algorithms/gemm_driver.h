@@ -17,7 +17,7 @@ enum class Lowering {
 };
 
 // Positions in Params.
-enum GemmParam { kMr, kNv, kKc, kRows, kCols, kPack, kFull, kGemmParams };
+enum GemmParam { kMr, kNv, kKc, kRows, kCols, kPack, kFull, kStream, kGemmParams };
 
 std::vector<ParamSpec> gemm_param_specs(Lowering lowering);
 std::string gemm_rejects(const Problem& p, Lowering lowering);

@@ -3,6 +3,7 @@
 #include "algorithms/registry.h"
 
 #include <unistd.h>
+#include <xmmintrin.h>
 
 #include <algorithm>
 #include <limits>
@@ -63,6 +64,16 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
   const double useful = p.flops() / kFlopsPerThread;
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e6)), 1, threads);
 }
+
+bool streamable(const Problem& p, const Kernels& k, const float* y) {
+  const auto whole = [&](int64_t stride) { return stride % k.width == 0; };
+  return p.y.k == 1 && reinterpret_cast<uintptr_t>(y) % (k.width * sizeof(float)) == 0 &&
+         (p.n == 1 || whole(p.y.n)) && (p.g == 1 || whole(p.y.g)) &&
+         (p.out[0] == 1 || whole(p.y.sp[0])) && (p.out[1] == 1 || whole(p.y.sp[1])) &&
+         (p.out[2] == 1 || whole(p.y.sp[2]));
+}
+
+void publish_streams() { _mm_sfence(); }
 
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   if (!p.touches_padding()) return;

@@ -32,6 +32,14 @@ constexpr void fill_lanes(Kernels& k) {
   }
 }
 
+template <int KW, int SX, int R = kSweepRows<KW, SX>>
+constexpr void fill_sweep(Kernels& k) {
+  if constexpr (R > 0) {
+    k.sweep[KW][SX][R] = sweep_tile<KW, SX, R>;
+    fill_sweep<KW, SX, R - 1>(k);
+  }
+}
+
 #define JAXWIN_STRING(x) JAXWIN_STRING_(x)
 #define JAXWIN_STRING_(x) #x
 
@@ -59,6 +67,12 @@ constexpr Kernels make() {
   constexpr int kPixels = kRegisters >= 32 ? 16 : 12;
   k.max_pixels = kPixels;
   fill_lanes<kPixels>(k);
+  fill_sweep<3, 1>(k);
+  fill_sweep<5, 1>(k);
+  fill_sweep<7, 1>(k);
+  fill_sweep<3, 2>(k);
+  fill_sweep<5, 2>(k);
+  fill_sweep<7, 2>(k);
   k.epilogue = epilogue;
   k.copy = copy;
   k.interleave = interleave;
@@ -93,6 +107,10 @@ JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t pixels, const jaxwin::GemmArgs* args) 
 JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
 (int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
   jaxwin::JAXWIN_TARGET::kTable.lanes_grad[accumulators](args, offsets);
+}
+JAXWIN_SYMBOL(jaxwin_test_sweep_)
+(int64_t window, int64_t stride, int64_t rows, const jaxwin::SweepArgs* args) {
+  jaxwin::JAXWIN_TARGET::kTable.sweep[window][stride][rows](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_epilogue_)(const jaxwin::EpilogueArgs* args) {
   jaxwin::JAXWIN_TARGET::kTable.epilogue(args);

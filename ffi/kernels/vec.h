@@ -17,6 +17,8 @@
 // Every loop over an accumulator array must be unrolled before scalar replacement, or GCC keeps
 // the array in memory (a factor of three in speed).
 #define JAXWIN_UNROLL _Pragma("GCC unroll 16")
+// The same for a function that is handed such an array.
+#define JAXWIN_INLINE __attribute__((always_inline)) inline
 
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
@@ -46,6 +48,7 @@ inline V set1(float x) { return {_mm512_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline V load(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m.m, p)}; }
 inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+inline void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }  // p on a whole vector
 inline void store(float* p, V a, Mask m) { _mm512_mask_storeu_ps(p, m.m, a.v); }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -92,6 +95,7 @@ inline V set1(float x) { return {_mm256_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline V load(const float* p, Mask m) { return {_mm256_maskload_ps(p, m.m)}; }
 inline void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
+inline void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
 inline void store(float* p, V a, Mask m) { _mm256_maskstore_ps(p, m.m, a.v); }
 inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -155,6 +159,7 @@ inline V load(const float* p, Mask m) {
   return load(lanes);
 }
 inline void store(float* p, V a) { _mm_storeu_ps(p, a.v); }
+inline void stream(float* p, V a) { _mm_stream_ps(p, a.v); }
 inline void store(float* p, V a, Mask m) {
   float lanes[4];
   store(lanes, a);
