@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib.util
 import json
 import os
+import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +26,7 @@ from jaxwin.tuner.space import Space
 SCHEMA_VERSION = 1
 BUSY = 0.05  # share of the CPUs' time that others may use without a warning
 _LEAST_SECONDS = 1.0  # of a search
+_STORAGE_ATTEMPTS = 4
 _SEARCHING = 0.6  # part of a budget for the search; the rest is for the last comparisons
 
 
@@ -281,10 +285,28 @@ def _storage(url: str | None) -> Any:
         return None
     import optuna
 
-    try:
-        return optuna.storages.get_storage(url)
-    except Exception as error:  # of optuna, SQLAlchemy or a driver
-        raise ValueError(f"storage: {url} cannot be used: {str(error).splitlines()[0]}") from error
+    plain = "postgresql://"
+    if url.startswith(plain) and importlib.util.find_spec("psycopg2") is None:
+        if importlib.util.find_spec("psycopg") is None:
+            raise ValueError(
+                f"storage: {_hidden(url)}: `pip install 'jaxwin[fleet]'` for PostgreSQL"
+            )
+        url = f"postgresql+psycopg://{url.removeprefix(plain)}"  # SQLAlchemy means the old driver
+    for attempt in range(_STORAGE_ATTEMPTS):
+        try:
+            return optuna.storages.get_storage(url)
+        except Exception as error:  # of optuna, SQLAlchemy or a driver
+            if attempt + 1 == _STORAGE_ATTEMPTS:
+                words = str(error).splitlines()[0]
+                raise ValueError(f"storage: {_hidden(url)} cannot be used: {words}") from error
+        # Where several machines are the first at a time, all but one fail to make the tables.
+        time.sleep(random.uniform(0.2, 1.0))
+    raise AssertionError("unreachable")
+
+
+def _hidden(url: str) -> str:
+    """Without a password."""
+    return re.sub(r"(//[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 # --- sources ---------------------------------------------------------------------------------
