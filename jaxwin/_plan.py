@@ -33,7 +33,8 @@ class Decision:
         "heuristic" (the native core's cost model), "requested" (by `algorithm=`), or "xla".
     plan: None where lax computes it.
     reason: why lax computes it, else empty.
-    row: the measurement behind "tuned" and "transferred".
+    row: the measurement behind it: of "tuned" and "transferred" always, of "requested" where that
+        algorithm was measured for the problem.
     """
 
     tier: str
