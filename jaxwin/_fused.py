@@ -387,7 +387,9 @@ def _lower_on_cpu(ctx: Any, x: Any, w: Any, *epilogue: Any, **params: Any) -> Se
         except NotImplementedError:
             # There is an epilogue and no kernel, for example because of the dtype; or XLA was
             # measured to be faster, which then computes all of it.
-            params = params | {"algorithm": "xla"}
+            # Only filters in another machine's panels are unpacked for the kernels here.
+            if params["packed"] is None:
+                params = params | {"algorithm": "xla"}
     decomposed: Sequence[Any] = _lower_decomposed(ctx, x, w, *epilogue, **params)
     return decomposed
 
