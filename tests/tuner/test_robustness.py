@@ -142,7 +142,7 @@ _PROGRAM = """
     import jaxwin
     x, w = jnp.ones((1, 8, 9, 4)), jnp.ones((3, 3, 4, 4))
     (row,) = jaxwin.explain(jaxwin.conv, x, w)
-    print(row.tier, float(jaxwin.conv(x, w).sum()) > 0)
+    print(row.tier in ("heuristic", "transferred"), float(jaxwin.conv(x, w).sum()) > 0)
 """
 
 
@@ -154,7 +154,7 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, home: str) -> None:
         [sys.executable, "-c", textwrap.dedent(_PROGRAM)],
         capture_output=True, text=True, env=_environment(tmp_path) | variables,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "heuristic True\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
     assert done.stderr == ""
     if home != "/proc/self":
         return
