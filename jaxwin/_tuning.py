@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 APPLICATION_ID = 0x6A78776E  # in the header of the file: "jxwn"
 SCHEMA_VERSION = 1
+# Rows for CPUs that were measured, shipped with jaxwin; the last file that is looked at.
+PACKAGED = Path(__file__).with_name("tuning.db")
 # States of a file that nobody misses, unless it was asked for. Hidden: in a folder that is closed.
 ABSENT = ("missing", "empty", "hidden")
 
@@ -79,7 +81,7 @@ def files() -> list[tuple[str, Path]]:
         found.append(("user", user))
     shares = (Path(sys.prefix, "share"), Path("/usr/local/share"), Path("/usr/share"))
     found += [("site", share / "jaxwin" / "tuning.db") for share in dict.fromkeys(shares)]
-    found.append(("package", Path(__file__).with_name("tuning.db")))
+    found.append(("package", PACKAGED))
     unique: dict[Path, str] = {}
     for tier, path in found:
         unique.setdefault(path.absolute(), tier)
@@ -373,6 +375,7 @@ _WEIGHT_VECTOR = tuple(_WEIGHTS.values())
 _CHANNELS = slice(1, 4)  # of the sizes
 _ONES = np.ones(len(_WEIGHTS), np.float32)
 _LIMIT = 2.0
+_FEW = 4
 _ATTEMPTS = 3  # nearest rows that are offered to the native core
 
 
@@ -431,45 +434,64 @@ def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
     )
 
 
-class _Class:
-    """Rows that may lend each other's problems their parameters, and where they are."""
+class _Rows:
+    """Rows and where they are, to find the nearest."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self._places: list[list[float]] = []
-        self._alike: dict[tuple[int, ...], list[int]] = {}
-        self._matrix: Any = None  # the places, once they are complete
+        self.places: list[list[float]] = []
+        self._matrix: Any = None  # of the places, once they are complete
 
-    def add(self, row: Row) -> None:
-        sizes = _sizes(row.problem, row.threads, row.same_machine)
-        self._alike.setdefault(sizes[_CHANNELS], []).append(len(self.rows))
-        self._places.append(_position(sizes))
+    def add(self, row: Row, place: list[float]) -> None:
         self.rows.append(row)
+        self.places.append(place)
 
-    def nearest(self, sizes: tuple[int, ...]) -> Iterator[Row]:
-        here = _position(sizes)
-        alike = self._alike.get(sizes[_CHANNELS], ())
-        near = []
-        for index in alike:
-            batch, _, _, _, image, threads, epilogue, machine = self._places[index]
-            distance = abs(batch - here[0]) + abs(image - here[4]) + abs(threads - here[5])
-            near.append((distance + abs(epilogue - here[6]) + abs(machine - here[7]), index))
-        if len(near) > 1:
-            near.sort()
-        for distance, index in near:
-            if distance <= _LIMIT:
+    def nearest(self, here: list[float]) -> Iterator[Row]:
+        if len(self.rows) <= _FEW:  # for a handful NumPy takes longer
+            found = []
+            for index, place in enumerate(self.places):
+                distance = 0.0
+                for there, mine in zip(place, here):  # noqa: B905
+                    distance += abs(there - mine)
+                if distance <= _LIMIT:
+                    found.append((distance, index))
+            found.sort()
+            for _, index in found:
                 yield self.rows[index]
+            return
         if self._matrix is None:
-            self._matrix = np.array(self._places, np.float32)
+            self._matrix = np.array(self.places, np.float32)
         distances = self._matrix - np.array(here, np.float32)
         distances = np.abs(distances, distances).dot(_ONES)
-        distances[list(alike)] = math.inf
         for _ in self.rows:
             index = int(distances.argmin())
             if distances[index] > _LIMIT:
                 return
             yield self.rows[index]
             distances[index] = math.inf
+
+
+class _Class:
+    """Rows that may lend each other's problems their parameters."""
+
+    def __init__(self) -> None:
+        self._all = _Rows()
+        self._alike: dict[tuple[int, ...], _Rows] = {}  # by their channels and groups
+
+    def add(self, row: Row) -> None:
+        sizes = _sizes(row.problem, row.threads, row.same_machine)
+        place = _position(sizes)
+        self._all.add(row, place)
+        self._alike.setdefault(sizes[_CHANNELS], _Rows()).add(row, place)
+
+    def nearest(self, sizes: tuple[int, ...]) -> Iterator[Row]:
+        here = _position(sizes)
+        alike = self._alike.get(sizes[_CHANNELS])
+        if alike is not None:
+            yield from alike.nearest(here)
+        for row in self._all.nearest(here):
+            if alike is None or row not in alike.rows:
+                yield row
 
 
 class Table:

@@ -230,6 +230,26 @@ def test_the_first_file_wins(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         _write(place, tuning.measurement(status="wrong"))
 
 
+def test_packaged_rows_are_the_last(path: Path) -> None:
+    """Made by `jaxwin-tune merge --winners`; a file of one's own comes first."""
+    _write(path.with_name("all.db"), tuning.measurement(confirmed=True), tuning.measurement())
+    with Database(_tuning.PACKAGED) as db:
+        assert db.merge(path.with_name("all.db"), winners=True) == (1, 1)
+    assert not list(_tuning.PACKAGED.parent.glob("packaged.db-*")), "one file, to be read as it is"
+    with pytest.warns(RuntimeWarning, match="does not exist"):
+        _tuning.reload()
+        assert _decide().row.path == _tuning.PACKAGED
+    _write(path, tuning.measurement())
+    assert _decide().row.path == path
+
+
+def test_the_packaged_file_can_be_used_or_is_not_there() -> None:
+    place = Path(_tuning.__file__).with_name("tuning.db")
+    file, rows = _tuning._load_file("package", place, _machine.this_machine())
+    assert file.state in ("ok", "missing") and not file.bad and not file.text.endswith("no sense")
+    assert place.exists() or not rows
+
+
 def test_places_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setenv("HOME", "/somewhere")
