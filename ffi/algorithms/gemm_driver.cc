@@ -861,18 +861,23 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
                           p.k > panel;
-  if (p.panel > 0) {
-    params[kPack] = kBefore;
-    if (few_blocks) params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);
-  } else if (few_blocks && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
+  if (few_blocks && p.panel == 0 && p.w.k == 1 && pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats() / p.k / 8 * 8, 128, 512);
+    params[kKc] = std::clamp<int64_t>(panel_floats() * 4 / 5 / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats()) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.w.k == 1 && p.k <= panel ? kInPlace : kShared;
+    params[kPack] = p.w.k == 1 && p.k <= 2 * panel ? kInPlace : kShared;
+    // One row of many pixels: as many of them at a time as the first-level cache holds, for all
+    // features.
+    if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {
+      const int64_t fit = caches().l1 / static_cast<int64_t>(sizeof(float)) / p.c;
+      const int64_t cols = round_up(std::clamp<int64_t>(fit, 48, 192), tile.mr);
+      if (2 * cols < p.out[2]) params[kCols] = cols;
+    }
   }
+  if (p.panel > 0) params[kPack] = kBefore;
   int64_t rows;
   if (few_blocks && params[kPack] != kShared) {
     if (params[kKc] >= p.reduction()) params[kKc] = 0;
@@ -891,7 +896,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   params[kRows] = std::max<int64_t>(1, rows);
   // Results that would not stay in the caches until they are read.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * static_cast<int64_t>(sizeof(float));
-  params[kStream] = p.y.k == 1 && bytes >= std::max(caches().l3 / 6, 4 * caches().l2) ? 1 : 0;
+  params[kStream] = p.y.k == 1 && bytes >= std::max(caches().l3 / 2, 4 * caches().l2) ? 1 : 0;
   return params;
 }
 
