@@ -39,6 +39,26 @@ def parameter_names(algorithm: str) -> tuple[str, ...] | None:
     return None
 
 
+@functools.cache
+def takes_packed(algorithm: str) -> bool:
+    """Whether an algorithm reads filters that were packed before the call."""
+    rows = registry()["algorithms"]
+    return any(row["name"] == algorithm and row["takes_packed"] for row in rows)
+
+
+@functools.cache
+def width(isa: str) -> int:
+    """Lanes of an instruction set's vectors.
+
+    Raises:
+        KeyError: there is no such instruction set.
+    """
+    for row in registry()["isas"]:
+        if row["name"] == isa:
+            return int(row["width"])
+    raise KeyError(isa)
+
+
 def isa() -> str:
     """The instruction set that kernels use: the CPU's best, capped by `JAXWIN_MAX_ISA`.
 
