@@ -143,14 +143,8 @@ def _make_plan(
     threads: int,
     max_workspace: int | None,
 ) -> Plan | str:
-    answer = _ffi.make_plan(
-        native,
-        algorithm=algorithm,
-        isa=isa,
-        threads=threads,
-        max_workspace=-1 if max_workspace is None else max_workspace,
-        params=params,
-    )
+    limit = -1 if max_workspace is None else max_workspace
+    answer = _ffi.make_plan(native, algorithm, isa, threads, limit, params)
     if "plan" not in answer:
         return str(answer["error"])
     plan = answer["plan"]
@@ -165,8 +159,9 @@ def _make_plan(
 
 def unsupported(problem: Problem) -> str:
     """Why the native core cannot take a problem, as far as Python knows; else empty."""
-    dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
-    if dtypes != {"float32"} and not problem.widened:
+    plain = problem.lhs_dtype == problem.rhs_dtype == problem.out_dtype == "float32"
+    if not plain and not problem.widened:
+        dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
         return f"no kernels for {', '.join(sorted(dtypes))}"
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from jaxwin._tuning import Row
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Everything that the native core needs besides the problem; travels as call attributes.
 
     `params` are the values of the algorithm's parameters in the order of the registry.
@@ -25,8 +23,7 @@ class Plan:
     workspace_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What dispatch chose for a problem.
 
     tier: "tuned" (a measurement of this problem), "transferred" (the nearest measurement),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -357,51 +356,53 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
 
 # --- the table -------------------------------------------------------------------------------
 
-# Rows for the same channels and groups lend first. Then, how far a problem is from another of its
-# class: the sum over its sizes of |log2 ratio| times these ("image": its pixels). Batch and image
-# size move the best tile little, channels much; beyond the limit the heuristic is the better guess.
-# Not measured: chosen by reasoning.
+# Who lends: of the rows of a problem's class those with the closest channels and groups, of these
+# the one that is closest in its other sizes. What counts is the sum of |log2 ratio| times these
+# ("image": its pixels); it must not be more than the limit, else the heuristic is the better guess.
+# Batch and image size move the best tile little, channels much. Not measured: chosen by reasoning.
 _WEIGHTS = {
-    "batch": 0.25,
     "input channels per group": 1.0,
     "output features per group": 1.0,
     "groups": 0.5,
+    "batch": 0.25,
     "image": 0.5,
     "threads": 0.5,
     "epilogue": 0.1,
     "machine": 1.0,
 }
-_WEIGHT_VECTOR = tuple(_WEIGHTS.values())
-_CHANNELS = slice(1, 4)  # of the sizes
-_ONES = np.ones(len(_WEIGHTS), np.float32)
 _LIMIT = 2.0
-_FEW = 4
 _ATTEMPTS = 3  # nearest rows that are offered to the native core
+
+# What follows is on the way of every dispatch, and written for speed: a few rows are compared
+# faster without NumPy, and there are no generators.
+_CHANNELS, _REST = slice(0, 3), slice(3, 8)
+_CHANNEL_WEIGHTS = tuple(_WEIGHTS.values())[_CHANNELS]
+_REST_WEIGHTS = tuple(_WEIGHTS.values())[_REST]
+_ONES = np.ones(8, np.float32)
+_FEW = 16
 
 
 def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...]:
     """The sizes behind `_WEIGHTS`, in that order."""
     lhs, rhs = problem.lhs_shape, problem.rhs_shape
-    groups = max(problem.feature_group_count, problem.batch_group_count)
+    lhs_spec, rhs_spec = problem.lhs_spec, problem.rhs_spec
+    groups = problem.feature_group_count
+    if problem.batch_group_count > groups:
+        groups = problem.batch_group_count
     pixels = 1
-    for dimension in problem.lhs_spec[2:]:
+    for dimension in lhs_spec[2:]:
         pixels *= lhs[dimension]
     epilogue = problem.bias or problem.residual or problem.activation is not None
     return (
-        lhs[problem.lhs_spec[0]],
-        rhs[problem.rhs_spec[1]],
-        max(1, rhs[problem.rhs_spec[0]] // groups),
+        rhs[rhs_spec[1]],
+        rhs[rhs_spec[0]] // groups or 1,
         groups,
+        lhs[lhs_spec[0]],
         pixels,
         threads,
         2 if epilogue else 1,
         1 if same_machine else 2,
     )
-
-
-def _position(sizes: tuple[int, ...]) -> list[float]:
-    log2 = math.log2
-    return [log2(size or 1) * weight for size, weight in zip(sizes, _WEIGHT_VECTOR)]  # noqa: B905
 
 
 def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
@@ -434,64 +435,86 @@ def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
     )
 
 
-class _Rows:
-    """Rows and where they are, to find the nearest."""
+class _Places:
+    """Points, by the weighted logarithms of sizes, and the nearest of them."""
 
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.places: list[list[float]] = []
-        self._matrix: Any = None  # of the places, once they are complete
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        self._weights = weights
+        self._points: list[tuple[float, ...]] = []
+        self._matrix: Any = None  # of the points, once they are complete
 
-    def add(self, row: Row, place: list[float]) -> None:
-        self.rows.append(row)
-        self.places.append(place)
+    def __len__(self) -> int:
+        return len(self._points)
 
-    def nearest(self, here: list[float]) -> Iterator[Row]:
-        if len(self.rows) <= _FEW:  # for a handful NumPy takes longer
+    def _point(self, sizes: tuple[int, ...]) -> tuple[float, ...]:
+        log2 = math.log2  # of 0 in empty arrays there is none
+        return tuple([log2(n or 1) * w for n, w in zip(sizes, self._weights)])  # noqa: B905
+
+    def add(self, sizes: tuple[int, ...]) -> None:
+        self._points.append(self._point(sizes))
+
+    def nearest(self, sizes: tuple[int, ...], limit: float) -> list[tuple[float, int]]:
+        """(distance, index) of a few that are within the limit, the nearest first."""
+        here = self._point(sizes)
+        if len(self._points) > _FEW:
+            if self._matrix is None:
+                self._matrix = np.array(self._points, np.float32)
+            distances = np.abs(self._matrix - np.array(here, np.float32)).dot(_ONES[: len(here)])
             found = []
-            for index, place in enumerate(self.places):
-                distance = 0.0
-                for there, mine in zip(place, here):  # noqa: B905
+            for _ in range(_ATTEMPTS):
+                index = int(distances.argmin())
+                distance = float(distances[index])
+                if distance > limit:
+                    break
+                found.append((distance, index))
+                distances[index] = math.inf
+            return found
+        found = []
+        for index, point in enumerate(self._points):
+            distance = 0.0
+            for there, mine in zip(point, here):  # noqa: B905
+                if there != mine:
                     distance += abs(there - mine)
-                if distance <= _LIMIT:
-                    found.append((distance, index))
+            if distance <= limit:
+                found.append((distance, index))
+        if len(found) > 1:
             found.sort()
-            for _, index in found:
-                yield self.rows[index]
-            return
-        if self._matrix is None:
-            self._matrix = np.array(self.places, np.float32)
-        distances = self._matrix - np.array(here, np.float32)
-        distances = np.abs(distances, distances).dot(_ONES)
-        for _ in self.rows:
-            index = int(distances.argmin())
-            if distances[index] > _LIMIT:
-                return
-            yield self.rows[index]
-            distances[index] = math.inf
+        return found[:_ATTEMPTS]
 
 
 class _Class:
     """Rows that may lend each other's problems their parameters."""
 
     def __init__(self) -> None:
-        self._all = _Rows()
-        self._alike: dict[tuple[int, ...], _Rows] = {}  # by their channels and groups
+        self._channels = _Places(_CHANNEL_WEIGHTS)
+        self._groups: dict[tuple[int, ...], tuple[_Places, list[Row]]] = {}
 
     def add(self, row: Row) -> None:
         sizes = _sizes(row.problem, row.threads, row.same_machine)
-        place = _position(sizes)
-        self._all.add(row, place)
-        self._alike.setdefault(sizes[_CHANNELS], _Rows()).add(row, place)
+        channels = sizes[_CHANNELS]
+        if channels not in self._groups:
+            self._groups[channels] = _Places(_REST_WEIGHTS), []
+            self._channels.add(channels)
+        places, rows = self._groups[channels]
+        places.add(sizes[_REST])
+        rows.append(row)
 
-    def nearest(self, sizes: tuple[int, ...]) -> Iterator[Row]:
-        here = _position(sizes)
-        alike = self._alike.get(sizes[_CHANNELS])
+    def nearest(self, sizes: tuple[int, ...]) -> list[Row]:
+        channels, rest = sizes[_CHANNELS], sizes[_REST]
+        alike = self._groups.get(channels)
         if alike is not None:
-            yield from alike.nearest(here)
-        for row in self._all.nearest(here):
-            if alike is None or row not in alike.rows:
-                yield row
+            places, rows = alike
+            found = [rows[index] for _, index in places.nearest(rest, _LIMIT)]
+            if found:
+                return found
+        found = []
+        groups = list(self._groups.values())
+        for distance, index in self._channels.nearest(channels, _LIMIT):
+            places, rows = groups[index]
+            found += [rows[index] for _, index in places.nearest(rest, _LIMIT - distance)]
+            if len(found) >= _ATTEMPTS:
+                break
+        return found[:_ATTEMPTS]
 
 
 class Table:
@@ -524,14 +547,12 @@ class Table:
         """An algorithm's best row of exactly this problem, whether it wins or not."""
         return self._named.get((problem, isa, threads, algorithm))
 
-    def nearest(self, problem: Problem, isa: str, threads: int) -> Iterator[Row]:
+    def nearest(self, problem: Problem, isa: str, threads: int) -> list[Row]:
         """A few rows of the same class, the nearest first; of equals that of the first file."""
         if not self._classes:
-            return iter(())
+            return []
         found = self._classes.get(_class(problem, isa))
-        if found is None:
-            return iter(())
-        return itertools.islice(found.nearest(_sizes(problem, threads, True)), _ATTEMPTS)
+        return [] if found is None else found.nearest(_sizes(problem, threads, True))
 
 
 def difference(row: Row, problem: Problem, threads: int) -> str:

@@ -53,7 +53,7 @@ def main() -> None:
             db.add(tuning.measurement(_made(2, 12 + n)) for n in range(200))
             db.add(
                 tuning.measurement(problems.make(n, c, 16, (9, 9), (3, 3)))
-                for c in range(20, 60, 2)
+                for c in range(20, 60, 5)
                 for n in (1, 4)
             )
         _tuning.reload()

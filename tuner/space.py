@@ -105,7 +105,7 @@ class Space:
         plan = answer["plan"]
         if tuple(plan["params"]) != candidate.params:
             return None
-        fields = {f.name: plan[f.name] for f in dataclasses.fields(Plan)}
+        fields = {name: plan[name] for name in Plan._fields}
         return Plan(**fields | {"params": candidate.params}), float(plan["cost"])
 
     def normal(self, candidate: Candidate) -> Candidate:

@@ -150,7 +150,7 @@ def test_the_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> No
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         assert json.loads(process.stdout.readline()) == {"ready": True}
-        fields = {"plans": [dataclasses.asdict(plan)], "threads": 1, "seed": 0}
+        fields = {"plans": [plan._asdict()], "threads": 1, "seed": 0}
         for request in ({"problem": DENSE.key, "seed": 0}, fields | FAST):
             process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
