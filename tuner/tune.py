@@ -11,6 +11,7 @@ import os
 import random
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -348,7 +349,10 @@ def missed(threads: int) -> tuple[list[Task], dict[int, int]]:
         OSError: the file of missed problems cannot be read.
         ValueError: JAXWIN_MAX_ISA is no instruction set.
     """
-    isa, table = _registry.isa(), _tuning.table()
+    isa = _registry.isa()
+    with warnings.catch_warnings():  # the tuner is about to write the file that is not there yet
+        warnings.simplefilter("ignore", RuntimeWarning)
+        table = _tuning.table()
     tasks, others = [], collections.Counter[int]()
     for (problem, count_threads), count in _record.misses().items():
         if table.exact(problem, isa, count_threads) is not None:
