@@ -20,6 +20,7 @@ struct CallAttributes {
   bool has_bias = false;
   bool has_residual = false;
   Activation activation = Activation::kNone;
+  std::vector<int64_t> rhs_shape;  // of packed filters, before they were packed
 };
 
 inline bool get_attribute(const xla::ffi::Dictionary& attributes, const char* name,
@@ -72,6 +73,8 @@ inline std::string decode_attributes(const xla::ffi::Dictionary& attributes, Cal
   JAXWIN_ATTRIBUTE("has_bias", has_bias);
   JAXWIN_ATTRIBUTE("has_residual", has_residual);
   JAXWIN_ATTRIBUTE("activation", activation);
+  JAXWIN_ATTRIBUTE("rhs_panel", call->conv.rhs_panel);
+  if (call->conv.rhs_panel != 0) JAXWIN_ATTRIBUTE("rhs_shape", call->rhs_shape);
 #undef JAXWIN_ATTRIBUTE
   if (padding.size() % 2 != 0) return "padding: pairs of low and high are needed";
   for (size_t d = 0; d < padding.size(); d += 2) {

@@ -50,11 +50,14 @@ struct CallSite {
   bool has_bias = false;
   bool has_residual = false;
   Activation activation = Activation::kNone;
+  std::vector<int64_t> rhs_shape;  // of packed filters, before they were packed
 
   struct Prepared {
     ConvParams params;
+    std::vector<int64_t> rhs_shape;  // of the buffer
     Problem problem;
     Plan plan;
+    std::shared_ptr<const void> by_algorithm;
   };
   std::mutex mutex;
   std::shared_ptr<const Prepared> prepared;
@@ -74,6 +77,7 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> instantiate(ffi::Dictionary attributes) 
   site->has_bias = call.has_bias;
   site->has_residual = call.has_residual;
   site->activation = call.activation;
+  site->rhs_shape = call.rhs_shape;
   return site;
 }
 
@@ -88,16 +92,21 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::Any
                                                   const ffi::AnyBuffer& out, std::string* wrong) {
   const std::lock_guard<std::mutex> lock(site->mutex);
   if (site->prepared != nullptr && same_shape(lhs, site->prepared->params.lhs_shape) &&
-      same_shape(rhs, site->prepared->params.rhs_shape) &&
+      same_shape(rhs, site->prepared->rhs_shape) &&
       same_shape(out, site->prepared->params.out_shape)) {
     return site->prepared;
   }
   auto fresh = std::make_shared<CallSite::Prepared>();
   fresh->params = site->params;
   fresh->params.lhs_shape = shape(lhs);
-  fresh->params.rhs_shape = shape(rhs);
+  fresh->rhs_shape = shape(rhs);
+  fresh->params.rhs_shape = site->params.rhs_panel == 0 ? fresh->rhs_shape : site->rhs_shape;
   fresh->params.out_shape = shape(out);
   *wrong = make_problem(fresh->params, &fresh->problem);
+  if (wrong->empty() && site->params.rhs_panel > 0 &&
+      fresh->rhs_shape != packed_shape(fresh->params)) {
+    *wrong = "rhs: packed filters of another shape";
+  }
   if (!wrong->empty()) return nullptr;
   *wrong = make_plan(fresh->problem, site->request, &fresh->plan);
   if (!wrong->empty() && fresh->plan.target.kernels == nullptr) {
@@ -109,6 +118,10 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::Any
     *wrong = make_plan(fresh->problem, request, &fresh->plan);
   }
   if (!wrong->empty()) return nullptr;
+  const Algorithm& a = *fresh->plan.algorithm;
+  if (a.prepare != nullptr) {
+    fresh->by_algorithm = a.prepare(fresh->problem, fresh->plan.target, fresh->plan.params);
+  }
   site->prepared = fresh;
   return fresh;
 }
@@ -134,7 +147,12 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   if (!is_f32(**out)) return invalid("the result must be float32");
 
   std::string wrong;
-  const auto prepared = prepare(site, *lhs, *rhs, **out, &wrong);
+  std::shared_ptr<const CallSite::Prepared> prepared;
+  try {
+    prepared = prepare(site, *lhs, *rhs, **out, &wrong);
+  } catch (const std::bad_alloc&) {
+    return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
+  }
   if (prepared == nullptr) return invalid(wrong);
   const Problem& problem = prepared->problem;
   const Plan& plan = prepared->plan;
@@ -186,7 +204,8 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
       [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },
       threads);
   try {
-    plan.algorithm->run(problem, plan.params, o, {plan.target, &pool, workspace});
+    plan.algorithm->run(problem, plan.params, o,
+                        {plan.target, &pool, workspace, prepared->by_algorithm.get()});
   } catch (const std::bad_alloc&) {
     return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
   }

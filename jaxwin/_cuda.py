@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxwin import _ffi, _tuning
+from jaxwin import _ffi, _settings, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 
@@ -47,10 +47,10 @@ def nvrtc_libraries() -> list[str]:
 
 
 def cache_folder() -> str:
-    """Where compiled kernels are kept: `JAXWIN_KERNEL_CACHE`, or the user's cache; "" for none."""
-    named = os.environ.get("JAXWIN_KERNEL_CACHE")
-    if named is not None:
-        return os.path.expanduser(named)
+    """Where compiled kernels are kept: `JAXWIN_KERNEL_CACHE`, or the user's cache; "" for "off"."""
+    named = _settings.settings().kernel_cache
+    if named:
+        return "" if named.lower() in ("0", "off") else os.path.expanduser(named)
     tuning = _tuning.user_file()
     return "" if tuning is None else str(tuning.with_name("kernels"))
 
@@ -67,7 +67,7 @@ def mode() -> str:
     Raises:
         ValueError: it says something else.
     """
-    text = os.environ.get("JAXWIN_GPU") or "auto"
+    text = _settings.settings().gpu
     if text not in MODES:
         raise ValueError(f"JAXWIN_GPU: {text!r} is not one of {', '.join(MODES)}")
     return text
@@ -96,7 +96,7 @@ def decide(
             within max_workspace, or is below the precision asked for; JAXWIN_GPU or JAXWIN_MODE is
             no mode.
     """
-    table = None if _tuning.mode() == "off" else _tuning.table()
+    table = None if _settings.mode() == "off" else _tuning.table()
     return _decide(problem, algorithm, max_workspace, exact, mode(), table)
 
 
@@ -109,12 +109,12 @@ def _decide(
     gpu_mode: str,
     table: _tuning.Table | None,
 ) -> Decision:
-    if algorithm not in ("auto", "xla", *registry()):
-        names = ", ".join(("auto", *registry(), "xla"))
+    if algorithm not in ("auto", "any", "xla", *registry()):
+        names = ", ".join(("auto", *registry(), "xla", "any"))
         raise ValueError(f"algorithm: {algorithm!r} is on CUDA not one of {names}")
     if algorithm == "xla":
         return Decision("xla", None, "asked for")
-    if algorithm == "auto":
+    if algorithm in ("auto", "any"):
         return _automatic(problem, max_workspace, exact, gpu_mode, table)
     family = registry()[algorithm]["family"]
     if exact and family != "canonical":

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxwin import _compat, _cuda, _dispatch, _ffi, _install, _tuning
+from jaxwin import _compat, _cuda, _dispatch, _ffi, _install, _settings, _tuning
 from jaxwin._fused import fused_conv_p
 from jaxwin._plan import Decision, Plan
 from jaxwin._primitive import conv_p
@@ -25,11 +25,13 @@ class ExplanationRow:
     count: how often it stands in the program (a loop's body counts once).
     tier: "tuned", "transferred", "heuristic", "requested" or "xla". algorithm: its name, "xla"
     where lax computes it.
-    parameters: those of the algorithm, by name. reason: why lax computes it, else empty.
+    parameters: those of the algorithm, by name. threads: how many it works on at most; few where
+    there is little to do. reason: why lax computes it, else empty.
     workspace_bytes: scratch memory of one call, all threads together.
     rejected: why each of the other algorithms was not taken, by name.
-    measured: for "tuned" and "transferred" the measurement behind it, and in what its problem
-    differs from this one. unused: why other measurements of this problem were not taken.
+    measured: for "tuned", "transferred" and "requested" the measurement behind it, if there is one,
+    and in what its problem differs from this one. unused: why other measurements of this problem
+    were not taken.
     """
 
     problem: Problem
@@ -66,7 +68,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.rows:
             return "no convolutions"
-        header = ("convolution", "times", "algorithm", "tier", "parameters", "workspace")
+        header = ("convolution", "times", "algorithm", "tier", "parameters", "threads", "workspace")
         table = [header]
         for row in self.rows:
             parameters = " ".join(f"{name}={value}" for name, value in row.parameters.items())
@@ -77,6 +79,7 @@ class Explanation:
                     row.algorithm,
                     row.tier,
                     parameters or row.reason,
+                    str(row.threads or "-"),
                     _bytes(row.workspace_bytes),
                 )
             )
@@ -170,6 +173,7 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
                 reversed_dimensions=_spatial(
                     reversed_dimensions.get(equation.invars[1], ()), params
                 ),
+                packed=params.get("packed"),
             )
             native = primitive is not _compat.lax_conv_p or _install.is_installed()
             options = tuple(
@@ -198,7 +202,9 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
     platform = _platform()
     decision = _dispatch.decide(problem, **options, enforce=False, platform=platform)
     if decision.plan is None:
-        return _xla_row(problem, count, decision.reason, {})
+        row = _xla_row(problem, count, decision.reason, {})
+        measured = "" if decision.row is None else str(decision.row)
+        return dataclasses.replace(row, tier=decision.tier, measured=measured)
     plan = decision.plan
     if platform == "cuda":
         return ExplanationRow(
@@ -235,7 +241,7 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
         plan.algorithm,
         _named_parameters(plan),
         plan.isa,
-        plan.threads,
+        _ffi.describe(problem.native(), threads=plan.threads)["useful_threads"],
         plan.workspace_bytes,
         "",
         rejected,
@@ -248,7 +254,7 @@ def _measured(problem: Problem, decision: Decision) -> str:
     row, plan = decision.row, decision.plan
     if row is None or plan is None:
         return ""
-    if decision.tier == "tuned":
+    if decision.tier in ("tuned", "requested"):
         return str(row)
     return f"{_tuning.difference(row, problem, plan.threads)}; {row}"
 
@@ -257,7 +263,7 @@ def _unused(problem: Problem, decision: Decision, max_workspace: int | None) -> 
     plan = decision.plan
     if plan is None or decision.tier in ("tuned", "requested"):
         return ()
-    if _tuning.mode() == "off":
+    if _settings.mode() == "off":
         return ()
     table = _tuning.table()
     notes = [str(row) for row in _tuning.unused(table, problem, plan.isa, plan.threads)]
@@ -265,7 +271,7 @@ def _unused(problem: Problem, decision: Decision, max_workspace: int | None) -> 
         native = problem.native()
         refusal = _dispatch.propose(native, exact, plan.isa, plan.threads, max_workspace)
         notes.insert(0, f"{exact.algorithm} in {exact.path}: refused: {refusal}")
-    if _tuning.mode() == "require":
+    if _settings.mode() == "require":
         notes.append("JAXWIN_MODE=require: compiling this raises an error")
     return tuple(dict.fromkeys(notes))
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,8 @@ class Problem:
     (for rhs: the output feature), the feature, and each spatial dimension. `padding` holds one
     (low, high) pair per spatial dimension. `bias`, `residual` and `activation` describe a fused
     epilogue. `rhs_reversal` says along which spatial dimensions the window is read backwards, as
-    input gradients do; empty for none.
+    input gradients do; empty for none. `rhs_panel` is the panel of filters that `jaxwin.pack` has
+    packed, 0 for others; `rhs_shape` and `rhs_spec` are those before.
     """
 
     lhs_shape: tuple[int, ...]
@@ -49,6 +49,7 @@ class Problem:
     residual: bool = False
     activation: str | None = None
     rhs_reversal: tuple[bool, ...] = ()
+    rhs_panel: int = 0
 
     @property
     def spatial_rank(self) -> int:
@@ -71,6 +72,7 @@ class Problem:
             "rhs_reversal": [int(v) for v in self.rhs_reversal] or [0] * self.spatial_rank,
             "feature_group_count": self.feature_group_count,
             "batch_group_count": self.batch_group_count,
+            "rhs_panel": self.rhs_panel,
         }
 
     @property
@@ -104,10 +106,13 @@ class Problem:
         The parameters of lax do not say it: a transposed convolution is a "dx", a convolution with
         a window larger than its output a "dw".
         """
-        if any(d > 1 for d in self.lhs_dilation):
+        if max(self.lhs_dilation, default=1) > 1:
             return "dx"
-        window = math.prod(self.rhs_shape[d] for d in self.rhs_spec[2:])
-        pixels = math.prod(self.out_shape[d] for d in self.out_spec[2:])
+        window = pixels = 1  # dispatch asks for this: loops are faster than math.prod
+        for d in self.rhs_spec[2:]:
+            window *= self.rhs_shape[d]
+        for d in self.out_spec[2:]:
+            pixels *= self.out_shape[d]
         return "dw" if self.batch_group_count > 1 or window > pixels else "fwd"
 
     @property
@@ -175,6 +180,8 @@ class Problem:
             parts.append(f"g{self.feature_group_count}")
         if self.batch_group_count > 1:
             parts.append(f"bg{self.batch_group_count}")
+        if self.rhs_panel:
+            parts.append(f"packed{self.rhs_panel}")
         parts += [word for word, on in (("bias", self.bias), ("residual", self.residual)) if on]
         if self.activation is not None:
             parts.append(self.activation)
@@ -233,6 +240,8 @@ def _malformed(p: Problem) -> str:
             return name
         if name.endswith("_count") and value < 1:
             return name
+        if name.endswith("_panel") and value < 0:
+            return name
     return ""
 
 
@@ -246,11 +255,13 @@ def from_parameters(
     residual: bool = False,
     activation: str | None = None,
     reversed_dimensions: Sequence[int] = (),
+    packed: Any = None,
 ) -> Problem:
     """The problem of a convolution with these abstract operands and lax's parameters.
 
     lhs, rhs, out: anything with `shape` and `dtype`, sizes static. reversed_dimensions: those
-    dimensions of rhs that are read backwards; spatial ones only.
+    dimensions of rhs that are read backwards; spatial ones only. packed: None, or the `Packing`
+    of rhs.
     """
     numbers = params["dimension_numbers"]
 
@@ -259,7 +270,7 @@ def from_parameters(
 
     return Problem(
         lhs_shape=ints(lhs.shape),
-        rhs_shape=ints(rhs.shape),
+        rhs_shape=ints(rhs.shape if packed is None else packed.shape),
         out_shape=ints(out.shape),
         lhs_spec=ints(numbers.lhs_spec),
         rhs_spec=ints(numbers.rhs_spec),
@@ -281,4 +292,5 @@ def from_parameters(
             if reversed_dimensions
             else ()
         ),
+        rhs_panel=0 if packed is None else packed.panel,
     )

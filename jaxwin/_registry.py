@@ -7,7 +7,12 @@ import functools
 import os
 from typing import Any
 
+import jaxlib.version
+
 from jaxwin import _ffi
+from jaxwin._settings import settings
+
+XLA = "xla"  # lax's own convolution, where it is named beside the algorithms with kernels
 
 
 @functools.cache
@@ -35,10 +40,32 @@ def parameter_names(algorithm: str, isa: str = "") -> tuple[str, ...] | None:
 
     isa: "cuda" for the algorithms of CUDA.
     """
+    if algorithm == XLA:
+        return ()
     for row in _rows(isa):
         if row["name"] == algorithm:
             return tuple(spec["name"] for spec in row["params"])
     return None
+
+
+@functools.cache
+def takes_packed(algorithm: str) -> bool:
+    """Whether an algorithm reads filters that were packed before the call."""
+    rows = registry()["algorithms"]
+    return any(row["name"] == algorithm and row["takes_packed"] for row in rows)
+
+
+@functools.cache
+def width(isa: str) -> int:
+    """Lanes of an instruction set's vectors.
+
+    Raises:
+        KeyError: there is no such instruction set.
+    """
+    for row in registry()["isas"]:
+        if row["name"] == isa:
+            return int(row["width"])
+    raise KeyError(isa)
 
 
 def isa() -> str:
@@ -47,7 +74,12 @@ def isa() -> str:
     Raises:
         ValueError: `JAXWIN_MAX_ISA` names no instruction set.
     """
-    cap = os.environ.get("JAXWIN_MAX_ISA", "")
+    return best_isa(settings().max_isa)
+
+
+@functools.cache
+def best_isa(cap: str) -> str:
+    """`isa()` with this cap; none where it is empty."""
     best: str = _ffi.best_isa(cap)
     if not best:
         names = ", ".join(row["name"] for row in registry()["isas"])
@@ -57,21 +89,20 @@ def isa() -> str:
 
 def threads() -> int:
     """How many threads XLA's pool has here: `NPROC`, or the CPUs of the affinity mask."""
-    text = os.environ.get("NPROC", "")
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    return len(os.sched_getaffinity(0))
+    return settings().threads or len(os.sched_getaffinity(0))
 
 
 @functools.cache
 def abi(algorithm: str, isa: str = "") -> str:
     """The state of an algorithm's kernels: measurements hold as long as it stays the same.
 
-    isa: "cuda" for the algorithms of CUDA.
+    Of "xla" it is the version of jaxlib. isa: "cuda" for the algorithms of CUDA.
 
     Raises:
         KeyError: there is no such algorithm.
     """
+    if algorithm == XLA:
+        return f"jaxlib {jaxlib.version.__version__}"
     for row in _rows(isa):
         if row["name"] == algorithm:
             return str(row["abi"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,42 +19,53 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from click import shell_completion
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import jaxwin
-from jaxwin import _registry, _tuning
+from jaxwin import _record, _registry, _settings
 from jaxwin.tuner import bench as benchmark
-from jaxwin.tuner import database_commands, machine, options, peers, problems, tune_command
-
-VARIABLES = (
-    "JAXWIN_DISABLE",
-    "JAXWIN_MAX_ISA",
-    "JAXWIN_MODE",
-    "JAXWIN_TUNING_DB",
-    "JAXWIN_VERBOSE",
-    "JAX_PLATFORMS",
-    "NPROC",
+from jaxwin.tuner import (
+    database_commands,
+    exits,
+    machine,
+    model_bench,
+    models,
+    options,
+    peers,
+    problems,
+    record_command,
+    report_command,
+    tune_command,
+    verify_command,
 )
-PACKAGES = ("jaxwin", "jax", "jaxlib", "numpy", "flax", "optuna", "sqlite-utils")
+
+PACKAGES = ("jaxwin", "jax", "jaxlib", "numpy", "optuna", "sqlite-utils", "click", "rich")
+_OPTIONAL = ("flax", "equinox", "torch", "onnxruntime", "ai-edge-litert", "psycopg")
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=(
-        "Exit codes: 0 all is well, 1 a problem was found, 2 wrong usage, 4 a tuning database "
-        "cannot be used, 130 stopped by Ctrl-C. `run` has more."
-    ),
+    epilog=f"\b\nExit codes:\n{exits.table()}\n\n`record` exits as the program does that it runs.",
 )
 @click.version_option(jaxwin.__version__, prog_name="jaxwin-tune")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Ask jaxwin what it can do and what it decides; tune it for this machine."""
+    context.with_resource(_record.misses_ignored())  # what commands compile is no program's
 
 
-for _command in (tune_command.run, *database_commands.COMMANDS):
+for _command in (
+    tune_command.run,
+    record_command.record,
+    verify_command.command,
+    report_command.command,
+    *database_commands.COMMANDS,
+):
     main.add_command(_command)
 
 
@@ -65,7 +77,7 @@ def _print(table: Table, width: int = 200) -> None:
 @main.command("list")
 @_json
 def list_(as_json: bool) -> None:
-    """List the algorithms with their parameters, and the instruction sets with their tiles.
+    """List algorithms with their parameters, instruction sets with their tiles, and presets.
 
     \b
     Example:
@@ -73,7 +85,8 @@ def list_(as_json: bool) -> None:
     """
     registry = _registry.registry()
     if as_json:
-        click.echo(json.dumps(registry))
+        presets = {name: what for name, (what, _) in problems.PRESETS.items()}
+        click.echo(json.dumps(registry | {"presets": presets}))
         return
     algorithms = Table(title="algorithms")
     for column in ("name", "what", "parameters", "source"):
@@ -89,6 +102,12 @@ def list_(as_json: bool) -> None:
         tiles = ", ".join(f"{mr}x{nv}" for mr, nv in row["tiles"])
         sets.add_row(row["name"], str(row["width"]), tiles, "yes" if row["runnable"] else "no")
     _print(sets)
+    presets_table = Table(title="presets")
+    for column in ("name", "what", "convolutions"):
+        presets_table.add_column(column)
+    for name, (what, _) in problems.PRESETS.items():
+        presets_table.add_row(name, what, str(len(problems.preset(name))))
+    _print(presets_table)
 
 
 class _Sizes(click.ParamType):  # type: ignore[type-arg]
@@ -112,17 +131,7 @@ class _Sizes(click.ParamType):  # type: ignore[type-arg]
         return sizes
 
 
-@main.command()
-@click.option("--input", "x_shape", type=_Sizes(), required=True, help="N,[[D,]H,]W,C")
-@click.option("--filter", "w_shape", type=_Sizes(), required=True, help="[[KD,]KH,]KW,C/groups,K")
-@click.option("--stride", type=_Sizes(), default=(1,), help="One value, or one per dimension.")
-@click.option("--dilation", type=_Sizes(), default=(1,), help="Of the filter.")
-@click.option("--padding", default="SAME", help="SAME, VALID or a number.", show_default=True)
-@click.option("--groups", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
-@click.option("--grad", type=click.Choice(["none", "input", "filter"]), default="none")
-@_json
-def explain(
+def _explained_arrays(
     x_shape: tuple[int, ...],
     w_shape: tuple[int, ...],
     stride: tuple[int, ...],
@@ -131,15 +140,7 @@ def explain(
     groups: int,
     dtype: str,
     grad: str,
-    as_json: bool,
-) -> None:
-    """Show what dispatch decides for a convolution, and why not otherwise.
-
-    \b
-    Example:
-      jaxwin-tune explain --input 8,56,56,64 --filter 3,3,64,128 --stride 2
-      jaxwin-tune explain --input 1,56,56,128 --filter 3,3,1,128 --groups 128 --grad filter
-    """
+) -> jaxwin.Explanation:
     try:
         x, w = (_abstract(shape, dtype) for shape in (x_shape, w_shape))
         rank = len(x_shape) - 2
@@ -155,26 +156,133 @@ def explain(
             )
 
         if grad == "none":
-            explanation = jaxwin.explain(f, x, w)
-        else:
-            y = jax.eval_shape(f, x, w)
-            argument = ("input", "filter").index(grad)
+            return jaxwin.explain(f, x, w)
+        y = jax.eval_shape(f, x, w)
+        argument = ("input", "filter").index(grad)
 
-            def transposed(operand: jax.Array, cotangent: jax.Array) -> Any:
-                def linear(v: jax.Array) -> jax.Array:
-                    return f(v, operand) if argument == 0 else f(operand, v)
+        def transposed(operand: jax.Array, cotangent: jax.Array) -> Any:
+            def linear(v: jax.Array) -> jax.Array:
+                return f(v, operand) if argument == 0 else f(operand, v)
 
-                return jax.linear_transpose(linear, (x, w)[argument])(cotangent)
+            return jax.linear_transpose(linear, (x, w)[argument])(cotangent)
 
-            explanation = jaxwin.explain(transposed, (w, x)[argument], y)
+        return jaxwin.explain(transposed, (w, x)[argument], y)
     except (OverflowError, TypeError, ValueError) as error:
         raise click.UsageError(str(error).splitlines()[0]) from error
+
+
+_EXPLAIN_HELP = f"""Show what dispatch decides for convolutions, and why not otherwise.
+
+A convolution is a SHAPE, all those of a --preset or of a recorded file, or --input and --filter as
+arrays have them. It says which tier decided (tuned, transferred, heuristic, requested, xla), the
+plan, its workspace, the measurement behind it, and why other measurements and algorithms were not
+taken. Nothing is computed.
+
+{options.catalogue()}
+\b
+Example:
+  jaxwin-tune explain "n8 56x56 c64 k128 w3 s2 p1" --direction fwd,dx,dw
+  jaxwin-tune explain --preset resnet50 --batch 8 --json
+  jaxwin-tune explain recorded.jsonl
+  jaxwin-tune explain --input 8,56,56,64 --filter 3,3,64,128 --stride 2
+  jaxwin-tune explain --input 1,56,56,128 --filter 3,3,1,128 --groups 128 --grad filter
+"""
+
+
+@main.command(help=_EXPLAIN_HELP)
+@click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(problems.PRESETS)),
+    help="See above; may be given several times.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Of shapes."
+)
+@click.option(
+    "--direction",
+    "directions",
+    type=options.Choices(problems.DIRECTIONS),
+    default="fwd",
+    show_default=True,
+    help="Of shapes: fwd, dx (input gradient) and dw (weight gradient).",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(problems.LAYOUTS),
+    default="nhwc",
+    show_default=True,
+    help="Of shapes.",
+)
+@click.option("--input", "x_shape", type=_Sizes(), help="N,[[D,]H,]W,C")
+@click.option("--filter", "w_shape", type=_Sizes(), help="[[KD,]KH,]KW,C/groups,K")
+@click.option("--stride", type=_Sizes(), default=(1,), help="One value, or one per dimension.")
+@click.option("--dilation", type=_Sizes(), default=(1,), help="Of the filter.")
+@click.option(
+    "--padding",
+    help="SAME, VALID or a number.  [default: SAME for --input, VALID for shapes]",
+)
+@click.option("--groups", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--grad", type=click.Choice(["none", "input", "filter"]), default="none")
+@_json
+def explain(
+    shapes: tuple[str, ...],
+    presets: tuple[str, ...],
+    batch: int,
+    directions: tuple[str, ...],
+    layout: str,
+    x_shape: tuple[int, ...] | None,
+    w_shape: tuple[int, ...] | None,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: str | None,
+    groups: int,
+    dtype: str,
+    grad: str,
+    as_json: bool,
+) -> None:
+    if (x_shape is None) != (w_shape is None):
+        raise click.UsageError("--input and --filter: give both of them")
+    if x_shape is not None and w_shape is not None:
+        if shapes or presets:
+            raise click.UsageError("--input: give either that or a SHAPE")
+        explanation = _explained_arrays(
+            x_shape, w_shape, stride, dilation, padding or "SAME", groups, dtype, grad
+        )
+    else:
+        found: dict[jaxwin.Problem, None] = {}
+        files = [shape for shape in shapes if options.is_file(shape)]
+        rest = [shape for shape in shapes if not options.is_file(shape)]
+        try:
+            if rest or presets or not files:
+                if padding is not None and padding.lower() not in problems.PADDINGS:
+                    raise click.UsageError("--padding: shapes say numbers themselves, as in p1")
+                given: dict[str, Any] = {
+                    "batch": batch,
+                    "padding": (padding or "valid").lower(),
+                    "dtype": dtype,
+                }
+                for conv in options.convolutions(rest, presets, **given):
+                    with jax.enable_x64(True):  # else float64 would become float32
+                        found |= dict.fromkeys(conv.problem(d, layout) for d in directions)
+            for file in files:
+                found |= dict.fromkeys(task.problem for task in options.recorded(file))
+            lines = [row for problem in found for row in jaxwin.explain(problem)]
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        explanation = jaxwin.Explanation(tuple(lines))
     if as_json:
         rows = [dataclasses.asdict(row) | {"text": str(row.problem)} for row in explanation]
         click.echo(json.dumps(rows))
         return
     click.echo(str(explanation))
     for row in explanation:
+        if row.rejected and len(explanation) > 1:
+            click.echo(str(row.problem))
         for name, reason in row.rejected.items():
             click.echo(f"  not {name}: {reason}")
 
@@ -204,21 +312,27 @@ def doctor(repair: bool, as_json: bool) -> None:
             facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts[package] = "not installed"
+    for package in _OPTIONAL:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[package] = metadata.version(package)
+    facts["jaxwin is in"] = str(Path(jaxwin.__file__).parent)
     registry = _registry.registry()
     facts["instruction sets"] = [row["name"] for row in registry["isas"] if row["runnable"]]
     try:
         facts["instruction set in use"] = _registry.isa()
-        _tuning.mode()
+        facts["mode"], facts["family"] = _settings.mode(), _settings.family()
     except ValueError as error:
         problems.append(str(error))
+    facts["kernels"] = ", ".join(_registry.kernels())
     facts["threads"] = _registry.threads()
     facts["caches"] = registry["caches"]
+    facts |= machine.conditions()
     try:
         facts["jax platform"] = jax.default_backend()
     except RuntimeError as error:  # JAX_PLATFORMS names one that is not there
         facts["jax platform"] = "none"
         problems.append(str(error).splitlines()[0])
-    for variable in VARIABLES:
+    for variable in (*_settings.VARIABLES, "JAX_PLATFORMS", "XLA_FLAGS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]
     if facts["jax platform"] not in ("cpu", "none"):
@@ -244,6 +358,22 @@ def doctor(repair: bool, as_json: bool) -> None:
     sys.exit(1 if problems else 0)
 
 
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands and options; put it where the shell reads it.
+
+    \b
+    Example:
+      jaxwin-tune completion bash > ~/.local/share/bash-completion/completions/jaxwin-tune
+      jaxwin-tune completion zsh > ~/.zfunc/_jaxwin-tune
+      jaxwin-tune completion fish > ~/.config/fish/completions/jaxwin-tune.fish
+    """
+    source = shell_completion.get_completion_class(shell)
+    assert source is not None
+    click.echo(source(main, {}, "jaxwin-tune", "_JAXWIN_TUNE_COMPLETE").source())
+
+
 # --- bench -----------------------------------------------------------------------------------
 
 
@@ -255,12 +385,14 @@ class _Peers(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> list[str]:
-        if isinstance(value, list):
-            return value
-        try:
-            return benchmark.select(str(value).split(","))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+        # Checked when it is known whether they are peers of single convolutions or of models.
+        return value if isinstance(value, list) else str(value).split(",")
+
+
+class _Batches(_Sizes):
+    """Batches, with commas between them."""
+
+    name = "batches"
 
 
 class _Output(click.ParamType):  # type: ignore[type-arg]
@@ -278,17 +410,30 @@ class _Output(click.ParamType):  # type: ignore[type-arg]
 
 
 def _catalogue() -> str:
-    adapters = [f"  {name:<15} {what}" for name, what in peers.summaries().items()]
-    return "\n".join([options.catalogue(), "\b", "Peers:", *adapters, ""])
+    def listed(title: str, what: dict[str, str]) -> list[str]:
+        return ["\b", title, *(f"  {name:<15} {text}" for name, text in what.items()), ""]
+
+    return "\n".join(
+        [
+            options.catalogue(),
+            *listed("Peers:", peers.summaries()),
+            *listed("Models:", {name: model.summary for name, model in models.MODELS.items()}),
+            *listed("Peers of models:", model_bench.summaries()),
+        ]
+    )
 
 
-_BENCH_HELP = f"""Compare jaxwin with XLA and with other libraries, one convolution at a time.
+_BENCH_HELP = f"""Compare jaxwin with XLA and with other libraries.
+
+It measures one convolution at a time, or with --model whole networks with random weights, the same
+numbers in every library.
 
 {_catalogue()}
 All peers run in one process, on the same CPUs, in rounds of random order. Before each sample the
 process sleeps and the peer runs once untimed, so that no thread of the peer before it still spins.
 Each peer's result is compared with that of jax.lax in float64; a wrong one is reported and not
-counted. What is not installed is named as missing.
+counted. What is not installed is named as missing. Results of models are compared with those of
+jax.lax, of a training step the losses and every parameter's gradient.
 
 With one thread the clock is the CPU time of the process, since other processes may take a share of
 the core that wall-clock time would count. With more threads it is wall-clock time, since CPU time
@@ -305,6 +450,7 @@ Example:
   jaxwin-tune bench --preset resnet50 --direction fwd,dx,dw --peers xla,jaxwin --markdown out.md
   jaxwin-tune bench "n8 56x56 c64 k128 w3 s2 p1" "1000 c64 k64 w5" --json - > out.json
   jaxwin-tune bench 56x56,c128,k128,w3,p1,g128 --algorithm direct --fail-under 1
+  jaxwin-tune bench --model resnet50 --model mobilenetv2 --threads 1
 """
 
 
@@ -318,7 +464,21 @@ Example:
     type=click.Choice(list(problems.PRESETS)),
     help="See above; may be given several times.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--model",
+    "chosen_models",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(models.MODELS)),
+    help="A whole network instead; see above; may be given several times.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=_Batches(),
+    metavar="N[,N]...",
+    help="One, or with --model several.  [default: 1; the model's own]",
+)
 @click.option(
     "--padding",
     type=click.Choice(problems.PADDINGS),
@@ -389,10 +549,13 @@ Example:
 )
 @click.option("--dry-run", is_flag=True, help="List the convolutions and stop.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.pass_context
 def bench(
+    ctx: click.Context,
     shapes: tuple[str, ...],
     presets: tuple[str, ...],
-    batch: int,
+    chosen_models: tuple[str, ...],
+    batches: tuple[int, ...] | None,
     padding: str,
     directions: tuple[str, ...],
     dtype: str,
@@ -417,14 +580,18 @@ def bench(
         known = _registry.algorithm_names()
         if algorithm not in known:
             raise click.UsageError(f"--algorithm: {algorithm!r} is not one of {', '.join(known)}")
-    convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
+    try:
+        if chosen_models:
+            _only_convolutions(ctx, shapes)
+            work = _of_models(chosen_models, batches, names)
+        else:
+            work = _of_convolutions(shapes, presets, batches, padding, dtype, directions, names)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--peers'") from error
     if dry_run:
-        for conv in convs:
-            times = f"{conv.count} times " if conv.count > 1 else ""
-            click.echo(f"{conv.name}: {conv}, {times}{conv.flops / 1e6:.1f} MFLOP")
+        click.echo("\n".join(work.descriptions))
         return
-    chosen = benchmark.select(peers.names()) if names is None else names
-    chosen += [f"jaxwin:{name}" for name in dict.fromkeys(algorithms)]
+    chosen = work.peers + [f"jaxwin:{name}" for name in dict.fromkeys(algorithms)]
     if fail_under is not None and not (
         any(map(peers.is_ours, chosen)) and not all(map(peers.is_ours, chosen))
     ):
@@ -438,7 +605,7 @@ def bench(
         seed=seed,
     )
     try:
-        result = benchmark.prepare(chosen, settings)
+        result = work.prepare(chosen, settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     for name, reason in result.missing.items():
@@ -447,15 +614,14 @@ def bench(
         click.echo(f"WARNING: {warning}", err=True)
     if not result.peers:
         raise click.ClickException("none of the peers is installed: pip install 'jaxwin[bench]'")
-    tasks = [(conv, direction) for direction in directions for conv in convs]
-    progress = _Progress(len(tasks), quiet)
+    progress = _Progress(work.rows, quiet)
     try:
-        benchmark.run(result, tasks, progress)
+        work.run(result, progress)
     except KeyboardInterrupt:
         pass  # what was measured is printed; the exit code tells
     finally:
         progress.done()
-    _write(result, json_file, markdown_file)
+    _write(result, work, json_file, markdown_file)
     if not result.complete:
         sys.exit(130)
     mean = result.mean_ratio()
@@ -464,6 +630,86 @@ def bench(
     if slow:
         click.echo(f"jaxwin / best is {_or_none(mean)}, below {fail_under:g}", err=True)
     sys.exit(1 if ours_wrong or slow else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a benchmark is of: single convolutions, or whole models."""
+
+    descriptions: list[str]
+    peers: list[str]
+    rows: int
+    prepare: Callable[[list[str], benchmark.Options], benchmark.Result]
+    run: Callable[[benchmark.Result, Callable[[str, str], None]], None]
+    grids: Callable[[benchmark.Result], dict[str, benchmark.Grid]]
+    notes: Callable[[benchmark.Result], list[str]]
+
+
+def _of_convolutions(
+    shapes: tuple[str, ...],
+    presets: tuple[str, ...],
+    batches: tuple[int, ...] | None,
+    padding: str,
+    dtype: str,
+    directions: tuple[str, ...],
+    names: list[str] | None,
+) -> _Work:
+    if batches is not None and len(batches) > 1:
+        raise click.UsageError("--batch: takes several only with --model")
+    batch = 1 if batches is None else batches[0]
+    convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
+    tasks = [(conv, direction) for direction in directions for conv in convs]
+
+    def described(conv: problems.Conv) -> str:
+        times = f"{conv.count} times " if conv.count > 1 else ""
+        return f"{conv.name}: {conv}, {times}{conv.flops / 1e6:.1f} MFLOP"
+
+    return _Work(
+        [described(conv) for conv in convs],
+        benchmark.select(peers.names() if names is None else names),
+        len(tasks),
+        benchmark.prepare,
+        lambda result, progress: benchmark.run(result, tasks, progress),
+        benchmark.grids,
+        benchmark.notes,
+    )
+
+
+def _of_models(
+    chosen: tuple[str, ...], batches: tuple[int, ...] | None, names: list[str] | None
+) -> _Work:
+    pairs = [
+        (name, batch)
+        for name in dict.fromkeys(chosen)
+        for batch in batches or (models.MODELS[name].batch,)
+    ]
+    return _Work(
+        [f"{name}: {models.MODELS[name].summary}, batch {batch}" for name, batch in pairs],
+        model_bench.select(model_bench.names() if names is None else names),
+        len(pairs),
+        model_bench.prepare,
+        lambda result, progress: model_bench.run(result, pairs, progress),
+        model_bench.grids,
+        model_bench.notes,
+    )
+
+
+def _only_convolutions(ctx: click.Context, shapes: tuple[str, ...]) -> None:
+    """Refuses what has no meaning for whole models."""
+    ignored = {
+        "presets": "--preset",
+        "padding": "--padding",
+        "directions": "--direction",
+        "dtype": "--dtype",
+        "layout": "--layout",
+        "algorithms": "--algorithm",
+    }
+    given = ["SHAPE"] * bool(shapes)
+    for parameter, option in ignored.items():
+        if ctx.get_parameter_source(parameter) is not click.core.ParameterSource.DEFAULT:
+            given.append(option)
+    if given:
+        raise click.UsageError(f"--model cannot be combined with {', '.join(given)}")
 
 
 def _or_none(value: float | None) -> str:
@@ -497,10 +743,13 @@ class _Progress:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def _write(result: benchmark.Result, json_file: str | None, markdown_file: str | None) -> None:
+def _write(
+    result: benchmark.Result, work: _Work, json_file: str | None, markdown_file: str | None
+) -> None:
+    tables, notes = work.grids(result), work.notes(result)
     texts: list[tuple[str | None, Callable[[], str]]] = [
         (json_file, lambda: json.dumps(result.to_json()) + "\n"),
-        (markdown_file, lambda: benchmark.markdown(result)),
+        (markdown_file, lambda: benchmark.markdown(tables, notes)),
     ]
     for file, text in texts:
         if file == "-":
@@ -512,7 +761,7 @@ def _write(result: benchmark.Result, json_file: str | None, markdown_file: str |
                 raise click.ClickException(f"{file}: {error.strerror}") from error
     if "-" in (json_file, markdown_file):
         return
-    for title, (header, *lines) in benchmark.grids(result).items():
+    for title, (header, *lines) in tables.items():
         plain = not sys.stdout.isatty()
         table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
         for column in header:
@@ -521,7 +770,7 @@ def _write(result: benchmark.Result, json_file: str | None, markdown_file: str |
             table.add_row(*line)
         _print(table, 500)
         click.echo()
-    for note in benchmark.notes(result):
+    for note in notes:
         click.echo(note)
 
 

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,7 @@ struct Execution {
   Target target;
   const Threads* pool;
   float* workspace;
+  const void* prepared = nullptr;  // what Algorithm::prepare made for this plan, or null
 };
 
 inline constexpr int kMaxParams = 8;
@@ -67,6 +69,16 @@ struct Algorithm {
   void (*run)(const Problem&, const Params&, const Operands&, const Execution&);
   // Lower is better: the analytic order of preference, in modelled cycles.
   double (*cost)(const Problem&, const Target&, const Params&);
+  // Whether it can take filters that are packed already (Problem::panel).
+  bool takes_packed = false;
+  // What `run` would otherwise derive from the plan in every call; may be null.
+  std::shared_ptr<const void> (*prepare)(const Problem&, const Target&, const Params&) = nullptr;
+
+  // `rejects`, and what it need not know about.
+  std::string refuses(const Problem& p) const {
+    if (p.panel > 0 && !takes_packed) return "the filters are packed for other algorithms";
+    return rejects(p);
+  }
 };
 
 // Data cache sizes in bytes.
@@ -86,5 +98,7 @@ void publish_streams();
 // Adds to y what 0 * w gives for window positions on padding where w is not finite: NaN, as in
 // lax. For algorithms that skip those positions. (Inserted zeros are no operands, in lax neither.)
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
+// The same without a look at all filters first.
+void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
 
 }  // namespace jaxwin

@@ -18,6 +18,7 @@ enum Pack {
   kInPlace,  // the micro-kernel reads the filters where they lie
   kShared,   // all panels are packed first, once per call
   kLocal,    // every block packs the panels it is about to use, for itself
+  kBefore,   // the filters are panels already (Problem::panel)
 };
 
 // As much of B as leaves most of the second-level cache to A and C.
@@ -531,18 +532,68 @@ void pack_panels(const Layout& l, const Kernels& k, const float* w, int64_t g, i
   }
 }
 
+// add_skipped_nonfinite for packed filters: each panel is a convolution of its own.
+void add_skipped_by_panel(const Problem& p, const Operands& o, const Execution& e) {
+  const int64_t panels = ceil_div(p.k, p.panel);
+  if (!p.touches_padding()) return;
+  for (int64_t i = 0; i < p.g * panels; ++i) {
+    const int64_t g = i / panels;
+    const int64_t k0 = i % panels * p.panel;
+    Problem part = p;
+    part.g = 1;
+    part.k = std::min(p.panel, p.k - k0);
+    const int64_t z = p.c * p.panel;
+    part.w = {0, 1, p.panel, {z, z * p.win[0], z * p.win[0] * p.win[1]}};
+    Operands own = o;
+    own.w = o.w + i * p.panel * p.reduction();
+    own.y = o.y + g * p.y.g + k0 * p.y.k;
+    if (e.target.kernels->all_finite(own.w, p.panel * p.reduction()) != 0) continue;
+    mark_skipped_nonfinite(part, own, e);
+  }
+}
+
+struct Prepared {
+  Layout l;
+  RowKinds kinds;
+};
+
+// Room for n values; few need no allocation.
+template <typename T>
+class Room {
+ public:
+  explicit Room(int64_t n) : many_(n > kFew ? n : 0) {}
+  T* data() { return many_.empty() ? few_.data() : many_.data(); }
+
+ private:
+  static constexpr int64_t kFew = 32;
+  std::array<T, kFew> few_;
+  std::vector<T> many_;
+};
+
 }  // namespace
+
+std::shared_ptr<const void> gemm_prepare(const Problem& problem, const Target& t,
+                                         const Params& params, Lowering lowering) {
+  auto prepared = std::make_shared<Prepared>();
+  prepared->l = make_layout(problem, t, params, lowering);
+  prepared->kinds = make_row_kinds(prepared->l);
+  return prepared;
+}
 
 void gemm_run(const Problem& problem, const Params& params, const Operands& o, const Execution& e,
               Lowering lowering) {
-  const Layout l = make_layout(problem, e.target, params, lowering);
+  std::shared_ptr<const void> own;
+  if (e.prepared == nullptr) own = gemm_prepare(problem, e.target, params, lowering);
+  const auto& prepared =
+      *static_cast<const Prepared*>(e.prepared != nullptr ? e.prepared : own.get());
+  const Layout& l = prepared.l;
+  const RowKinds& kinds = prepared.kinds;
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  const RowKinds kinds = make_row_kinds(l);
   const int64_t n_blocks = ceil_div(l.reduction, l.kc);
   std::atomic<bool> suspicious{!kinds.covers};
-  float* packed = e.workspace;
-  float* full = packed + l.packed_floats;
+  const float* packed = l.pack == kBefore ? o.w : e.workspace;
+  float* full = e.workspace + l.packed_floats;
   float* scratch = full + l.full_floats;
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
@@ -565,7 +616,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     if (task < packs) {
       const int64_t panel = task % l.panels;
       pack_panels(l, k, o.w, task / l.panels, panel, panel + 1, 0, l.reduction,
-                  packed + task * l.panel * l.reduction, 0);
+                  e.workspace + task * l.panel * l.reduction, 0);
       return;
     }
     const int64_t row = (task - packs) % l.all_rows;
@@ -612,10 +663,11 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
 
     // Where each output row begins in A, if not at equal distances.
-    std::vector<const float*> a_rows;
+    Room<const float*> a_rows_room(block.rows);
+    const float** a_rows = a_rows_room.data();
+    const bool apart = lowering == Lowering::kRows || lowering == Lowering::kDirect;
     if (lowering == Lowering::kRows) fill_rows(l, k, p, input(g, 0), r0, r1, j0, j1, strip);
-    if (lowering == Lowering::kRows || lowering == Lowering::kDirect) a_rows.resize(block.rows);
-    for (int64_t r = r0; r < r1 && !a_rows.empty(); ++r) {
+    for (int64_t r = r0; r < r1 && apart; ++r) {
       const int64_t y = r % p.out[1] * p.stride[1] - p.pad[1];
       if (lowering == Lowering::kRows) {
         const int64_t part = r / p.out[1];
@@ -630,20 +682,21 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
     }
 
-    std::vector<int64_t> c_rows(block.rows);
+    Room<int64_t> c_rows_room(block.rows);
+    int64_t* c_rows = c_rows_room.data();
     for (int64_t r = r0; r < r1; ++r) {
       c_rows[r - r0] =
           l.buffered ? (r - r0) * block.cols * buffer_ld : output(g, r) + j0 * p.y.sp[2];
     }
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-      const float* b = l.pack == kShared  ? packed + (g * l.panels + panel) * l.panel * l.reduction
+      const float* b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
                        : l.pack == kLocal ? local + (panel - first) * l.panel * l.kc
-                                          : o.w + g * p.w.g + panel * l.panel;
+                                          : packed + (g * l.panels + panel) * l.panel * l.reduction;
       float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
-      if (a_rows.empty()) {
-        multiply(l, k, block, b, kinds, kb, features, c, c_rows.data(), c_pixel);
+      if (!apart) {
+        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel);
         return;
       }
       for (int64_t r = r0; r < r1; ++r) {
@@ -651,7 +704,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         row.rows = 1;
         row.first_row = r;
         row.a = a_rows[r - r0];
-        multiply(l, k, row, b, kinds, kb, features, c, c_rows.data() + (r - r0), c_pixel);
+        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel);
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
@@ -695,7 +748,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
     if (stream) publish_streams();
   });
-  if (suspicious) add_skipped_nonfinite(p, o, e);
+  if (suspicious && p.panel == 0) add_skipped_nonfinite(p, o, e);
+  if (suspicious && p.panel > 0) add_skipped_by_panel(p, o, e);
 }
 
 int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering) {
@@ -747,7 +801,12 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
   Params params{};
-  const Tile tile = best_tile(k, p.out[2], p.k);
+  Tile tile = best_tile(k, p.out[2], p.k);
+  if (p.panel > 0) {
+    tile.nv = std::clamp<int64_t>(p.panel / k.width, 1, kMaxNv);
+    const int64_t most = std::max(1, k.max_mr[tile.nv]);
+    tile.mr = ceil_div(p.out[2], ceil_div(p.out[2], most));
+  }
   params[kMr] = tile.mr;
   params[kNv] = tile.nv;
   const int64_t panel = tile.nv * k.width;
@@ -799,17 +858,26 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
-  const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
-                          fewest <= 2 && params[kCols] == 0 && p.k > panel;
-  if (few_blocks && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
+  const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
+                          lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
+                          p.k > panel;
+  if (few_blocks && p.panel == 0 && p.w.k == 1 && pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats() / p.k / 8 * 8, 128, 512);
+    params[kKc] = std::clamp<int64_t>(panel_floats() * 4 / 5 / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats()) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.w.k == 1 && p.k <= panel ? kInPlace : kShared;
+    params[kPack] = p.w.k == 1 && p.k <= 2 * panel ? kInPlace : kShared;
+    // One row of many pixels: as many of them at a time as the first-level cache holds, for all
+    // features.
+    if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {
+      const int64_t fit = caches().l1 / static_cast<int64_t>(sizeof(float)) / p.c;
+      const int64_t cols = round_up(std::clamp<int64_t>(fit, 48, 192), tile.mr);
+      if (2 * cols < p.out[2]) params[kCols] = cols;
+    }
   }
+  if (p.panel > 0) params[kPack] = kBefore;
   int64_t rows;
   if (few_blocks && params[kPack] != kShared) {
     if (params[kKc] >= p.reduction()) params[kKc] = 0;
@@ -828,7 +896,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   params[kRows] = std::max<int64_t>(1, rows);
   // Results that would not stay in the caches until they are read.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * static_cast<int64_t>(sizeof(float));
-  params[kStream] = p.y.k == 1 && bytes >= std::max(caches().l3 / 6, 4 * caches().l2) ? 1 : 0;
+  params[kStream] = p.y.k == 1 && bytes >= std::max(caches().l3 / 2, 4 * caches().l2) ? 1 : 0;
   return params;
 }
 
@@ -842,7 +910,11 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kKc] < 0) return "kc: negative";
   if (params[kKc] > 0 && params[kKc] < std::min<int64_t>(8, p.reduction())) return "kc: too small";
   if (params[kRows] < 0 || params[kCols] < 0) return "rows, cols: negative";
-  if (params[kPack] < kInPlace || params[kPack] > kLocal) return "pack: 0, 1 or 2";
+  if (params[kPack] < kInPlace || params[kPack] > kBefore) return "pack: 0, 1, 2 or 3";
+  if ((params[kPack] == kBefore) != (p.panel > 0)) {
+    return "pack: 3 is for filters that are packed already, and for no others";
+  }
+  if (p.panel > 0 && p.panel != nv * k.width) return "nv: the filters are packed in other panels";
   if (params[kPack] == kInPlace && p.w.k != 1) {
     return "pack: reading the filters in place needs contiguous features";
   }
@@ -876,7 +948,7 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
   const double width = static_cast<double>(k.width);
   const double w_floats = static_cast<double>(p.g * p.k * p.reduction());
-  if (params[kPack] != kInPlace) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
+  if (params[kPack] != kInPlace && p.panel == 0) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
   const double unit = static_cast<double>(p.win[0] * p.win[1]);
   const double copy = p.x.c == 1 ? 2.0 : 4.0;
   const double run = static_cast<double>(ceil_div(p.c, k.width));
@@ -913,8 +985,9 @@ std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
       {"rows", "output rows per block, of any images; 0: all", {0, 1, 2, 3, 4, 6, 8, 12, 16}},
       {"cols", "output pixels per block; 0: the whole row", {0, 56, 112, 448, 1024}},
       {"pack",
-       "filters are 0: read in place, 1: packed into panels first, 2: packed by every block",
-       {0, 1, 2}},
+       "filters are 0: read in place, 1: packed into panels first, 2: packed by every block, 3: "
+       "packed before the call",
+       {0, 1, 2, 3}},
       {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
       {"stream", "1: results pass the caches by on their way to memory", {0, 1}},
   };

@@ -30,7 +30,7 @@ const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max
   const Algorithm* best = nullptr;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Algorithm* a : algorithms()) {
-    if (!a->rejects(p).empty()) continue;
+    if (!a->refuses(p).empty()) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
     if (max_workspace >= 0 &&
@@ -75,10 +75,53 @@ bool streamable(const Problem& p, const Kernels& k, const float* y) {
 
 void publish_streams() { _mm_sfence(); }
 
+namespace {
+
+// Every window position reads real input for some output, and so leaves its mark there.
+bool covers_window(const Problem& p) {
+  for (int d = 0; d < 3; ++d) {
+    std::vector<bool> seen(p.win[d], false);
+    for (int64_t u = 0; u < p.out[d]; ++u) {
+      const Progression at = window_positions(p, d, u);
+      for (int64_t i = 0; i < at.n; ++i) seen[at.first + i * at.step] = true;
+    }
+    if (std::find(seen.begin(), seen.end(), false) != seen.end()) return false;
+  }
+  return true;
+}
+
+bool finite_result(const Problem& p, const Kernels& k, const float* y) {
+  const bool features = p.y.k == 1;
+  const int64_t run = features ? p.k : p.out[2];
+  const int64_t others = features ? p.out[2] : p.k;
+  if (!features && p.y.sp[2] != 1) return false;
+  for (int64_t i = 0; i < p.n * p.g * p.out[0] * p.out[1] * others; ++i) {
+    const int64_t other = i % others;
+    const int64_t row = i / others;
+    const float* at = y + other * (features ? p.y.sp[2] : p.y.k) + row % p.out[1] * p.y.sp[1] +
+                      row / p.out[1] % p.out[0] * p.y.sp[0] +
+                      row / p.out[1] / p.out[0] % p.g * p.y.g +
+                      row / p.out[1] / p.out[0] / p.g * p.y.n;
+    if (k.all_finite(at, run) == 0) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   if (!p.touches_padding()) return;
   const int64_t size = p.g * p.k * p.reduction();
+  // Whichever is less to read: a result that nothing has changed since, or the filters.
+  if (!o.has_epilogue() && p.n * p.g * p.k * p.pixels() < size && covers_window(p) &&
+      finite_result(p, *e.target.kernels, o.y)) {
+    return;
+  }
   if (e.target.kernels->all_finite(o.w - p.w_first, size) != 0) return;
+  mark_skipped_nonfinite(p, o, e);
+}
+
+void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   // Rare and slow: every (feature, window position) with a value that is not finite makes NaN of
   // the outputs for which that position is skipped.
   for (int64_t g = 0; g < p.g; ++g) {

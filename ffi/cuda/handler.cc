@@ -59,6 +59,7 @@ ffi::Error convolve(void* stream, ffi::Dictionary attributes, ffi::RemainingArgs
   CallAttributes call;
   std::string wrong = decode_attributes(attributes, &call);
   if (!wrong.empty()) return invalid(wrong);
+  if (call.conv.rhs_panel != 0) return invalid("packed filters are for the CPU");
   const size_t operands = 2 + (call.has_bias ? 1 : 0) + (call.has_residual ? 1 : 0);
   if (args.size() != operands || rets.empty() || rets.size() > 2) {
     return invalid("expected " + std::to_string(operands) + " operands and one or two results");

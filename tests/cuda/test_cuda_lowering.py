@@ -315,7 +315,7 @@ def test_nvrtc_is_looked_for_in_the_wheels(tmp_path: Any, monkeypatch: pytest.Mo
 
 
 def test_the_kernel_cache_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAXWIN_KERNEL_CACHE", "")
+    monkeypatch.setenv("JAXWIN_KERNEL_CACHE", "off")
     assert _cuda.cache_folder() == ""
     monkeypatch.setenv("JAXWIN_KERNEL_CACHE", "/some/where")
     assert _cuda.cache_folder() == "/some/where"
