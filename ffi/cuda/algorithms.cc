@@ -360,18 +360,14 @@ Sides sides(const Problem& p, const GemmShape& s, const Types& t, const Buffers&
       r.a = 1;
     }
   }
-  r.b = 1;
-  if (packed) {
-    r.b = 0;
-  } else if (aligned(b.w, 16) && p.w.k == 1 && p.k % v == 0 && p.w_first % v == 0 &&
-             multiples({{p.g, p.w.g},
-                        {p.c, p.w.c},
-                        {p.win[0], p.w.sp[0]},
-                        {p.win[1], p.w.sp[1]},
-                        {p.win[2], p.w.sp[2]}},
-                       v)) {
-    r.b = 0;
-  }
+  const bool side_by_side = aligned(b.w, 16) && p.w.k == 1 && p.k % v == 0 && p.w_first % v == 0 &&
+                            multiples({{p.g, p.w.g},
+                                       {p.c, p.w.c},
+                                       {p.win[0], p.w.sp[0]},
+                                       {p.win[1], p.w.sp[1]},
+                                       {p.win[2], p.w.sp[2]}},
+                                      v);
+  r.b = packed || side_by_side ? 0 : 1;
   const int64_t group = s.mma ? 2 : 4;
   const int64_t result_bytes = t.wide_result ? 4 : type_bytes(t.operand);
   r.vector_y = p.y.k == 1 && p.k % group == 0 && aligned(b.y, group * result_bytes) &&
@@ -404,7 +400,7 @@ std::string gemm_check(const Problem& p, const Types& t, const Params& v, bool m
   if (s.bk > std::min<int64_t>(s.threads, 64)) return "bk: at most 64, and one thread for each";
   if (mma) {
     if (s.tm < 16 || s.tn < 16 || s.bk < 16) return "tm, tn, bk: at least 16";
-    if (s.tm * s.tn > 64 * 64) return "tm, tn: too many sums for a warp's registers";
+    if (s.tm * s.tn > int64_t{64} * 64) return "tm, tn: too many sums for a warp's registers";
   } else {
     if (s.tm < 4 || s.tn < 4 || s.bk < 4) return "tm, tn, bk: at least 4";
     if (v[kUnroll] < 1 || v[kUnroll] > 32) return "unroll: 1 to 32";
@@ -811,8 +807,9 @@ void lanes_build(const Problem& p, const Types& t, const Params& v, const Buffer
     if (kDepthwise) {
       // The window as constants where that unrolls to a reasonable size.
       const Part& q = a.part[0];
-      const bool known = list.size() == 1 && q.taps > 0 && q.taps * vector <= kWindowRegisters &&
-                         (v[kStrip] - 1) * q.stride[2] + (q.win[2] - 1) * q.dilation[2] <= 128;
+      const bool known =
+          list.size() == 1 && q.taps > 0 && q.taps * vector <= kWindowRegisters &&
+          (v[kStrip] - 1) * q.stride[2] + int64_t{q.win[2] - 1} * q.dilation[2] <= 128;
       o.set("JAXWIN_WINDOW_X", known ? q.win[2] : 0);
       o.set("JAXWIN_WINDOW_Y", known ? q.win[1] : 0);
       o.set("JAXWIN_WINDOW_Z", known ? q.win[0] : 0);
