@@ -348,7 +348,7 @@ def missed(threads: int) -> tuple[list[Task], dict[int, int]]:
         OSError: the file of missed problems cannot be read.
         ValueError: JAXWIN_MAX_ISA is no instruction set.
     """
-    isa, table = _registry.isa(), _tuning.table()
+    isa, table = _registry.isa(), _tuning.read_table(_tuning.files())  # without warnings
     tasks, others = [], collections.Counter[int]()
     for (problem, count_threads), count in _record.misses().items():
         if table.exact(problem, isa, count_threads) is not None:
