@@ -54,7 +54,13 @@ std::vector<int64_t> shape(const ffi::AnyBuffer& buffer) {
   return {buffer.dimensions().begin(), buffer.dimensions().end()};
 }
 
-bool is_f32(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::DataType::F32; }
+// Of a buffer's elements; false where there are no kernels for them.
+bool get_dtype(const ffi::AnyBuffer& buffer, Dtype* dtype) {
+  constexpr std::array<ffi::DataType, kDtypes> kTypes{ffi::DataType::F32, ffi::DataType::F64};
+  const auto* const found = std::find(kTypes.begin(), kTypes.end(), buffer.element_type());
+  *dtype = static_cast<Dtype>(found - kTypes.begin());
+  return found != kTypes.end();
+}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -131,17 +137,20 @@ bool same_shape(const ffi::AnyBuffer& buffer, const std::vector<int64_t>& shape)
 }
 
 // Problem and plan for these buffers; `wrong` says why there is none.
-std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::AnyBuffer& lhs,
+std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype,
+                                                  const ffi::AnyBuffer& lhs,
                                                   const ffi::AnyBuffer& rhs,
                                                   const ffi::AnyBuffer& out, std::string* wrong) {
   const std::lock_guard<std::mutex> lock(site->mutex);
-  if (site->prepared != nullptr && same_shape(lhs, site->prepared->params.lhs_shape) &&
+  if (site->prepared != nullptr && site->prepared->params.dtype == dtype &&
+      same_shape(lhs, site->prepared->params.lhs_shape) &&
       same_shape(rhs, site->prepared->params.rhs_shape) &&
       same_shape(out, site->prepared->params.out_shape)) {
     return site->prepared;
   }
   auto fresh = std::make_shared<CallSite::Prepared>();
   fresh->params = site->params;
+  fresh->params.dtype = dtype;
   fresh->params.lhs_shape = shape(lhs);
   fresh->params.rhs_shape = shape(rhs);
   fresh->params.out_shape = shape(out);
@@ -156,6 +165,9 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::Any
     request.params.clear();
     *wrong = make_plan(fresh->problem, request, &fresh->plan);
   }
+  if (wrong->empty() && !has_activation(*fresh->plan.target.kernels, site->activation)) {
+    *wrong = "activation: not one of the kernels for " + std::string(kDtypeNames[dtype]);
+  }
   if (!wrong->empty()) return nullptr;
   site->prepared = fresh;
   return fresh;
@@ -168,21 +180,28 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
     return invalid("expected " + std::to_string(operands) + " operands and one or two results");
   }
   constexpr size_t kMostOperands = 4;
-  std::array<const float*, kMostOperands> data{};
+  std::array<ConstPtr, kMostOperands> data{};
+  Dtype dtype = kF32;
   for (size_t i = 0; i < operands; ++i) {
     const auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
-    if (!is_f32(*buffer)) return invalid("operands must be float32");
-    data[i] = static_cast<const float*>(buffer->untyped_data());
+    Dtype own = kF32;
+    if (!get_dtype(*buffer, &own)) return invalid("operands: no kernels for their element type");
+    if (i == 0) dtype = own;
+    if (own != dtype) return invalid("operands: must have one element type");
+    data[i] = {static_cast<const char*>(buffer->untyped_data()), kDtypeSizes[dtype]};
   }
   const auto lhs = args.get<ffi::AnyBuffer>(0);
   const auto rhs = args.get<ffi::AnyBuffer>(1);
   auto out = rets.get<ffi::AnyBuffer>(0);
   if (!out.has_value()) return out.error();
-  if (!is_f32(**out)) return invalid("the result must be float32");
+  Dtype out_dtype = kF32;
+  if (!get_dtype(**out, &out_dtype) || out_dtype != dtype) {
+    return invalid(std::string("the result must be ") + kDtypeNames[dtype] + " like the operands");
+  }
 
   std::string wrong;
-  const auto prepared = prepare(site, *lhs, *rhs, **out, &wrong);
+  const auto prepared = prepare(site, dtype, *lhs, *rhs, **out, &wrong);
   if (prepared == nullptr) return invalid(wrong);
   const Problem& problem = prepared->problem;
   const Plan& plan = prepared->plan;
@@ -190,7 +209,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   Operands o{};
   o.x = data[0];
   o.w = data[1] + problem.w_first;
-  o.y = static_cast<float*>((*out)->untyped_data());
+  o.y = {static_cast<char*>((*out)->untyped_data()), kDtypeSizes[dtype]};
   o.activation = site->activation;
   size_t next = 2;
   if (site->has_bias) {
@@ -207,17 +226,18 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
     o.residual = data[next];
   }
 
-  float* workspace = nullptr;
+  const int64_t size = plan.target.kernels->size;
+  char* workspace = nullptr;
   int64_t available = 0;
   if (rets.size() == 2) {
     auto buffer = rets.get<ffi::AnyBuffer>(1);
     if (!buffer.has_value()) return buffer.error();
-    workspace = static_cast<float*>((*buffer)->untyped_data());
+    workspace = static_cast<char*>((*buffer)->untyped_data());
     available = static_cast<int64_t>((*buffer)->size_bytes());
   }
   std::unique_ptr<void, Free> own;
   if (available < plan.workspace_bytes ||
-      reinterpret_cast<uintptr_t>(workspace) % alignof(float) != 0) {
+      reinterpret_cast<uintptr_t>(workspace) % static_cast<uintptr_t>(size) != 0) {
     constexpr int64_t kAlignment = 64;
     own.reset(std::aligned_alloc(kAlignment,
                                  static_cast<size_t>(round_up(plan.workspace_bytes, kAlignment))));
@@ -226,7 +246,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
                                                       std::to_string(plan.workspace_bytes) +
                                                       " bytes"};
     }
-    workspace = static_cast<float*>(own.get());
+    workspace = static_cast<char*>(own.get());
   }
 
   const int64_t threads = std::min<int64_t>(plan.target.threads, thread_pool.num_threads() + 1);
@@ -234,7 +254,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
       [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },
       threads);
   try {
-    plan.algorithm->run(problem, plan.params, o, {plan.target, &pool, workspace});
+    plan.algorithm->run(problem, plan.params, o, {plan.target, &pool, {workspace, size}});
   } catch (const std::bad_alloc&) {
     return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
   }

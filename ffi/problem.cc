@@ -107,6 +107,7 @@ std::string make_problem(const ConvParams& a, Problem* p) {
   }
 
   *p = Problem{};
+  p->dtype = a.dtype;
   p->n = batch / bg;
   p->g = groups;
   p->c = filter_channels;

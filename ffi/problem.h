@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "dtypes.h"
+
 namespace jaxwin {
 
 // Spatial triples are ordered z, y, x; missing leading dimensions have size 1.
@@ -23,9 +25,11 @@ struct ConvParams {
   std::vector<int64_t> rhs_reversal;  // 1: the window runs backwards along this dimension
   int64_t feature_group_count = 1;
   int64_t batch_group_count = 1;
+  Dtype dtype = kF32;  // of operands and result
 };
 
 struct Problem {
+  Dtype dtype = kF32;
   int64_t n = 1;  // images per batch group
   int64_t g = 1;  // groups
   int64_t c = 1;  // input channels per group

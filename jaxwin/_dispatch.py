@@ -147,8 +147,12 @@ def _make_plan(
 def unsupported(problem: Problem) -> str:
     """Why the native core cannot take a problem, as far as Python knows; else empty."""
     dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
-    if dtypes != {"float32"} and not problem.widened:
+    known = _registry.registry()["dtypes"]
+    if not problem.widened and not (len(dtypes) == 1 and dtypes <= known.keys()):
         return f"no kernels for {', '.join(sorted(dtypes))}"
+    native = problem.native()["dtype"]
+    if (problem.activation or "none") not in known[native]["activations"]:
+        return f"no {native} kernels with {problem.activation}"
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"
     return ""

@@ -71,6 +71,7 @@ class Problem:
             "rhs_reversal": [int(v) for v in self.rhs_reversal] or [0] * self.spatial_rank,
             "feature_group_count": self.feature_group_count,
             "batch_group_count": self.batch_group_count,
+            "dtype": "float32" if self.widened else self.lhs_dtype,
         }
 
     @property

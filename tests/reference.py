@@ -11,21 +11,49 @@ from jaxwin._problem import Problem
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c in float32 with one rounding, elementwise.
+    """a * b + c in float32 or float64 with one rounding, elementwise.
 
-    The product is exact in float64; the sum is rounded to odd there, so that the conversion to
-    float32 rounds right (Boldo and Melquiond, 2008).
+    Float32: the product is exact in float64; the sum is rounded to odd there, so that the
+    conversion to float32 rounds right. Float64: the product is two floats, and of the sum of three
+    the lower two are rounded to odd (Boldo and Melquiond, 2008, sections 3 and 5). That needs
+    values of usual size: no infinities, nothing near the ends of the exponents.
     """
-    product = a.astype(np.float64) * b.astype(np.float64)
-    addend = c.astype(np.float64)
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
+    if a.dtype == np.float32:
+        odd = _add_to_odd(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
+        return odd.astype(np.float32)
+    high, low = _two_product(a, b)
+    upper, lowest = _two_sum(c, low)
+    upper, middle = _two_sum(high, upper)
+    return upper + _add_to_odd(lowest, middle)
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
+def _add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b in float64, rounded to odd."""
+    total, error = _two_sum(a, b)
     bits = total.view(np.int64)
     inexact = np.isfinite(total) & (error != 0) & ((bits & 1) == 0)
     step = np.where((error > 0) == (total > 0), 1, -1)
-    odd = np.where(inexact, bits + step, bits)
-    return odd.view(np.float64).astype(np.float32)
+    return np.where(inexact, bits + step, bits).view(np.float64)
+
+
+def _two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a * b as the sum of two floats (Dekker, Veltkamp)."""
+
+    def split(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scaled = 134217729.0 * v
+        high = scaled - (scaled - v)
+        return high, v - high
+
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    return product, error
 
 
 def _canonical(problem: Problem, lhs: np.ndarray, rhs: np.ndarray):
@@ -93,7 +121,7 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
         acc[at] = fma(np.broadcast_to(taken, shape), np.broadcast_to(weight, shape), acc[at])
         return acc
 
-    zeros = np.zeros((n, g, k, *out), np.float32)
+    zeros = np.zeros((n, g, k, *out), lhs.dtype)
     if problem.chunk_rows == 0:
         acc = zeros.copy()
         for v, u, z in itertools.product(range(window[2]), range(window[1]), range(window[0])):

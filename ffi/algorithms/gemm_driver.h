@@ -34,6 +34,7 @@ Algorithm gemm_algorithm(const char* name, const char* summary, const char* sour
   return {name,
           summary,
           source,
+          {kF32, kF64},
           gemm_param_specs(kLowering),
           [](const Problem& p) { return gemm_rejects(p, kLowering); },
           [](const Problem& p, const Target& t) { return gemm_defaults(p, t, kLowering); },
@@ -61,7 +62,7 @@ Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
 // Writes `rows x cols` finished results (leading dimension ld) to y and applies the epilogue.
 // Row r is output pixel x = j0 + r of the output row at `y_offset` (from o.y), columns are
 // features k0... of group g.
-void finish_rows(const Problem& p, const Kernels& k, const Operands& o, const float* c, int64_t ld,
+void finish_rows(const Problem& p, const Kernels& k, const Operands& o, ConstPtr c, int64_t ld,
                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset);
 
 }  // namespace jaxwin

@@ -25,15 +25,21 @@ const Algorithm* find_algorithm(const std::string& name) {
   return nullptr;
 }
 
+std::string rejects(const Algorithm& a, const Problem& p) {
+  if (std::find(a.dtypes.begin(), a.dtypes.end(), p.dtype) == a.dtypes.end()) {
+    return std::string("no ") + kDtypeNames[p.dtype] + " kernels";
+  }
+  return a.rejects(p);
+}
+
 const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace) {
   const Algorithm* best = nullptr;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Algorithm* a : algorithms()) {
-    if (!a->rejects(p).empty()) continue;
+    if (!rejects(*a, p).empty()) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
-    if (max_workspace >= 0 &&
-        a->workspace(p, t, params) * static_cast<int64_t>(sizeof(float)) > max_workspace) {
+    if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {
       continue;
     }
     const double cost = a->cost(p, t, params);
@@ -74,7 +80,7 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
     for (int64_t k = 0; k < p.k; ++k) {
       for (int64_t tap = 0; tap < p.window(); ++tap) {
         const Dim3 v{tap / p.win[2] / p.win[1], tap / p.win[2] % p.win[1], tap % p.win[2]};
-        const float* w =
+        const ConstPtr w =
             o.w + g * p.w.g + k * p.w.k + v[0] * p.w.sp[0] + v[1] * p.w.sp[1] + v[2] * p.w.sp[2];
         bool finite = true;
         for (int64_t c = 0; c < p.c; ++c) {
@@ -89,10 +95,10 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
             skipped = skipped || q < 0 || q > (p.in[d] - 1) * p.lhs_dilation[d];
           }
           if (!skipped) continue;
-          float* y = o.y + g * p.y.g + k * p.y.k + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] +
-                     at[2] * p.y.sp[2];
+          const Ptr y = o.y + g * p.y.g + k * p.y.k + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] +
+                        at[2] * p.y.sp[2];
           for (int64_t n = 0; n < p.n; ++n) {
-            y[n * p.y.n] = std::numeric_limits<float>::quiet_NaN();
+            std::memcpy(y + n * p.y.n, e.target.kernels->nan, o.y.size);
           }
         }
       }

@@ -5,6 +5,7 @@
 #include "kernels/kernels.h"
 
 #include <cstdint>
+#include <limits>
 
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
@@ -13,22 +14,22 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-template <int NV, int MR>
+template <typename T, int NV, int MR>
 constexpr void fill_tile(Kernels& k) {
   if constexpr (MR > 0) {
     static_assert(MR * NV + NV + 1 <= kRegisters, "the tile does not fit the register file");
-    k.packed[NV][MR] = gemm_tile<MR, NV, false>;
-    k.strided[NV][MR] = gemm_tile<MR, NV, true>;
-    fill_tile<NV, MR - 1>(k);
+    k.packed[NV][MR] = gemm_tile<MR, NV, false, T>;
+    k.strided[NV][MR] = gemm_tile<MR, NV, true, T>;
+    fill_tile<T, NV, MR - 1>(k);
   }
 }
 
-template <int P>
+template <typename T, int P>
 constexpr void fill_lanes(Kernels& k) {
   if constexpr (P > 0) {
-    k.lanes[P] = lanes_tile<P>;
-    k.lanes_grad[P] = lanes_grad_tile<P>;
-    fill_lanes<P - 1>(k);
+    k.lanes[P] = lanes_tile<P, T>;
+    k.lanes_grad[P] = lanes_grad_tile<P, T>;
+    fill_lanes<T, P - 1>(k);
   }
 }
 
@@ -40,40 +41,50 @@ enum { target_baseline, target_avx2, target_avx512 };
 #define JAXWIN_PASTE(a, b) JAXWIN_PASTE_(a, b)
 #define JAXWIN_PASTE_(a, b) a##b
 
-template <int kTileTarget, int NV, int MR>
+template <typename T, int kTileTarget, int NV, int MR>
 constexpr void fill_if_ours(Kernels& k) {
   if constexpr (kTileTarget == JAXWIN_PASTE(target_, JAXWIN_TARGET)) {
     static_assert(NV <= kMaxNv && MR <= kMaxMr);
     k.max_mr[NV] = MR;
-    fill_tile<NV, MR>(k);
+    fill_tile<T, NV, MR>(k);
   }
 }
 
-constexpr Kernels make() {
+template <typename T>
+constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+
+template <typename T>
+constexpr Kernels make(Dtype dtype, uint32_t activations) {
   Kernels k{};
   k.isa = JAXWIN_STRING(JAXWIN_TARGET);
-  k.width = kWidth;
-#define JAXWIN_TILE(target, NV, MR) fill_if_ours<target_##target, NV, MR>(k);
+  k.dtype = dtype;
+  k.size = sizeof(T);
+  k.width = kWidth<T>;
+#define JAXWIN_TILE(target, NV, MR) fill_if_ours<T, target_##target, NV, MR>(k);
 #include "kernels/tiles.inc"
 #undef JAXWIN_TILE
   constexpr int kPixels = kRegisters >= 32 ? 16 : 12;
   k.max_pixels = kPixels;
-  fill_lanes<kPixels>(k);
-  k.epilogue = epilogue;
-  k.copy = copy;
-  k.interleave = interleave;
-  k.expand = expand;
-  k.peak = peak;
-  k.all_finite = all_finite;
+  fill_lanes<T, kPixels>(k);
+  k.epilogue = epilogue<T>;
+  k.copy = copy<T>;
+  k.interleave = interleave<T>;
+  k.expand = expand<T>;
+  k.peak = peak<T>;
+  k.all_finite = all_finite<T>;
+  k.accumulate = accumulate<T>;
+  k.nan = &kNan<T>;
+  k.activations = activations;
   return k;
 }
 
-// A constant: looking at the table of a set that this CPU lacks executes none of its instructions.
-constexpr Kernels kTable = make();
+// Constants: looking at the table of a set that this CPU lacks executes none of its instructions.
+constexpr Kernels kTables[kDtypes] = {make<float>(kF32, (1U << kActivationCount) - 1),
+                                      make<double>(kF64, kExactActivations)};
 
 }  // namespace
 
-const Kernels* kernels() { return &kTable; }
+const Kernels* kernels(Dtype dtype) { return &kTables[dtype]; }
 
 }  // namespace jaxwin::JAXWIN_TARGET
 
@@ -82,36 +93,38 @@ const Kernels* kernels() { return &kTable; }
 extern "C" {
 #define JAXWIN_SYMBOL(name) \
   __attribute__((visibility("default"))) void JAXWIN_PASTE(name, JAXWIN_TARGET)
+#define JAXWIN_TABLE jaxwin::JAXWIN_TARGET::kTables[dtype]
 JAXWIN_SYMBOL(jaxwin_test_gemm_)
-(int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
-  using jaxwin::JAXWIN_TARGET::kTable;
-  (strided != 0 ? kTable.strided : kTable.packed)[nv][mr](args);
+(int64_t dtype, int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
+  const jaxwin::Kernels& k = JAXWIN_TABLE;
+  (strided != 0 ? k.strided : k.packed)[nv][mr](args);
 }
-JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t pixels, const jaxwin::GemmArgs* args) {
-  jaxwin::JAXWIN_TARGET::kTable.lanes[pixels](args);
+JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t dtype, int64_t pixels, const jaxwin::GemmArgs* args) {
+  JAXWIN_TABLE.lanes[pixels](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
-(int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
-  jaxwin::JAXWIN_TARGET::kTable.lanes_grad[accumulators](args, offsets);
+(int64_t dtype, int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
+  JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
 }
-JAXWIN_SYMBOL(jaxwin_test_epilogue_)(const jaxwin::EpilogueArgs* args) {
-  jaxwin::JAXWIN_TARGET::kTable.epilogue(args);
+JAXWIN_SYMBOL(jaxwin_test_epilogue_)(int64_t dtype, const jaxwin::EpilogueArgs* args) {
+  JAXWIN_TABLE.epilogue(args);
 }
 JAXWIN_SYMBOL(jaxwin_test_copy_)
-(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t src_step, int64_t n,
- int64_t count) {
-  jaxwin::JAXWIN_TARGET::kTable.copy(dst, dst_ld, src, src_ld, src_step, n, count);
+(int64_t dtype, void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t src_step,
+ int64_t n, int64_t count) {
+  JAXWIN_TABLE.copy(dst, dst_ld, src, src_ld, src_step, n, count);
 }
 JAXWIN_SYMBOL(jaxwin_test_interleave_)
-(float* dst, int64_t dst_ld, const float* const* rows, int64_t n_rows, int64_t src_ld, int64_t n,
- int64_t count) {
-  jaxwin::JAXWIN_TARGET::kTable.interleave(dst, dst_ld, rows, n_rows, src_ld, n, count);
+(int64_t dtype, void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows, int64_t src_ld,
+ int64_t n, int64_t count) {
+  JAXWIN_TABLE.interleave(dst, dst_ld, rows, n_rows, src_ld, n, count);
 }
 JAXWIN_SYMBOL(jaxwin_test_expand_)
-(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t n, const int64_t* table,
- int64_t multiplicity, int64_t lanes, int64_t span) {
-  jaxwin::JAXWIN_TARGET::kTable.expand(dst, dst_ld, src, src_ld, n, table, multiplicity, lanes,
-                                       span);
+(int64_t dtype, void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t n,
+ const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span) {
+  JAXWIN_TABLE.expand(dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span);
 }
+JAXWIN_SYMBOL(jaxwin_test_accumulate_)
+(int64_t dtype, void* dst, const void* src, int64_t n) { JAXWIN_TABLE.accumulate(dst, src, n); }
 }
 #endif
