@@ -120,17 +120,24 @@ void pack_filters(const Problem& p, const Forward& f, const Kernels& k, ConstPtr
                   const Threads& pool, Ptr packed) {
   const int64_t reduction = p.reduction();
   const int64_t features = p.g * p.k;
-  pool.run(f.blocks, [&](int64_t block, int64_t) {
-    Ptr dst = packed + block * reduction * f.width;
-    const int64_t f0 = block * f.width;
-    const int64_t lanes = std::min(f.width, features - f0);
-    for (int64_t r = 0; r < reduction; ++r, dst += f.width) {
+  const int64_t tasks = std::min(f.blocks, pool.count());
+  pool.run(tasks, [&](int64_t task, int64_t) {
+    const int64_t b0 = f.blocks * task / tasks;
+    const int64_t b1 = f.blocks * (task + 1) / tasks;
+    const int64_t whole = std::min(b1, features / f.width) - b0;
+    const int64_t lanes = features - (b1 - 1) * f.width;  // of the last block
+    for (int64_t r = 0; r < reduction; ++r) {
       const int64_t tap = r / p.c;
       const int64_t z = tap % p.win[0];
       const int64_t y = tap / p.win[0] % p.win[1];
       const int64_t v = tap / p.win[0] / p.win[1];
       ConstPtr from = w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
-      k.copy(dst, 0, from + f0 * p.w.k, 0, p.w.k, 1, lanes);
+      const int64_t ld = reduction * f.width;
+      k.copy(packed + b0 * ld + r * f.width, ld, from + b0 * f.width * p.w.k, f.width * p.w.k,
+             p.w.k, whole, f.width);
+      if (lanes >= f.width) continue;
+      Ptr dst = packed + (b1 - 1) * ld + r * f.width;
+      k.copy(dst, 0, from + (b1 - 1) * f.width * p.w.k, 0, p.w.k, 1, lanes);
       (dst + lanes).zero(f.width - lanes);
     }
   });
@@ -228,6 +235,90 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
         }
       }
       r = end;
+    }
+  });
+  add_skipped_nonfinite(p, o, e);
+}
+
+// The sweep for a window of this many columns: rows of its highest tile, 0 where there is none.
+int64_t max_sweep(const Problem& p, const Kernels& k) {
+  if (!readable_in_place(p) || p.y.k != 1 || p.win[2] > kMaxSweepWindow ||
+      p.stride[2] > kMaxSweepStride || (p.stride[2] > 1 && p.rhs_dilation[2] > 1)) {
+    return 0;
+  }
+  int64_t rows = kMaxSweep;
+  while (rows > 0 && k.sweep[p.win[2]][p.stride[2]][rows] == nullptr) --rows;
+  return rows;
+}
+
+// Depthwise, channels side by side in the input and the output: some output rows and a vector of
+// channels at a time, swept along x, so that an input vector is loaded once for all columns of the
+// window. Window positions on padding are left out.
+void run_sweep(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+  const Forward f = make_forward(p, e.target, params);
+  const Kernels& k = *e.target.kernels;
+  const Problem flat = flatten_groups(p);
+  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  Ptr packed = e.workspace;
+  pack_filters(p, f, k, o.w, pool, packed);
+  const int64_t most = params[kLanesSweep];
+  const int64_t dilation = p.rhs_dilation[2];
+
+  pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t) {
+    const int64_t rblock = task % f.row_blocks;
+    const int64_t oz = task / f.row_blocks % p.out[0];
+    const int64_t n = task / f.row_blocks / p.out[0];
+    const int64_t r1 = std::min((rblock + 1) * f.rows, p.out[1]);
+    const Progression z = window_positions(p, 0, oz);
+    std::vector<Run> runs;
+    for (int64_t r = rblock * f.rows; r < r1;) {
+      // Rows that see the same part of the window.
+      const Progression y = window_positions(p, 1, r);
+      int64_t same = r + 1;
+      for (; same < r1; ++same) {
+        const Progression other = window_positions(p, 1, same);
+        if (other.first != y.first || other.n != y.n) break;
+      }
+      runs.clear();
+      for (int64_t iy = y.first; iy < y.first + y.n; ++iy) {
+        for (int64_t iz = z.first; iz < z.first + z.n; ++iz) {
+          runs.push_back({iz * p.rhs_dilation[0] * p.x.sp[0] + iy * p.rhs_dilation[1] * p.x.sp[1],
+                          (iy * p.win[0] + iz) * f.width, 1});
+        }
+      }
+      SweepArgs args{};
+      args.w = packed;
+      args.runs = runs.data();
+      args.n_runs = static_cast<int64_t>(runs.size());
+      args.cols = flat.k;
+      args.x_row = p.stride[1] * p.x.sp[1];
+      args.x_col = dilation * p.x.sp[2];
+      args.w_col = p.win[1] * p.win[0] * f.width;
+      args.w_block = p.window() * f.width;
+      args.y_row = p.y.sp[1];
+      args.y_col = dilation * p.y.sp[2];
+      const int64_t tiles = ceil_div(same - r, most);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = r + (same - r) * t / tiles;
+        const int64_t rows = r + (same - r) * (t + 1) / tiles - row;
+        const int64_t at = n * p.y.n + oz * p.y.sp[0] + row * p.y.sp[1];
+        // With dilation, the columns of one residue after those of another.
+        for (int64_t j = 0; j < std::min(dilation, p.out[2]); ++j) {
+          const int64_t first = j * p.stride[2] - p.pad[2];  // input column of q = 0
+          args.x = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+                   (row * p.stride[1] - p.pad[1]) * p.x.sp[1] + first * p.x.sp[2];
+          args.y = o.y + at + j * p.y.sp[2];
+          args.n = ceil_div(p.out[2] - j, dilation);
+          args.q_begin = std::max<int64_t>(0, ceil_div(-first, dilation));
+          args.q_end = std::max(args.q_begin, ceil_div(p.in[2] - first, dilation));
+          k.sweep[p.win[2]][p.stride[2]][rows](&args);
+        }
+        for (int64_t i = row; i < row + rows && o.has_epilogue(); ++i) {
+          const int64_t y_at = at + (i - row) * p.y.sp[1];
+          finish_rows(flat, k, o, o.y + y_at, p.y.sp[2], p.out[2], flat.k, 0, 0, y_at);
+        }
+      }
+      r = same;
     }
   });
   add_skipped_nonfinite(p, o, e);
@@ -503,6 +594,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   const int64_t threads = useful_threads(p, t.threads);
   if (params[kLanesStrip] == 0) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
+    if (p.out[1] > 1) params[kLanesSweep] = max_sweep(p, *t.kernels);
     const int64_t others = p.n * p.out[0];
     params[kLanesRows] = threads == 1 || others >= 4 * threads
                              ? 0
@@ -540,6 +632,11 @@ std::string lanes_check(const Problem& p, const Target& t, const Params& params)
   if (params[kLanesStrip] == 0 && !readable_in_place(p)) {
     return "strip: the input cannot be read in place";
   }
+  if (params[kLanesSweep] != 0 &&
+      (params[kLanesSweep] < 0 || params[kLanesStrip] != 0 || p.chunk_rows > 0 ||
+       params[kLanesSweep] > max_sweep(p, *t.kernels))) {
+    return "sweep: no such tile";
+  }
   return {};
 }
 
@@ -553,6 +650,8 @@ int64_t lanes_workspace(const Problem& p, const Target& t, const Params& params)
 void lanes_run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
   if (p.chunk_rows > 0) {
     run_grad(p, o, e);
+  } else if (params[kLanesSweep] != 0) {
+    run_sweep(p, params, o, e);
   } else {
     (params[kLanesStrip] != 0 ? run_forward : run_in_place)(p, params, o, e);
   }
@@ -572,6 +671,9 @@ std::vector<ParamSpec> lanes_param_specs() {
       {"cols", "output pixels per block; 0: the whole row", {0, 28, 56, 112, 448}},
       {"pixels", "output pixels of the register tile", {2, 4, 6, 8, 10, 12, 14, 16}},
       {"strip", "1: a padded copy of the block's input; 0: read in place but at borders", {0, 1}},
+      {"sweep",
+       "output rows of the tile that is swept along x; 0: tiles of pixels",
+       {0, 1, 2, 3, 4, 5}},
   };
 }
 

@@ -9,7 +9,7 @@
 
 namespace jaxwin {
 
-enum LanesParam { kLanesRows, kLanesCols, kLanesPixels, kLanesStrip };
+enum LanesParam { kLanesRows, kLanesCols, kLanesPixels, kLanesStrip, kLanesSweep };
 
 // The registry's row of an algorithm on this driver, for one input channel per group or for
 // several.

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
@@ -30,6 +31,14 @@ constexpr void fill_lanes(Kernels& k) {
     k.lanes[P] = lanes_tile<P, T>;
     k.lanes_grad[P] = lanes_grad_tile<P, T>;
     fill_lanes<T, P - 1>(k);
+  }
+}
+
+template <typename T, int KW, int SX, int R = kSweepRows<KW, SX>>
+constexpr void fill_sweep(Kernels& k) {
+  if constexpr (R > 0) {
+    k.sweep[KW][SX][R] = sweep_tile<KW, SX, R, T>;
+    fill_sweep<T, KW, SX, R - 1>(k);
   }
 }
 
@@ -66,6 +75,14 @@ constexpr Kernels make(Dtype dtype, uint32_t activations) {
   constexpr int kPixels = kRegisters >= 32 ? 16 : 12;
   k.max_pixels = kPixels;
   fill_lanes<T, kPixels>(k);
+  if constexpr (std::is_same_v<T, float>) {  // they take long to compile
+    fill_sweep<T, 3, 1>(k);
+    fill_sweep<T, 5, 1>(k);
+    fill_sweep<T, 7, 1>(k);
+    fill_sweep<T, 3, 2>(k);
+    fill_sweep<T, 5, 2>(k);
+    fill_sweep<T, 7, 2>(k);
+  }
   k.epilogue = epilogue<T>;
   k.copy = copy<T>;
   k.interleave = interleave<T>;
@@ -105,6 +122,10 @@ JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t dtype, int64_t pixels, const jaxwin::G
 JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
 (int64_t dtype, int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
   JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
+}
+JAXWIN_SYMBOL(jaxwin_test_sweep_)
+(int64_t dtype, int64_t window, int64_t stride, int64_t rows, const jaxwin::SweepArgs* args) {
+  JAXWIN_TABLE.sweep[window][stride][rows](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_epilogue_)(int64_t dtype, const jaxwin::EpilogueArgs* args) {
   JAXWIN_TABLE.epilogue(args);

@@ -56,6 +56,28 @@ using LanesFn = void (*)(const GemmArgs*);
 //   X = a[offsets[q] + run[t].a + i * a_step + j],  B = b[run[t].b + i * b_step + j]
 using LanesGradFn = void (*)(const GemmArgs*, const int64_t* offsets);
 
+// Channels as lanes, a window of KW columns swept along SX-strided output columns: for r < R output
+// rows, o < n output columns, j < cols:
+//   Y[r, o, j] = chain over columns kx < KW, runs t of X[r, o * SX + kx, t, j] * B[kx, t, j]
+//   X[r, q, t, j] = x[r * x_row + q * x_col + run[t].a + j], columns q outside [q_begin, q_end) are
+//   skipped;  B[kx, t, j] = w[j / W * w_block + kx * w_col + run[t].b + j % W]
+//   Y[r, o, j] = y[r * y_row + o * y_col + j]
+// An input vector is loaded once for all KW columns of the window that it belongs to. Reads of B:
+// whole vectors.
+struct SweepArgs {
+  const void* x;
+  const void* w;
+  void* y;
+  const Run* runs;
+  int64_t n_runs;
+  int64_t n;
+  int64_t cols;
+  int64_t x_row, x_col, q_begin, q_end;
+  int64_t w_col, w_block;
+  int64_t y_row, y_col;
+};
+using SweepFn = void (*)(const SweepArgs*);
+
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kGelu, kSilu, kLeakyRelu, kTanh, kSigmoid };
 inline constexpr const char* kActivationNames[] = {"none", "relu",       "relu6", "gelu",
                                                    "silu", "leaky_relu", "tanh",  "sigmoid"};
@@ -78,6 +100,9 @@ struct EpilogueArgs {
 
 inline constexpr int kMaxNv = 4;
 inline constexpr int kMaxMr = 16;
+inline constexpr int kMaxSweep = 5;        // output rows
+inline constexpr int kMaxSweepWindow = 7;  // columns
+inline constexpr int kMaxSweepStride = 2;
 
 struct Kernels {
   const char* isa;
@@ -88,8 +113,9 @@ struct Kernels {
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   int max_pixels;
-  LanesFn lanes[kMaxMr + 1];           // [P]
-  LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
+  LanesFn lanes[kMaxMr + 1];                                               // [P]
+  LanesGradFn lanes_grad[kMaxMr + 1];                                      // [Q]
+  SweepFn sweep[kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];  // [KW][SX][R]; may be 0
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   void (*copy)(void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t src_step,

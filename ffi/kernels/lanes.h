@@ -4,6 +4,8 @@
 // has its own filter, so the product is elementwise and A is loaded as a vector.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/kernels.h"
 #include "kernels/vec.h"
 
@@ -53,6 +55,111 @@ void lanes_tile(const GemmArgs* g) {
   }
   if (whole < g->blocks) {
     lanes_block<P, false>(g, a + whole * W, b + whole * g->b_block, c + whole * W, tail);
+  }
+}
+
+// Outputs under way while a window of KW columns passes, and how many rows of them, with a column
+// of input and a vector of the filter, fit the registers.
+template <int KW, int SX>
+constexpr int kSweepLive = (KW - 1) / SX + 1;
+template <int KW, int SX>
+constexpr int kSweepRows = std::min((kRegisters - 2) / (kSweepLive<KW, SX> + 1), kMaxSweep);
+
+template <typename T, int R>
+struct Sweep {
+  const T *x, *w;
+  T* y;
+  int64_t q, columns;  // from the first column that is read; how many there are
+  int64_t o, steps;
+  Mask<T> tail;
+};
+
+// One output column, o, begins in acc[kPhase]; the one that has seen its whole window is stored.
+template <int KW, int SX, int R, bool kWhole, int kPhase, typename T>
+JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
+                              Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
+  constexpr int kLive = kSweepLive<KW, SX>;
+  const Run* const end = g->runs + g->n_runs;
+  JAXWIN_UNROLL
+  for (int i = 0; i < SX; ++i) {
+    if (static_cast<uint64_t>(s->q + i) < static_cast<uint64_t>(s->columns)) {
+      const T* at = s->x + i * g->x_col;
+      for (const Run* run = g->runs; run != end; ++run) {
+        Vec<T> in[R];
+        JAXWIN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const T* from = at + run->a + r * g->x_row;
+          in[r] = kWhole ? load(from) : load(from, s->tail);
+        }
+        JAXWIN_UNROLL
+        for (int m = 0; m < kLive; ++m) {  // window column i + m * SX, of output o - m
+          if (i + m * SX < KW) {
+            const Vec<T> w = load(s->w + run->b + (i + m * SX) * g->w_col);
+            JAXWIN_UNROLL
+            for (int r = 0; r < R; ++r) {
+              Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
+              to = fma(in[r], w, to);
+            }
+          }
+        }
+      }
+    }
+  }
+  constexpr int kDone = (kPhase + 1) % kLive;  // output o - kLive + 1
+  if (s->o >= kLive - 1) {
+    JAXWIN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      T* to = s->y + r * g->y_row;
+      if (kWhole) {
+        store(to, acc[kDone][r]);
+      } else {
+        store(to, acc[kDone][r], s->tail);
+      }
+    }
+    s->y += g->y_col;
+  }
+  JAXWIN_UNROLL
+  for (int r = 0; r < R; ++r) acc[kDone][r] = zero<T>();
+  s->q += SX;
+  s->x += SX * g->x_col;
+  ++s->o;
+}
+
+template <int KW, int SX, int R, bool kWhole, int kPhase, typename T>
+JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, R>* s,
+                               Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
+  if (s->o == s->steps) return;
+  sweep_step<KW, SX, R, kWhole, kPhase>(g, s, acc);
+  if constexpr (kPhase + 1 < kSweepLive<KW, SX>)
+    sweep_steps<KW, SX, R, kWhole, kPhase + 1>(g, s, acc);
+}
+
+template <int KW, int SX, int R, bool kWhole, typename T>
+void sweep_block(const SweepArgs* g, const T* x, const T* w, T* y, Mask<T> tail) {
+  constexpr int kLive = kSweepLive<KW, SX>;
+  Vec<T> acc[kLive][R];
+  JAXWIN_UNROLL
+  for (int l = 0; l < kLive; ++l) {
+    JAXWIN_UNROLL
+    for (int r = 0; r < R; ++r) acc[l][r] = zero<T>();
+  }
+  Sweep<T, R> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, tail};
+  while (s.o < s.steps) sweep_steps<KW, SX, R, kWhole, 0>(g, &s, acc);
+}
+
+template <int KW, int SX, int R, typename T>
+void sweep_tile(const SweepArgs* g) {
+  constexpr int W = kWidth<T>;
+  const T* x = static_cast<const T*>(g->x);
+  const T* w = static_cast<const T*>(g->w);
+  T* y = static_cast<T*>(g->y);
+  const int64_t whole = g->cols / W;
+  for (int64_t i = 0; i < whole; ++i) {
+    sweep_block<KW, SX, R, true>(g, x + i * W, w + i * g->w_block, y + i * W, make_mask<T>(0));
+  }
+  if (whole * W < g->cols) {
+    sweep_block<KW, SX, R, false>(g, x + whole * W, w + whole * g->w_block, y + whole * W,
+                                  make_mask<T>(g->cols - whole * W));
   }
 }
 

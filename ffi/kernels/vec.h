@@ -18,6 +18,8 @@
 // Every loop over an accumulator array must be unrolled before scalar replacement, or GCC keeps
 // the array in memory (a factor of three in speed).
 #define JAXWIN_UNROLL _Pragma("GCC unroll 16")
+// The same for a function that is handed such an array.
+#define JAXWIN_INLINE __attribute__((always_inline)) inline
 
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
