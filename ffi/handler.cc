@@ -56,7 +56,10 @@ std::vector<int64_t> shape(const ffi::AnyBuffer& buffer) {
 
 // Of a buffer's elements; false where there are no kernels for them.
 bool get_dtype(const ffi::AnyBuffer& buffer, Dtype* dtype) {
-  constexpr std::array<ffi::DataType, kDtypes> kTypes{ffi::DataType::F32, ffi::DataType::F64};
+  constexpr std::array<ffi::DataType, kDtypes> kTypes{
+      ffi::DataType::F32, ffi::DataType::F64, ffi::DataType::BF16, ffi::DataType::F16,
+      ffi::DataType::S8,  ffi::DataType::U8,  ffi::DataType::S16,  ffi::DataType::U16,
+      ffi::DataType::S32, ffi::DataType::U32};
   const auto* const found = std::find(kTypes.begin(), kTypes.end(), buffer.element_type());
   *dtype = static_cast<Dtype>(found - kTypes.begin());
   return found != kTypes.end();
@@ -137,12 +140,13 @@ bool same_shape(const ffi::AnyBuffer& buffer, const std::vector<int64_t>& shape)
 }
 
 // Problem and plan for these buffers; `wrong` says why there is none.
-std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype,
+std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype, Dtype out_dtype,
                                                   const ffi::AnyBuffer& lhs,
                                                   const ffi::AnyBuffer& rhs,
                                                   const ffi::AnyBuffer& out, std::string* wrong) {
   const std::lock_guard<std::mutex> lock(site->mutex);
   if (site->prepared != nullptr && site->prepared->params.dtype == dtype &&
+      site->prepared->params.out_dtype == out_dtype &&
       same_shape(lhs, site->prepared->params.lhs_shape) &&
       same_shape(rhs, site->prepared->params.rhs_shape) &&
       same_shape(out, site->prepared->params.out_shape)) {
@@ -151,6 +155,7 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype,
   auto fresh = std::make_shared<CallSite::Prepared>();
   fresh->params = site->params;
   fresh->params.dtype = dtype;
+  fresh->params.out_dtype = out_dtype;
   fresh->params.lhs_shape = shape(lhs);
   fresh->params.rhs_shape = shape(rhs);
   fresh->params.out_shape = shape(out);
@@ -165,8 +170,11 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype,
     request.params.clear();
     *wrong = make_plan(fresh->problem, request, &fresh->plan);
   }
-  if (wrong->empty() && !has_activation(*fresh->plan.target.kernels, site->activation)) {
-    *wrong = "activation: not one of the kernels for " + std::string(kDtypeNames[dtype]);
+  const bool epilogue =
+      site->has_bias || site->has_residual || site->activation != Activation::kNone;
+  if (wrong->empty() && epilogue &&
+      !has_activation(*fresh->plan.target.kernels, site->activation)) {
+    *wrong = std::string("activation: the kernels for ") + kDtypeRows[dtype].name + " lack it";
   }
   if (!wrong->empty()) return nullptr;
   site->prepared = fresh;
@@ -189,19 +197,20 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
     if (!get_dtype(*buffer, &own)) return invalid("operands: no kernels for their element type");
     if (i == 0) dtype = own;
     if (own != dtype) return invalid("operands: must have one element type");
-    data[i] = {static_cast<const char*>(buffer->untyped_data()), kDtypeSizes[dtype]};
+    data[i] = {static_cast<const char*>(buffer->untyped_data()), kDtypeRows[dtype].size};
   }
   const auto lhs = args.get<ffi::AnyBuffer>(0);
   const auto rhs = args.get<ffi::AnyBuffer>(1);
   auto out = rets.get<ffi::AnyBuffer>(0);
   if (!out.has_value()) return out.error();
   Dtype out_dtype = kF32;
-  if (!get_dtype(**out, &out_dtype) || out_dtype != dtype) {
-    return invalid(std::string("the result must be ") + kDtypeNames[dtype] + " like the operands");
+  if (!get_dtype(**out, &out_dtype) || !has_kernels(dtype, out_dtype)) {
+    return invalid(std::string("no kernels from ") + kDtypeRows[dtype].name +
+                   " operands to a result of this element type");
   }
 
   std::string wrong;
-  const auto prepared = prepare(site, dtype, *lhs, *rhs, **out, &wrong);
+  const auto prepared = prepare(site, dtype, out_dtype, *lhs, *rhs, **out, &wrong);
   if (prepared == nullptr) return invalid(wrong);
   const Problem& problem = prepared->problem;
   const Plan& plan = prepared->plan;
@@ -209,7 +218,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   Operands o{};
   o.x = data[0];
   o.w = data[1] + problem.w_first;
-  o.y = {static_cast<char*>((*out)->untyped_data()), kDtypeSizes[dtype]};
+  o.y = {static_cast<char*>((*out)->untyped_data()), kDtypeRows[out_dtype].size};
   o.activation = site->activation;
   size_t next = 2;
   if (site->has_bias) {

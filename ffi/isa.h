@@ -12,7 +12,7 @@ namespace jaxwin {
 
 struct Isa {
   const char* name;
-  const Kernels* (*kernels)(Dtype);
+  const Kernels* (*kernels)(Word);
   bool runnable;  // by this CPU and operating system
 };
 
@@ -22,7 +22,7 @@ const std::vector<Isa>& isas();
 // The best set that does not lie above `cap` ("" for no cap); null where the cap is no known name.
 const Isa* best_isa(const std::string& cap);
 
-// The kernels of a set ("" for the best) for a dtype; null where this CPU does not run it.
-const Kernels* find_kernels(const std::string& isa, Dtype dtype);
+// The kernels of a set ("" for the best) for a word; null where this CPU does not run it.
+const Kernels* find_kernels(const std::string& isa, Word word);
 
 }  // namespace jaxwin

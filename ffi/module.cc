@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "algorithms/registry.h"
@@ -32,7 +33,7 @@ T field(const nb::dict& d, const char* name) {
 
 Dtype dtype(const std::string& name) {
   for (int i = 0; i < kDtypes; ++i) {
-    if (name == kDtypeNames[i]) return static_cast<Dtype>(i);
+    if (name == kDtypeRows[i].name) return static_cast<Dtype>(i);
   }
   return kDtypes;  // a problem may still be described
 }
@@ -58,6 +59,7 @@ ConvParams conv_params(const nb::dict& d) {
   p.feature_group_count = field<int64_t>(d, "feature_group_count");
   p.batch_group_count = field<int64_t>(d, "batch_group_count");
   p.dtype = dtype(field<std::string>(d, "dtype"));
+  p.out_dtype = dtype(field<std::string>(d, "out_dtype"));
   return p;
 }
 
@@ -157,22 +159,24 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
   }
   if (bias.has_value() && bias->size() != static_cast<size_t>(p.g * p.k)) return "bias: wrong size";
   if (residual.has_value() && residual->size() != y.size()) return "residual: wrong size";
-  for (const Array* array : {&x, &w, &y}) {
-    if (static_cast<int64_t>(array->itemsize()) != kDtypeSizes[conv.dtype]) {
+  for (const auto& [array, dtype] :
+       {std::pair{&x, conv.dtype}, {&w, conv.dtype}, {&y, conv.out_dtype}}) {
+    if (static_cast<int64_t>(array->itemsize()) != kDtypeRows[dtype].size) {
       return "an array has elements of a wrong size";
     }
   }
   for (const auto* array : {&bias, &residual}) {
     if (array->has_value() &&
-        static_cast<int64_t>((*array)->itemsize()) != kDtypeSizes[conv.dtype]) {
+        static_cast<int64_t>((*array)->itemsize()) != kDtypeRows[conv.dtype].size) {
       return "bias, residual: elements of a wrong size";
     }
   }
   if (workspace.size() * workspace.itemsize() < static_cast<size_t>(plan.workspace_bytes)) {
     return "the workspace is too small";
   }
+  const bool epilogue = bias.has_value() || residual.has_value() || activation != 0;
   if (activation < 0 || activation >= kActivationCount ||
-      !has_activation(*plan.target.kernels, static_cast<Activation>(activation))) {
+      (epilogue && !has_activation(*plan.target.kernels, static_cast<Activation>(activation)))) {
     return "activation: unknown, or not one of these kernels";
   }
   const int64_t bytes = plan.target.kernels->size;
@@ -180,7 +184,7 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
                    elements(w) + p.w_first,
                    bias.has_value() ? elements(*bias) : ConstPtr{},
                    residual.has_value() ? elements(*residual) : ConstPtr{},
-                   {static_cast<char*>(y.data()), bytes},
+                   {static_cast<char*>(y.data()), kDtypeRows[conv.out_dtype].size},
                    static_cast<Activation>(activation)};
   const nb::gil_scoped_release release;
   std::mutex mutex;
@@ -224,14 +228,14 @@ nb::dict registry() {
     row["family"] = "canonical";
     row["abi"] = abi(a->name);
     nb::list dtypes;
-    for (const Dtype d : a->dtypes) dtypes.append(kDtypeNames[d]);
+    for (const Dtype d : a->dtypes) dtypes.append(kDtypeRows[d].name);
     row["dtypes"] = dtypes;
     row["params"] = params;
     algorithm_rows.append(row);
   }
   nb::list isa_rows;
   for (const Isa& set : isas()) {
-    const Kernels* k = set.kernels(kF32);
+    const Kernels* k = set.kernels(kFloat);
     nb::list tiles;
     for (int nv = 1; nv <= kMaxNv; ++nv) {
       if (k->max_mr[nv] > 0) tiles.append(nb::make_tuple(k->max_mr[nv], nv));
@@ -248,15 +252,22 @@ nb::dict registry() {
   for (const char* name : kActivationNames) activations.append(name);
   nb::dict dtype_rows;
   for (int d = 0; d < kDtypes; ++d) {
-    const Kernels* k = isas()[0].kernels(static_cast<Dtype>(d));
-    nb::list fused;
+    if (kDtypeRows[d].word == kWords) continue;
+    const Kernels* k = isas()[0].kernels(kDtypeRows[d].word);
+    nb::list fused, results;
+    for (int r = 0; r < kDtypes; ++r) {
+      if (has_kernels(static_cast<Dtype>(d), static_cast<Dtype>(r))) {
+        results.append(kDtypeRows[r].name);
+      }
+    }
     for (int i = 0; i < kActivationCount; ++i) {
       if (has_activation(*k, static_cast<Activation>(i))) fused.append(kActivationNames[i]);
     }
     nb::dict row;
-    row["size"] = kDtypeSizes[d];
+    row["word"] = kWordSizes[kDtypeRows[d].word];  // bytes
+    row["results"] = results;
     row["activations"] = fused;
-    dtype_rows[kDtypeNames[d]] = row;
+    dtype_rows[kDtypeRows[d].name] = row;
   }
   nb::dict cache_sizes;
   cache_sizes["l1"] = caches().l1;
@@ -304,7 +315,7 @@ NB_MODULE(_ffi, m) {
   m.def(
       "measure_peak",
       [](const std::string& isa, int64_t iterations) {
-        const jaxwin::Kernels* kernels = jaxwin::find_kernels(isa, jaxwin::kF32);
+        const jaxwin::Kernels* kernels = jaxwin::find_kernels(isa, jaxwin::kFloat);
         if (kernels == nullptr) throw std::invalid_argument("isa: this CPU does not run it");
         return kernels->peak(iterations);
       },

@@ -14,9 +14,9 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
   if (request.threads < 1 || request.threads > kMaxThreads) {
     return "threads: must be from 1 to 4096, got " + std::to_string(request.threads);
   }
-  if (p.dtype == kDtypes) return "no kernels for these dtypes";
+  if (!has_kernels(p.dtype, p.out_dtype)) return "no kernels for these dtypes";
   plan->target.threads = request.threads;
-  plan->target.kernels = find_kernels(request.isa, p.dtype);
+  plan->target.kernels = find_kernels(request.isa, kDtypeRows[p.dtype].word);
   if (plan->target.kernels == nullptr) {
     return "isa: this CPU does not run '" + request.isa + "'";
   }

@@ -146,13 +146,14 @@ def _make_plan(
 
 def unsupported(problem: Problem) -> str:
     """Why the native core cannot take a problem, as far as Python knows; else empty."""
-    dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
-    known = _registry.registry()["dtypes"]
-    if not problem.widened and not (len(dtypes) == 1 and dtypes <= known.keys()):
-        return f"no kernels for {', '.join(sorted(dtypes))}"
+    operands, out = {problem.lhs_dtype, problem.rhs_dtype}, problem.out_dtype
     native = problem.native()["dtype"]
-    if (problem.activation or "none") not in known[native]["activations"]:
-        return f"no {native} kernels with {problem.activation}"
+    known = _registry.registry()["dtypes"].get(native)
+    if not problem.widened and (len(operands) > 1 or known is None or out not in known["results"]):
+        return f"no kernels for {', '.join(sorted({*operands, out}))}"
+    epilogue = problem.bias or problem.residual or problem.activation is not None
+    if known and epilogue and (problem.activation or "none") not in known["activations"]:
+        return f"no {native} kernels with {problem.activation or 'bias or residual'}"
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"
     return ""

@@ -42,6 +42,7 @@ def make(
     layout: tuple[str, str] | None = None,
     out_layout: str | None = None,
     dtype: str = "float32",
+    out_dtype: str = "",
 ) -> Problem | None:
     """The problem, or None where its result would be empty. c: of lhs; k: of rhs."""
     rank = len(size)
@@ -85,11 +86,16 @@ def make(
         rhs_reversal=reversal,
         lhs_dtype=dtype,
         rhs_dtype=dtype,
-        out_dtype=dtype,
+        out_dtype=out_dtype or dtype,
     )
 
 
-def draw(rng: np.random.Generator, kind: str | None = None, dtype: str = "float32") -> Problem:
+def draw(
+    rng: np.random.Generator,
+    kind: str | None = None,
+    dtype: str = "float32",
+    out_dtype: str = "",
+) -> Problem:
     """A small random problem. kind: "any", or one that a certain algorithm is made for."""
     while True:
         rank = int(rng.choice([1, 2, 2, 2, 3]))
@@ -141,6 +147,7 @@ def draw(rng: np.random.Generator, kind: str | None = None, dtype: str = "float3
             layout=(lhs, rhs),
             out_layout=out if rng.random() < 0.3 else lhs,
             dtype=dtype,
+            out_dtype=out_dtype,
         )
         if problem is not None and 0 < problem.flops < 4e6:
             return problem
@@ -149,13 +156,27 @@ def draw(rng: np.random.Generator, kind: str | None = None, dtype: str = "float3
 def operands(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Random operands of a problem."""
     return (
-        rng.standard_normal(problem.lhs_shape).astype(problem.lhs_dtype),
-        rng.standard_normal(problem.rhs_shape).astype(problem.rhs_dtype),
+        values(rng, problem.lhs_shape, problem.lhs_dtype),
+        values(rng, problem.rhs_shape, problem.rhs_dtype),
     )
+
+
+def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Random values: normal, or all integers that the dtype holds."""
+    if np.dtype(dtype).kind in "iu":
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, shape, dtype, endpoint=True)
+    return rng.standard_normal(shape).astype(dtype)
 
 
 _GUARD = 256
 _CANARY = 0xA5
+
+
+def _bits(array: np.ndarray) -> np.dtype:
+    """What stands for an array's dtype where nobody knows bfloat16."""
+    return np.dtype(f"uint{8 * array.itemsize}")
+
 
 # So many bytes of memory, and a question whether what lies around them is still as it was.
 _Guarded = tuple[np.ndarray, Callable[[], bool]]
@@ -231,12 +252,10 @@ def run(
             plan["isa"],
             threads,
             plan["params"],
-            guarded(lhs),
-            guarded(rhs),
-            y,
+            *(guarded(operand).view(_bits(operand)) for operand in (lhs, rhs)),
+            y.view(_bits(y)),
             poisoned((plan["workspace_bytes"],), "uint8"),
-            None if bias is None else guarded(bias),
-            None if residual is None else guarded(residual),
+            *(v if v is None else guarded(v).view(_bits(v)) for v in (bias, residual)),
             _registry.registry()["activations"].index(activation),
         )
         assert not wrong, wrong

@@ -96,8 +96,14 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
 
     Order: window x, window y, window z, input channel; or, where problem.chunk_rows is not 0,
     chunks of so many (channel, z, y) rows of the window, each row along x, the chunks' sums added
-    in order. Positions on padding multiply by zero; inserted zeros are no operands.
+    in order. Positions on padding multiply by zero; inserted zeros are no operands. Integers: the
+    exact sum, of which the result has the low bits.
     """
+    if lhs.dtype.kind in "iu":
+        return _exact(problem, lhs, rhs)
+    if lhs.dtype.itemsize < 4:  # widened exactly, rounded once
+        wide = chain(problem, lhs.astype(np.float32), rhs.astype(np.float32))
+        return wide.astype(problem.out_dtype)
     x, w, stride, low, ldil, rdil, out = _canonical(problem, lhs, rhs)
     n, g, c = x.shape[:3]
     k = w.shape[1]
@@ -141,25 +147,32 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
 
 def float64(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The convolution in float64, and the same of the absolute values (for error bounds)."""
+    magnitudes = (np.abs(v.astype(np.float64)) for v in (lhs, rhs))
+    return _sums(problem, lhs, rhs, np.float64), _sums(problem, *magnitudes, np.float64)
+
+
+def _exact(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    return _sums(problem, lhs, rhs, np.int64).astype(problem.out_dtype)
+
+
+def _sums(problem: Problem, lhs: np.ndarray, rhs: np.ndarray, dtype: type) -> np.ndarray:
+    """The convolution in a wide type, in numpy's order."""
     x, w, stride, low, ldil, rdil, out = _canonical(problem, lhs, rhs)
     n, g = x.shape[:2]
     k = w.shape[1]
     size = x.shape[3:]
-    results = []
-    for a, b in ((x, w), (np.abs(x), np.abs(w))):
-        y = np.zeros((n, g, k, *out), np.float64)
-        for tap in itertools.product(*(range(s) for s in w.shape[3:])):
-            selectors, sources = [], []
-            for d in range(3):
-                q = np.arange(out[d]) * stride[d] - low[d] + tap[d] * rdil[d]
-                real = (q >= 0) & (q % ldil[d] == 0) & (q // ldil[d] < size[d])
-                selectors.append(np.flatnonzero(real))
-                sources.append(q[real] // ldil[d])
-            if any(len(s) == 0 for s in selectors):
-                continue
-            taken = a.astype(np.float64)[np.ix_(range(n), range(g), range(x.shape[2]), *sources)]
-            y[np.ix_(range(n), range(g), range(k), *selectors)] += np.einsum(
-                "ngczyx,gkc->ngkzyx", taken, b.astype(np.float64)[(..., *tap)]
-            )
-        results.append(_to_output(problem, y))
-    return results[0], results[1]
+    y = np.zeros((n, g, k, *out), dtype)
+    for tap in itertools.product(*(range(s) for s in w.shape[3:])):
+        selectors, sources = [], []
+        for d in range(3):
+            q = np.arange(out[d]) * stride[d] - low[d] + tap[d] * rdil[d]
+            real = (q >= 0) & (q % ldil[d] == 0) & (q // ldil[d] < size[d])
+            selectors.append(np.flatnonzero(real))
+            sources.append(q[real] // ldil[d])
+        if any(len(s) == 0 for s in selectors):
+            continue
+        taken = x.astype(dtype)[np.ix_(range(n), range(g), range(x.shape[2]), *sources)]
+        y[np.ix_(range(n), range(g), range(k), *selectors)] += np.einsum(
+            "ngczyx,gkc->ngkzyx", taken, w.astype(dtype)[(..., *tap)]
+        )
+    return _to_output(problem, y)

@@ -7,6 +7,9 @@ instruction set is tested by existing: all names come from the registry.
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
@@ -16,6 +19,7 @@ from jaxwin import _ffi, _registry
 
 REGISTRY = _registry.registry()
 ALGORITHMS = {row["name"]: row for row in REGISTRY["algorithms"]}
+DTYPES = REGISTRY["dtypes"]
 KERNELS = [(name, dtype) for name, row in ALGORITHMS.items() for dtype in row["dtypes"]]
 ISAS = [row["name"] for row in REGISTRY["isas"] if row["runnable"]]
 DRAWS = 25
@@ -26,7 +30,8 @@ def _drawn(algorithm: str, seed: int, dtype: str = "float32"):
     rng = np.random.default_rng([seed, list(ALGORITHMS).index(algorithm)])
     kind = {"im2win": None, "im2col": None}.get(algorithm, algorithm)
     while True:
-        problem = problems.draw(rng, kind, dtype)
+        out_dtype = str(rng.choice(DTYPES[dtype]["results"]))
+        problem = problems.draw(rng, kind, dtype, out_dtype)
         if "rejected" not in _ffi.candidates(problem.native())[algorithm]:
             return problem, *problems.operands(problem, rng), rng
 
@@ -70,12 +75,12 @@ def test_close_to_float64(algorithm: str, seed: int) -> None:
     assert (np.abs(result - exact) <= bound).all(), str(problem)
 
 
-@pytest.mark.parametrize("dtype", REGISTRY["dtypes"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_tile(isa: str, dtype: str) -> None:
     """All (mr, nv) of the registry's tiles, every tail of rows and columns."""
     row = next(r for r in REGISTRY["isas"] if r["name"] == isa)
-    width = row["width"] * 4 // REGISTRY["dtypes"][dtype]["size"]
+    width = row["width"] * 4 // DTYPES[dtype]["word"]
     rng = np.random.default_rng(7)
     for max_mr, nv in row["tiles"]:
         for k in {nv * width, max(1, nv * width - 3), 2 * nv * width + 1}:
@@ -102,7 +107,7 @@ def test_every_algorithm_can_be_chosen() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "activation"),
-    [(d, a) for d, r in REGISTRY["dtypes"].items() for a in r["activations"]],
+    [(d, a) for d, r in DTYPES.items() for a in r["activations"]],
 )
 def test_epilogue_is_the_same_everywhere(activation: str, dtype: str) -> None:
     """act((chain + bias) + residual): the same bits in every algorithm, layout and set."""
@@ -118,11 +123,15 @@ def test_epilogue_is_the_same_everywhere(activation: str, dtype: str) -> None:
             2, 6, 18, (6, 7), (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, **case
         )
         x, w = problems.operands(problem, rng)
-        bias = rng.standard_normal(18).astype(dtype)
-        residual = rng.standard_normal(problem.out_shape).astype(dtype)
+        bias = problems.values(rng, (18,), dtype)
+        residual = problems.values(rng, problem.out_shape, dtype)
         shape = [1, 1, 1, 1]
         shape[problem.out_spec[1]] = 18
-        total = reference.chain(problem, x, w) + bias.reshape(shape) + residual
+        wide = dataclasses.replace(
+            problem, out_dtype="float64" if dtype == "float64" else "float32"
+        )
+        total = reference.chain(wide, x, w) + bias.reshape(shape).astype(wide.out_dtype)
+        total = total + residual.astype(wide.out_dtype)
         exact = {
             "none": lambda z: z,
             "relu": lambda z: np.maximum(z, 0),
@@ -144,5 +153,5 @@ def test_epilogue_is_the_same_everywhere(activation: str, dtype: str) -> None:
                     np.testing.assert_array_equal(result, first, f"{name} {isa}")
         assert first is not None
         assert first.dtype == dtype
-        tolerance = 8 * float(np.finfo(dtype).eps)
-        np.testing.assert_allclose(first, exact, rtol=tolerance, atol=tolerance)
+        tolerance = 8 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(first.astype(np.float64), exact, rtol=tolerance, atol=tolerance)

@@ -54,7 +54,8 @@ struct Operands {
   }
 };
 
-// What a plan was made for: it fixes the workspace. The kernels are those of the problem's dtype.
+// What a plan was made for: it fixes the workspace. The kernels are those of
+// the problem's words.
 struct Target {
   const Kernels* kernels;
   int64_t threads;
@@ -80,7 +81,7 @@ struct Algorithm {
   const char* name;
   const char* summary;
   const char* source;         // paper and section
-  std::vector<Dtype> dtypes;  // of operands and result
+  std::vector<Dtype> dtypes;  // of operands
   std::vector<ParamSpec> params;
   // Empty where the algorithm can compute the problem, else why not. Constant time.
   std::string (*rejects)(const Problem&);
@@ -88,7 +89,7 @@ struct Algorithm {
   Params (*defaults)(const Problem&, const Target&);
   // Empty where the parameters are valid: they may come from anywhere.
   std::string (*check)(const Problem&, const Target&, const Params&);
-  // Workspace in elements.
+  // Workspace in words.
   int64_t (*workspace)(const Problem&, const Target&, const Params&);
   void (*run)(const Problem&, const Params&, const Operands&, const Execution&);
   // Lower is better: the analytic order of preference, in modelled cycles.

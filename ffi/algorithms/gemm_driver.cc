@@ -28,7 +28,8 @@ int64_t panel_floats(const Kernels& k) { return caches().l2 / k.size / 4; }
 // Everything that follows from problem, parameters and machine: computed the same way when the
 // workspace is declared and when the convolution runs.
 struct Layout {
-  Problem p;  // collapsed
+  Problem p;         // collapsed; its channels are words of them, its strides those of the operands
+  int64_t channels;  // of the operands, per group
   Lowering lowering;
   int64_t mr, nv, kc, pack, full;
   int64_t width;       // vector lanes
@@ -70,10 +71,17 @@ int64_t padded_floats(const Problem& p, int64_t rows, int64_t cols) {
   return planes * rows_read(p, std::min(rows, p.out[1])) * strip_columns(p, false, cols) * p.c;
 }
 
+Problem words_of(const Problem& problem, const Kernels& k) {
+  Problem p = collapse(problem);
+  p.c = ceil_div(p.c, k.channels);
+  return p;
+}
+
 Layout make_layout(const Problem& problem, const Target& t, const Params& params,
                    Lowering lowering) {
   Layout l;
-  l.p = collapse(problem);
+  l.p = words_of(problem, *t.kernels);
+  l.channels = problem.c;
   const Problem& p = l.p;
   l.lowering = lowering;
   l.mr = params[kMr];
@@ -118,7 +126,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.pixel_stride = l.full != 0 ? l.reduction : l.kc;
     l.strip_row = l.cols * l.pixel_stride;
   }
-  l.buffered = p.y.k != 1;
+  l.buffered = p.y.k != 1 || !p.plain();
   // The blocked patch matrix is made once per kc steps, for all features.
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const int64_t blocks = p.g * l.row_blocks * l.col_blocks;
@@ -178,7 +186,7 @@ void fill_window_order(const Layout& l, const Kernels& k, ConstPtr x, int64_t r,
                        int64_t j1, Ptr dst) {
   const Problem& p = l.p;
   const int64_t taps = p.win[0] * p.win[1];
-  if (!l.disjoint && p.c <= 4 && p.x.c == 1 && taps <= 64) {
+  if (!l.disjoint && p.c <= 4 && p.x.c == 1 && taps <= 64 && p.plain()) {
     const void* rows[64];
     const int64_t columns = strip_columns(p, false, j1 - j0);
     const int64_t offset = j0 * p.stride[2] - p.pad[2];
@@ -205,8 +213,8 @@ void fill_window_order(const Layout& l, const Kernels& k, ConstPtr x, int64_t r,
             row == nullptr ? Range{columns, columns} : inside(0, columns, 1, offset, p.in[2]);
         zero_columns(at, l.unit, in.begin, p.c);
         if (in.end > in.begin) {
-          k.copy(at + in.begin * l.unit, l.unit, row + (in.begin + offset) * p.x.sp[2], p.x.sp[2],
-                 p.x.c, in.end - in.begin, p.c);
+          k.read[p.dtype](at + in.begin * l.unit, l.unit, row + (in.begin + offset) * p.x.sp[2],
+                          p.x.sp[2], p.x.c, in.end - in.begin, l.channels);
         }
         zero_columns(at + in.end * l.unit, l.unit, columns - in.end, p.c);
         continue;
@@ -218,9 +226,9 @@ void fill_window_order(const Layout& l, const Kernels& k, ConstPtr x, int64_t r,
             row == nullptr ? Range{j1, j1} : inside(j0, j1, p.stride[2], offset, p.in[2]);
         zero_columns(to, l.pixel_stride, in.begin - j0, p.c);
         if (in.end > in.begin) {
-          k.copy(to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
-                 row + (in.begin * p.stride[2] + offset) * p.x.sp[2], p.stride[2] * p.x.sp[2],
-                 p.x.c, in.end - in.begin, p.c);
+          k.read[p.dtype](to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
+                          row + (in.begin * p.stride[2] + offset) * p.x.sp[2],
+                          p.stride[2] * p.x.sp[2], p.x.c, in.end - in.begin, l.channels);
         }
         zero_columns(to + (in.end - j0) * l.pixel_stride, l.pixel_stride, j1 - in.end, p.c);
       }
@@ -235,7 +243,8 @@ void fill_rows(const Layout& l, const Kernels& k, const Problem& p, ConstPtr x, 
   const int64_t columns = strip_columns(p, false, j1 - j0);
   const int64_t offset = j0 * p.stride[2] - p.pad[2];
   const Range in = inside(0, columns, 1, offset, p.in[2]);
-  const bool contiguous = p.x.c == 1 && p.x.sp[2] == p.c;
+  // No word has channels of two pixels.
+  const bool contiguous = p.x.c == 1 && p.x.sp[2] == l.channels && l.channels % k.channels == 0;
   for (int64_t r = r0; r < r1;) {  // one (image, z) after another
     const int64_t part = r / p.out[1];
     const int64_t end = std::min(r1, (part + 1) * p.out[1]);
@@ -250,10 +259,13 @@ void fill_rows(const Layout& l, const Kernels& k, const Problem& p, ConstPtr x, 
         Ptr to = dst + (y - y0) * l.input_row;
         ConstPtr from = plane + y * p.x.sp[1] + (in.begin + offset) * p.x.sp[2];
         to.zero(in.begin * p.c);
-        if (contiguous) {
+        if (contiguous && p.plain()) {
           std::memcpy(to + in.begin * p.c, from, (in.end - in.begin) * p.c * k.size);
+        } else if (contiguous) {
+          k.read[p.dtype](to + in.begin * p.c, 0, from, 0, 1, 1, (in.end - in.begin) * l.channels);
         } else if (in.end > in.begin) {
-          k.copy(to + in.begin * p.c, p.c, from, p.x.sp[2], p.x.c, in.end - in.begin, p.c);
+          k.read[p.dtype](to + in.begin * p.c, p.c, from, p.x.sp[2], p.x.c, in.end - in.begin,
+                          l.channels);
         }
         (to + in.end * p.c).zero((columns - in.end) * p.c);
       }
@@ -279,9 +291,11 @@ void fill_columns(const Layout& l, const Kernels& k, ConstPtr x, int64_t r, int6
     const Range in = row == nullptr ? Range{j1, j1} : inside(j0, j1, p.stride[2], offset, p.in[2]);
     zero_columns(to, l.pixel_stride, in.begin - j0, count);
     if (in.end > in.begin) {
-      k.copy(to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
-             row + (in.begin * p.stride[2] + offset) * p.x.sp[2] + c0 * p.x.c,
-             p.stride[2] * p.x.sp[2], p.x.c, in.end - in.begin, count);
+      const int64_t channel = c0 * k.channels;
+      k.read[p.dtype](to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
+                      row + (in.begin * p.stride[2] + offset) * p.x.sp[2] + channel * p.x.c,
+                      p.stride[2] * p.x.sp[2], p.x.c, in.end - in.begin,
+                      std::min(count * k.channels, l.channels - channel));
     }
     zero_columns(to + (in.end - j0) * l.pixel_stride, l.pixel_stride, j1 - in.end, count);
     at += count;
@@ -442,9 +456,40 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
 
 }  // namespace
 
-void finish_rows(const Problem& p, const Kernels& k, const Operands& o, ConstPtr c, int64_t ld,
+void finish_words(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
+                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset) {
+  if (o.has_epilogue()) {
+    EpilogueArgs e{};
+    e.c = c;
+    e.c_row = ld;
+    e.rows = rows;
+    e.cols = cols;
+    if (o.bias != nullptr) e.bias = o.bias + g * p.k + k0;
+    e.bias_col = 1;
+    if (o.residual != nullptr) e.residual = o.residual + y_offset;
+    e.residual_row = p.y.sp[2];
+    e.residual_col = p.y.k;
+    e.activation = o.activation;
+    k.narrow_epilogue[p.dtype](&e);
+  }
+  const CopyFn write = k.write[p.out_dtype];
+  const Ptr y = o.y + y_offset;
+  if (p.y.k == 1) {
+    write(y, p.y.sp[2], c, ld, 1, rows, cols);
+  } else if (p.y.sp[2] == 1) {
+    write(y, p.y.k, c, 1, ld, cols, rows);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) write(y + r * p.y.sp[2], p.y.k, c + r * ld, 1, 0, cols, 1);
+  }
+}
+
+void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset) {
   // y_offset addresses (pixel, feature k0).
+  if (!p.plain()) {
+    finish_words(p, k, o, c, ld, rows, cols, g, k0, y_offset);
+    return;
+  }
   Ptr y = o.y + y_offset;
   const bool in_place = c.at == y.at;
   EpilogueArgs e{};
@@ -498,15 +543,17 @@ void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64
     (dst + (panel1 - 1 - panel0) * ld).zero((r1 - r0) * l.panel);
   }
   // Filters stored with the window innermost (OIHW): walk each filter's memory in order.
-  if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1 && r0 == 0 && r1 == l.reduction) {
+  if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1 && r0 == 0 && r1 == l.reduction &&
+      k.channels == 1) {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       Ptr to = dst + (panel - panel0) * ld;
       for (int64_t c = 0; c < p.c; ++c) {
         for (int64_t z = 0; z < p.win[0]; ++z) {
           for (int64_t y = 0; y < p.win[1]; ++y) {
-            k.copy(to + ((y * p.win[0] + z) * p.c + c) * l.panel, l.unit * l.panel,
-                   base + panel * l.panel * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1], 1,
-                   p.w.k, p.win[2], features(panel));
+            k.pack[p.dtype](
+                to + ((y * p.win[0] + z) * p.c + c) * l.panel, l.unit * l.panel,
+                base + panel * l.panel * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1], 1,
+                p.w.k, p.win[2], features(panel));
           }
         }
       }
@@ -519,11 +566,13 @@ void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64
     const int64_t tap = r / p.c;
     const int64_t c = r % p.c;
     const int64_t rows = std::min({p.c - c, r1 - r, p.w.k == 1 ? int64_t{16} : r1 - r});
-    ConstPtr from = base + c * p.w.c + tap % p.win[0] * p.w.sp[0] +
+    const int64_t channel = c * k.channels;
+    ConstPtr from = base + channel * p.w.c + tap % p.win[0] * p.w.sp[0] +
                     tap / p.win[0] % p.win[1] * p.w.sp[1] + tap / (p.win[0] * p.win[1]) * p.w.sp[2];
     for (int64_t panel = panel0; panel < panel1; ++panel) {
-      k.copy(dst + (panel - panel0) * ld + (r - r0) * l.panel, l.panel,
-             from + panel * l.panel * p.w.k, p.w.c, p.w.k, rows, features(panel));
+      k.pack[p.dtype](dst + (panel - panel0) * ld + (r - r0) * l.panel, l.panel,
+                      from + panel * l.panel * p.w.k, p.w.c, p.w.k,
+                      std::min(rows * k.channels, l.channels - channel), features(panel));
     }
     r += rows;
   }
@@ -662,7 +711,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       if (!l.buffered && !o.has_epilogue()) return;
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t at = output(g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
-        ConstPtr from = l.buffered ? buffer + (panel - first) * l.panel + c_rows[r - r0] : o.y + at;
+        const Ptr from =
+            l.buffered ? buffer + (panel - first) * l.panel + c_rows[r - r0] : o.y + at;
         finish_rows(p, k, o, from, l.buffered ? buffer_ld : p.y.sp[2], block.cols, features, g,
                     panel * l.panel, at);
       }
@@ -737,8 +787,8 @@ std::string gemm_rejects(const Problem& p, Lowering lowering) {
 }
 
 Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering) {
-  const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
+  const Problem p = words_of(problem, k);
   Params params{};
   const Tile tile = best_tile(k, p.out[2], p.k);
   params[kMr] = tile.mr;
@@ -794,14 +844,14 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
                           fewest <= 2 && params[kCols] == 0 && p.k > panel;
-  if (few_blocks && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
+  if (few_blocks && p.plain() && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
     params[kPack] = kInPlace;
     params[kKc] = std::clamp<int64_t>(panel_floats(k) / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats(k)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.w.k == 1 && p.k <= panel ? kInPlace : kShared;
+    params[kPack] = p.plain() && p.w.k == 1 && p.k <= panel ? kInPlace : kShared;
   }
   int64_t rows;
   if (few_blocks && params[kPack] != kShared) {
@@ -824,8 +874,8 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
 
 std::string gemm_check(const Problem& problem, const Target& t, const Params& params,
                        Lowering lowering) {
-  const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
+  const Problem p = words_of(problem, k);
   const int64_t nv = params[kNv];
   if (nv < 1 || nv > kMaxNv || k.max_mr[nv] == 0) return "nv: no such tile";
   if (params[kMr] < 1 || params[kMr] > k.max_mr[nv]) return "mr: no such tile";
@@ -833,6 +883,9 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kKc] > 0 && params[kKc] < std::min<int64_t>(8, p.reduction())) return "kc: too small";
   if (params[kRows] < 0 || params[kCols] < 0) return "rows, cols: negative";
   if (params[kPack] < kInPlace || params[kPack] > kLocal) return "pack: 0, 1 or 2";
+  if (params[kPack] == kInPlace && !p.plain()) {
+    return std::string("pack: filters of ") + kDtypeRows[p.dtype].name + " are not read in place";
+  }
   if (params[kPack] == kInPlace && p.w.k != 1) {
     return "pack: reading the filters in place needs contiguous features";
   }
@@ -853,8 +906,8 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
 }
 
 double gemm_cost(const Problem& problem, const Target& t, const Params& params, Lowering lowering) {
-  const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
+  const Problem p = words_of(problem, k);
   const double mr = static_cast<double>(params[kMr]);
   const double nv = static_cast<double>(params[kNv]);
   const double panels = static_cast<double>(ceil_div(p.k, params[kNv] * k.width));
@@ -890,6 +943,11 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     if (p.x.c != 1) cost *= 1.3;
   }
   return cost;
+}
+
+std::vector<Dtype> gemm_dtypes(Lowering lowering) {
+  if (lowering == Lowering::kDirect) return {kF32, kF64};
+  return {kF32, kF64, kBF16, kF16, kS8, kU8, kS16};
 }
 
 std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {

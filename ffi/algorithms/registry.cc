@@ -27,7 +27,7 @@ const Algorithm* find_algorithm(const std::string& name) {
 
 std::string rejects(const Algorithm& a, const Problem& p) {
   if (std::find(a.dtypes.begin(), a.dtypes.end(), p.dtype) == a.dtypes.end()) {
-    return std::string("no ") + kDtypeNames[p.dtype] + " kernels";
+    return std::string("no ") + kDtypeRows[p.dtype].name + " kernels";
   }
   return a.rejects(p);
 }
@@ -73,7 +73,7 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   if (!p.touches_padding()) return;
   const int64_t size = p.g * p.k * p.reduction();
-  if (e.target.kernels->all_finite(o.w - p.w_first, size) != 0) return;
+  if (e.target.kernels->finite[p.dtype](o.w - p.w_first, size) != 0) return;
   // Rare and slow: every (feature, window position) with a value that is not finite makes NaN of
   // the outputs for which that position is skipped.
   for (int64_t g = 0; g < p.g; ++g) {
@@ -84,7 +84,7 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
             o.w + g * p.w.g + k * p.w.k + v[0] * p.w.sp[0] + v[1] * p.w.sp[1] + v[2] * p.w.sp[2];
         bool finite = true;
         for (int64_t c = 0; c < p.c; ++c) {
-          finite = finite && e.target.kernels->all_finite(w + c * p.w.c, 1) != 0;
+          finite = finite && e.target.kernels->finite[p.dtype](w + c * p.w.c, 1) != 0;
         }
         if (finite) continue;
         for (int64_t u = 0; u < p.pixels(); ++u) {
@@ -98,7 +98,8 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
           const Ptr y = o.y + g * p.y.g + k * p.y.k + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] +
                         at[2] * p.y.sp[2];
           for (int64_t n = 0; n < p.n; ++n) {
-            std::memcpy(y + n * p.y.n, e.target.kernels->nan, o.y.size);
+            e.target.kernels->write[p.out_dtype](y + n * p.y.n, 0, e.target.kernels->nan, 0, 1, 1,
+                                                 1);
           }
         }
       }

@@ -96,7 +96,11 @@ struct EpilogueArgs {
   const void* residual;  // may be null
   int64_t residual_row;
   Activation activation;
+  int64_t residual_col = 1;  // another one is for narrow_epilogue only
 };
+
+using CopyFn = void (*)(void* dst, int64_t dst_ld, const void* src, int64_t src_ld,
+                        int64_t src_step, int64_t n, int64_t count);
 
 inline constexpr int kMaxNv = 4;
 inline constexpr int kMaxMr = 16;
@@ -106,8 +110,8 @@ inline constexpr int kMaxSweepStride = 2;
 
 struct Kernels {
   const char* isa;
-  Dtype dtype;   // of all elements
-  int64_t size;  // of one, in bytes
+  int64_t size;      // of a word, in bytes
+  int64_t channels;  // of the reduction that are one word
   int width;
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
@@ -118,8 +122,14 @@ struct Kernels {
   SweepFn sweep[kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];  // [KW][SX][R]; may be 0
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
-  void (*copy)(void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t src_step,
-               int64_t n, int64_t count);
+  CopyFn copy;
+  // The same between words and the elements of an array; null where that is not a type of theirs.
+  // Read: `count` neighbours become words, the last one filled up with zero. Pack: n do.
+  CopyFn read[kDtypes];
+  CopyFn pack[kDtypes];
+  CopyFn write[kDtypes];
+  // The epilogue on words, with bias and residual of this type, neither of which is the words'.
+  void (*narrow_epilogue[kDtypes])(const EpilogueArgs*);
   // dst[i * dst_ld + r * count + c] = rows[r][i * src_ld + c] for i < n, r < n_rows, c < count
   // <= 4 and dst_ld >= n_rows * count; a null row counts as zeros.
   void (*interleave)(void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows,
@@ -131,8 +141,9 @@ struct Kernels {
                  const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span);
   // Runs chains of fma that nothing holds up; returns the floating-point operations done.
   double (*peak)(int64_t iterations);
-  // 1 if every element of src[0, n) is finite.
+  // 1 if every word, or element of this type, of src[0, n) is finite.
   int64_t (*all_finite)(const void* src, int64_t n);
+  int64_t (*finite[kDtypes])(const void* src, int64_t n);
   // dst[i] += src[i], i < n.
   void (*accumulate)(void* dst, const void* src, int64_t n);
   const void* nan;       // one element
@@ -144,13 +155,16 @@ static inline bool has_activation(const Kernels& k, Activation a) {
 }
 
 namespace baseline {
-const Kernels* kernels(Dtype dtype);  // null where there are none
+const Kernels* kernels(Word word);  // null where there are none
 }
 namespace avx2 {
-const Kernels* kernels(Dtype dtype);  // null where there are none
+const Kernels* kernels(Word word);  // null where there are none
+}
+namespace avx512vnni {  // avx512 with vpdpwssd: integers only
+const Kernels* kernels(Word word);
 }
 namespace avx512 {
-const Kernels* kernels(Dtype dtype);  // null where there are none
+const Kernels* kernels(Word word);  // null where there are none
 }
 
 }  // namespace jaxwin

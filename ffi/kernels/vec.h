@@ -32,6 +32,11 @@ namespace {
     asm("" : "+" constraint(a->v)); \
   }
 
+// Two channels' int16: the word of the integer kernels, and their int32 sums.
+struct Pair {
+  int32_t bits;
+};
+
 template <typename T>
 struct Vec;
 template <typename T>
@@ -54,11 +59,19 @@ template <>
 struct Vec<double> {
   __m512d v;
 };
+template <>
+struct Vec<Pair> {
+  __m512i v;
+};
 using V = Vec<float>;
 using D = Vec<double>;
 JAXWIN_KEEP("v")
 template <>
 struct Mask<float> {
+  __mmask16 m;
+};
+template <>
+struct Mask<Pair> {
   __mmask16 m;
 };
 template <>
@@ -80,6 +93,28 @@ inline V zero<float>() {
 template <>
 inline D zero<double>() {
   return {_mm512_setzero_pd()};
+}
+template <>
+inline Mask<Pair> make_mask<Pair>(int64_t n) {
+  return {make_mask<float>(n).m};
+}
+template <>
+inline Vec<Pair> zero<Pair>() {
+  return {_mm512_setzero_si512()};
+}
+inline Vec<Pair> set1(Pair x) { return {_mm512_set1_epi32(x.bits)}; }
+inline Vec<Pair> load(const Pair* p) { return {_mm512_loadu_si512(p)}; }
+inline Vec<Pair> load(const Pair* p, Mask<Pair> m) { return {_mm512_maskz_loadu_epi32(m.m, p)}; }
+inline void store(Pair* p, Vec<Pair> a) { _mm512_storeu_si512(p, a.v); }
+inline void store(Pair* p, Vec<Pair> a, Mask<Pair> m) { _mm512_mask_storeu_epi32(p, m.m, a.v); }
+inline Vec<Pair> add(Vec<Pair> a, Vec<Pair> b) { return {_mm512_add_epi32(a.v, b.v)}; }
+// Modulo 2^32, like a sum of integers in any order.
+inline Vec<Pair> fma(Vec<Pair> a, Vec<Pair> b, Vec<Pair> c) {
+#if defined(__AVX512VNNI__)
+  return {_mm512_dpwssd_epi32(c.v, a.v, b.v)};
+#else
+  return {_mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
 }
 inline V set1(float x) { return {_mm512_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -135,6 +170,10 @@ template <>
 struct Vec<double> {
   __m256d v;
 };
+template <>
+struct Vec<Pair> {
+  __m256i v;
+};
 using V = Vec<float>;
 using D = Vec<double>;
 JAXWIN_KEEP("x")
@@ -161,6 +200,29 @@ inline V zero<float>() {
 template <>
 inline D zero<double>() {
   return {_mm256_setzero_pd()};
+}
+template <>
+inline Mask<Pair> make_mask<Pair>(int64_t n) {
+  return {make_mask<float>(n).m};
+}
+template <>
+inline Vec<Pair> zero<Pair>() {
+  return {_mm256_setzero_si256()};
+}
+inline Vec<Pair> set1(Pair x) { return {_mm256_set1_epi32(x.bits)}; }
+inline Vec<Pair> load(const Pair* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline Vec<Pair> load(const Pair* p, Mask<Pair> m) {
+  return {_mm256_maskload_epi32(&p->bits, m.m)};
+}
+inline void store(Pair* p, Vec<Pair> a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline void store(Pair* p, Vec<Pair> a, Mask<Pair> m) {
+  _mm256_maskstore_epi32(&p->bits, m.m, a.v);
+}
+inline Vec<Pair> add(Vec<Pair> a, Vec<Pair> b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Vec<Pair> fma(Vec<Pair> a, Vec<Pair> b, Vec<Pair> c) {
+  return {_mm256_add_epi32(c.v, _mm256_madd_epi16(a.v, b.v))};
 }
 inline V set1(float x) { return {_mm256_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -218,6 +280,10 @@ template <>
 struct Vec<double> {
   __m128d v;
 };
+template <>
+struct Vec<Pair> {
+  __m128i v;
+};
 using V = Vec<float>;
 using D = Vec<double>;
 JAXWIN_KEEP("x")
@@ -256,6 +322,29 @@ inline V zero<float>() {
 template <>
 inline D zero<double>() {
   return {_mm_setzero_pd()};
+}
+template <>
+inline Vec<Pair> zero<Pair>() {
+  return {_mm_setzero_si128()};
+}
+inline Vec<Pair> set1(Pair x) { return {_mm_set1_epi32(x.bits)}; }
+inline Vec<Pair> load(const Pair* p) {
+  return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))};
+}
+inline Vec<Pair> load(const Pair* p, Mask<Pair> m) {
+  Pair lanes[4] = {};
+  for (int i = 0; i < 4 && i < m.n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store(Pair* p, Vec<Pair> a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), a.v); }
+inline void store(Pair* p, Vec<Pair> a, Mask<Pair> m) {
+  Pair lanes[4];
+  store(lanes, a);
+  for (int i = 0; i < 4 && i < m.n; ++i) p[i] = lanes[i];
+}
+inline Vec<Pair> add(Vec<Pair> a, Vec<Pair> b) { return {_mm_add_epi32(a.v, b.v)}; }
+inline Vec<Pair> fma(Vec<Pair> a, Vec<Pair> b, Vec<Pair> c) {
+  return {_mm_add_epi32(c.v, _mm_madd_epi16(a.v, b.v))};
 }
 inline V set1(float x) { return {_mm_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm_loadu_ps(p)}; }
