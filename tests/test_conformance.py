@@ -32,7 +32,8 @@ def _drawn(algorithm: str, seed: int, dtype: str = "float32"):
     while True:
         out_dtype = str(rng.choice(DTYPES[dtype]["results"]))
         problem = problems.draw(rng, kind, dtype, out_dtype)
-        if "rejected" not in _ffi.candidates(problem.native())[algorithm]:
+        taken = "rejected" not in _ffi.candidates(problem.native())[algorithm]
+        if taken and not problem.widened:
             return problem, *problems.operands(problem, rng), rng
 
 

@@ -126,7 +126,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.pixel_stride = l.full != 0 ? l.reduction : l.kc;
     l.strip_row = l.cols * l.pixel_stride;
   }
-  l.buffered = p.y.k != 1 || !p.plain();
+  l.buffered = p.y.k != 1 || !is_sum(p.out_dtype);
   // The blocked patch matrix is made once per kc steps, for all features.
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const int64_t blocks = p.g * l.row_blocks * l.col_blocks;
@@ -456,30 +456,26 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
 
 }  // namespace
 
-void finish_words(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
-                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset) {
+void finish_words(const Problem& p, const Kernels& k, const Operands& o, EpilogueArgs words,
+                  int64_t y_offset, int64_t y_row, int64_t y_col) {
   if (o.has_epilogue()) {
-    EpilogueArgs e{};
-    e.c = c;
-    e.c_row = ld;
-    e.rows = rows;
-    e.cols = cols;
-    if (o.bias != nullptr) e.bias = o.bias + g * p.k + k0;
-    e.bias_col = 1;
-    if (o.residual != nullptr) e.residual = o.residual + y_offset;
-    e.residual_row = p.y.sp[2];
-    e.residual_col = p.y.k;
-    e.activation = o.activation;
-    k.narrow_epilogue[p.dtype](&e);
+    if (o.residual != nullptr) words.residual = o.residual + y_offset;
+    words.residual_row = y_row;
+    words.residual_col = y_col;
+    k.narrow_epilogue[p.dtype](&words);
   }
   const CopyFn write = k.write[p.out_dtype];
+  const Ptr c{static_cast<char*>(words.c), k.size};
   const Ptr y = o.y + y_offset;
-  if (p.y.k == 1) {
-    write(y, p.y.sp[2], c, ld, 1, rows, cols);
-  } else if (p.y.sp[2] == 1) {
-    write(y, p.y.k, c, 1, ld, cols, rows);
+  if (c.at == y.at) return;
+  if (y_col == 1) {
+    write(y, y_row, c, words.c_row, 1, words.rows, words.cols);
+  } else if (y_row == 1) {
+    write(y, y_col, c, 1, words.c_row, words.cols, words.rows);
   } else {
-    for (int64_t r = 0; r < rows; ++r) write(y + r * p.y.sp[2], p.y.k, c + r * ld, 1, 0, cols, 1);
+    for (int64_t r = 0; r < words.rows; ++r) {
+      write(y + r * y_row, y_col, c + r * words.c_row, 1, 0, words.cols, 1);
+    }
   }
 }
 
@@ -487,7 +483,9 @@ void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, i
                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset) {
   // y_offset addresses (pixel, feature k0).
   if (!p.plain()) {
-    finish_words(p, k, o, c, ld, rows, cols, g, k0, y_offset);
+    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
+    const EpilogueArgs words{c, ld, rows, cols, bias, 0, 1, nullptr, 0, o.activation};
+    finish_words(p, k, o, words, y_offset, p.y.sp[2], p.y.k);
     return;
   }
   Ptr y = o.y + y_offset;
@@ -807,10 +805,14 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
     const int64_t unit = p.win[0] * p.win[1] * p.c;
     row_floats = strip_columns(p, disjoint, p.out[2]) * unit;
-    if (row_floats > strip_limit(k)) {
-      const int64_t per_pixel = (disjoint ? p.win[2] : p.stride[2]) * unit;
+    // What is not plain is copied even where the window is a single pixel, and its results are too:
+    // both copies stay in a quarter of the second-level cache.
+    const int64_t limit = p.plain() ? strip_limit(k) : std::min(strip_limit(k), panel_floats(k));
+    if (row_floats > limit) {
+      const int64_t per_pixel =
+          (disjoint ? p.win[2] : p.stride[2]) * unit + (p.plain() ? 0 : panel);
       const int64_t fixed = strip_columns(p, disjoint, 1) * unit;
-      const int64_t pixels = 1 + std::max<int64_t>(0, (strip_limit(k) - fixed) / per_pixel);
+      const int64_t pixels = 1 + std::max<int64_t>(0, (limit - fixed) / per_pixel);
       params[kCols] = std::max<int64_t>(1, pixels / tile.mr * tile.mr);
       if (pixels < tile.mr) params[kCols] = pixels;
       row_floats = strip_columns(p, disjoint, params[kCols]) * unit;

@@ -60,6 +60,11 @@ struct Tile {
 double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
 Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
 
+// Applies the epilogue to `words` (all set but the residual) and writes them to y as its
+// elements, where those are not words: element [r][j] to y_offset + r * y_row + j * y_col.
+void finish_words(const Problem& p, const Kernels& k, const Operands& o, EpilogueArgs words,
+                  int64_t y_offset, int64_t y_row, int64_t y_col);
+
 // Writes `rows x cols` finished results (leading dimension ld) to y and applies the epilogue.
 // What is not plain is changed in c on its way. Row r is output pixel x = j0 + r of the output row
 // at `y_offset` (from o.y), columns are features k0... of group g.

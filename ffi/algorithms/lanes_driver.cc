@@ -57,17 +57,17 @@ Lanes make_lanes(const Problem& p, int64_t width, int64_t block, int64_t multipl
 }
 
 // n columns of one input row: dst[i][m][l], ld floats per column. `temporary`: n * channels floats.
-void fill_lanes(const Kernels& k, const Lanes& s, ConstPtr row, int64_t src_ld, int64_t n, Ptr dst,
-                int64_t ld, Ptr temporary) {
+void fill_lanes(const Problem& p, const Kernels& k, const Lanes& s, ConstPtr row, int64_t src_ld,
+                int64_t n, Ptr dst, int64_t ld, Ptr temporary) {
   ConstPtr src = row + s.base;
   if (s.identity) {
-    k.copy(dst, ld, src, src_ld, s.step, n, s.lanes);
+    k.read[p.dtype](dst, ld, src, src_ld, s.step, n, s.lanes);
   } else if (!s.uniform) {
     k.expand(dst, ld, src, src_ld, n, s.table.data(), s.multiples, s.lanes, 0);
-  } else if (s.step == 1) {
+  } else if (s.step == 1 && p.plain()) {
     k.expand(dst, ld, src, src_ld, n, s.table.data(), s.multiples, s.lanes, s.channels);
   } else {
-    k.copy(temporary, s.channels, src, src_ld, s.step, n, s.channels);
+    k.read[p.dtype](temporary, s.channels, src, src_ld, s.step, n, s.channels);
     k.expand(dst, ld, temporary, s.channels, n, s.table.data(), s.multiples, s.lanes, s.channels);
   }
 }
@@ -90,7 +90,10 @@ struct Forward {
 };
 
 // The lanes of a block lie side by side in the input.
-bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1; }
+bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1 && p.plain(); }
+
+// The micro-kernel stores to y.
+bool writes_in_place(const Problem& p) { return p.y.k == 1 && is_sum(p.out_dtype); }
 
 Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   Forward f{};
@@ -110,8 +113,9 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
   }
-  f.buffer_floats =
-      p.y.k == 1 ? 0 : round_up((f.strip ? std::max(f.rows, f.cols) : f.pixels) * f.width, 16);
+  f.buffer_floats = writes_in_place(p)
+                        ? 0
+                        : round_up((f.strip ? std::max(f.rows, f.cols) : f.pixels) * f.width, 16);
   return f;
 }
 
@@ -133,11 +137,11 @@ void pack_filters(const Problem& p, const Forward& f, const Kernels& k, ConstPtr
       const int64_t v = tap / p.win[0] / p.win[1];
       ConstPtr from = w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
       const int64_t ld = reduction * f.width;
-      k.copy(packed + b0 * ld + r * f.width, ld, from + b0 * f.width * p.w.k, f.width * p.w.k,
-             p.w.k, whole, f.width);
+      k.pack[p.dtype](packed + b0 * ld + r * f.width, ld, from + b0 * f.width * p.w.k,
+                      f.width * p.w.k, p.w.k, whole, f.width);
       if (lanes >= f.width) continue;
       Ptr dst = packed + (b1 - 1) * ld + r * f.width;
-      k.copy(dst, 0, from + (b1 - 1) * f.width * p.w.k, 0, p.w.k, 1, lanes);
+      k.pack[p.dtype](dst, 0, from + (b1 - 1) * f.width * p.w.k, 0, p.w.k, 1, lanes);
       (dst + lanes).zero(f.width - lanes);
     }
   });
@@ -376,13 +380,14 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       const int64_t at =
           n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] + block * f.width * p.y.k;
       const Problem& line = along_y ? flat_along_y : flat;
-      Ptr c = p.y.k == 1 ? o.y + at : buffer;
+      const bool in_place = writes_in_place(p);
+      Ptr c = in_place ? o.y + at : buffer;
       GemmArgs args{};
       args.b = weights;
       args.runs = runs.data();
       args.n_runs = reduction;
       args.a_row = a_row;
-      args.c_row = p.y.k == 1 ? line.y.sp[2] : f.width;
+      args.c_row = in_place ? line.y.sp[2] : f.width;
       args.cols = lanes;
       args.blocks = 1;
       const int64_t tiles = ceil_div(pixels, f.pixels);
@@ -393,7 +398,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
         args.c = c + i0 * args.c_row;
         k.lanes[i1 - i0](&args);
       }
-      if (p.y.k != 1 || o.has_epilogue()) {
+      if (!in_place || o.has_epilogue()) {
         finish_rows(line, k, o, c, args.c_row, pixels, lanes, 0, block * f.width, at);
       }
     };
@@ -416,7 +421,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
         to.zero(left * f.column);
         if (right > left) {
           ConstPtr row = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (ix0 + left) * p.x.sp[2];
-          fill_lanes(k, s, row, p.x.sp[2], right - left, to + left * f.column, f.column,
+          fill_lanes(p, k, s, row, p.x.sp[2], right - left, to + left * f.column, f.column,
                      strip + f.strip_floats);
         }
         (to + right * f.column).zero((columns - right) * f.column);
@@ -533,7 +538,7 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
             if (right > left) {
               ConstPtr from =
                   o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + (left - p.pad[2]) * p.x.sp[2];
-              fill_lanes(k, s, from, p.x.sp[2], right - left, at + left * f.column, f.column,
+              fill_lanes(p, k, s, from, p.x.sp[2], right - left, at + left * f.column, f.column,
                          temporary);
             }
             (at + right * f.column).zero((f.columns - right) * f.column);
@@ -572,6 +577,8 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
 
 std::string lanes_rejects(const Problem& p) {
   if (p.dilated_input()) return "lhs_dilation > 1";
+  if (!p.plain() && p.chunk_rows > 0) return "weight gradients need float32 or float64";
+  if (!p.plain() && p.c > 1 && p.x.g != p.c * p.x.c) return "the channels of a group lie apart";
   const int64_t multiples = p.chunk_rows > 0 ? p.n : p.c;
   if (p.g == 1 && multiples > 1) return "one group";
   if (multiples > 64) return "more than 64 channels per group";
@@ -690,7 +697,7 @@ Algorithm lanes_algorithm(const char* name, const char* summary, bool depthwise)
   return {name,
           summary,
           "lanes_driver.h",
-          {kF32, kF64},
+          {kF32, kF64, kBF16, kF16},
           lanes_param_specs(),
           depthwise ? [](const Problem& p) { return rejects_unless(true, p); }
                     : [](const Problem& p) { return rejects_unless(false, p); },

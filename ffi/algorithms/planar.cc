@@ -94,8 +94,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.row_blocks = ceil_div(p.out[1], l.rows);
   l.col_blocks = ceil_div(l.lanes(), l.cols);
   const Columns all = columns(l, l.lane_begin, l.lane_end);
-  l.in_place =
-      p.x.sp[2] == 1 && l.advance == 1 && all.first >= 0 && all.first + all.count <= p.in[2];
+  l.in_place = p.plain() && p.x.sp[2] == 1 && l.advance == 1 && all.first >= 0 &&
+               all.first + all.count <= p.in[2];
   if (!l.in_place) {
     const Columns block = columns(l, 0, l.cols);
     l.in_rows = strip_rows(p);
@@ -124,7 +124,7 @@ void gather_filters(const Layout& l, const Kernels& k, ConstPtr w, Ptr dst) {
             for (int64_t z = 0; z < p.win[0]; ++z, to += p.c) {
               ConstPtr from = w + g * p.w.g + f * p.w.k + z * p.w.sp[0] + y * p.w.sp[1] +
                               (s.first + i * s.step) * p.w.sp[2];
-              k.copy(to, 0, from, 0, p.w.c, 1, p.c);
+              k.pack[p.dtype](to, 0, from, 0, p.w.c, 1, p.c);
             }
           }
         }
@@ -158,8 +158,8 @@ void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression
             std::clamp<int64_t>(ceil_div(p.in[2] - q, l.advance), begin, std::max(begin, count));
         Ptr lane = to + s * l.lane;
         if (end > begin) {
-          k.copy(lane + begin, l.row, row + (q + begin * l.advance) * p.x.sp[2], p.x.c,
-                 p.x.sp[2] * l.advance, p.c, end - begin);
+          k.read[p.dtype](lane + begin, l.row, row + (q + begin * l.advance) * p.x.sp[2], p.x.c,
+                          p.x.sp[2] * l.advance, p.c, end - begin);
         }
         for (int64_t c = 0; c < p.c && (begin > 0 || end < l.lane); ++c) {
           Ptr at = lane + c * l.row;
@@ -205,8 +205,14 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
 
 // Pixels [0, n) of features k0 .. k0 + features: c[feature][pixel] goes to y (in place if it is
 // there), then the epilogue. p.y.sp[2] is the distance of two pixels.
-void finish(const Problem& p, const Kernels& k, const Operands& o, ConstPtr c, int64_t ld,
+void finish(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
             int64_t features, int64_t n, int64_t g, int64_t k0, int64_t y_offset) {
+  if (!p.plain()) {
+    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
+    const EpilogueArgs words{c, ld, features, n, bias, 1, 0, nullptr, 0, o.activation};
+    finish_words(p, k, o, words, y_offset, p.y.k, p.y.sp[2]);
+    return;
+  }
   Ptr y = o.y + y_offset;
   ConstPtr bias = o.bias == nullptr ? ConstPtr{} : o.bias + g * p.k + k0;
   ConstPtr residual = o.residual == nullptr ? ConstPtr{} : o.residual + y_offset;
@@ -249,7 +255,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const Kernels& k = *e.target.kernels;
   Problem apart = p;  // the outputs of one class
   apart.y.sp[2] *= l.period;
-  const bool direct_store = apart.y.sp[2] == 1;
+  const bool direct_store = apart.y.sp[2] == 1 && is_sum(p.out_dtype);
   Ptr w = e.workspace;
   Ptr scratch = w + l.w_floats;
   const int64_t own = l.strip_floats + l.tile_floats;
@@ -461,7 +467,7 @@ const Algorithm& algorithm_planar() {
       "planar",
       "output pixels as lanes over channel-planar strips of the input, filter broadcast",
       "this project; residues after arXiv 2209.03704",
-      {kF32, kF64},
+      {kF32, kF64, kBF16, kF16},
       {{"mr", "output features of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
        {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
        {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
