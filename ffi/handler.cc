@@ -79,11 +79,14 @@ struct CallSite {
   bool has_bias = false;
   bool has_residual = false;
   Activation activation = Activation::kNone;
+  std::vector<int64_t> rhs_shape;  // of packed filters, before they were packed
 
   struct Prepared {
     ConvParams params;
+    std::vector<int64_t> rhs_shape;  // of the buffer
     Problem problem;
     Plan plan;
+    std::shared_ptr<const void> by_algorithm;
   };
   std::mutex mutex;
   std::shared_ptr<const Prepared> prepared;
@@ -117,6 +120,8 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> instantiate(ffi::Dictionary attributes) 
   JAXWIN_ATTRIBUTE("has_bias", has_bias);
   JAXWIN_ATTRIBUTE("has_residual", has_residual);
   JAXWIN_ATTRIBUTE("activation", activation);
+  JAXWIN_ATTRIBUTE("rhs_panel", site->params.rhs_panel);
+  if (site->params.rhs_panel != 0) JAXWIN_ATTRIBUTE("rhs_shape", site->rhs_shape);
 #undef JAXWIN_ATTRIBUTE
   if (padding.size() % 2 != 0) {
     return ffi::Unexpected(invalid("padding: pairs of low and high are needed"));
@@ -148,7 +153,7 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype, D
   if (site->prepared != nullptr && site->prepared->params.dtype == dtype &&
       site->prepared->params.out_dtype == out_dtype &&
       same_shape(lhs, site->prepared->params.lhs_shape) &&
-      same_shape(rhs, site->prepared->params.rhs_shape) &&
+      same_shape(rhs, site->prepared->rhs_shape) &&
       same_shape(out, site->prepared->params.out_shape)) {
     return site->prepared;
   }
@@ -157,9 +162,14 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype, D
   fresh->params.dtype = dtype;
   fresh->params.out_dtype = out_dtype;
   fresh->params.lhs_shape = shape(lhs);
-  fresh->params.rhs_shape = shape(rhs);
+  fresh->rhs_shape = shape(rhs);
+  fresh->params.rhs_shape = site->params.rhs_panel == 0 ? fresh->rhs_shape : site->rhs_shape;
   fresh->params.out_shape = shape(out);
   *wrong = make_problem(fresh->params, &fresh->problem);
+  if (wrong->empty() && site->params.rhs_panel > 0 &&
+      fresh->rhs_shape != packed_shape(fresh->params)) {
+    *wrong = "rhs: packed filters of another shape";
+  }
   if (!wrong->empty()) return nullptr;
   *wrong = make_plan(fresh->problem, site->request, &fresh->plan);
   if (!wrong->empty() && fresh->plan.target.kernels == nullptr) {
@@ -177,6 +187,10 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype, D
     *wrong = std::string("activation: the kernels for ") + kDtypeRows[dtype].name + " lack it";
   }
   if (!wrong->empty()) return nullptr;
+  const Algorithm& a = *fresh->plan.algorithm;
+  if (a.prepare != nullptr) {
+    fresh->by_algorithm = a.prepare(fresh->problem, fresh->plan.target, fresh->plan.params);
+  }
   site->prepared = fresh;
   return fresh;
 }
@@ -210,7 +224,12 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   }
 
   std::string wrong;
-  const auto prepared = prepare(site, dtype, out_dtype, *lhs, *rhs, **out, &wrong);
+  std::shared_ptr<const CallSite::Prepared> prepared;
+  try {
+    prepared = prepare(site, dtype, out_dtype, *lhs, *rhs, **out, &wrong);
+  } catch (const std::bad_alloc&) {
+    return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
+  }
   if (prepared == nullptr) return invalid(wrong);
   const Problem& problem = prepared->problem;
   const Plan& plan = prepared->plan;
@@ -263,7 +282,8 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
       [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },
       threads);
   try {
-    plan.algorithm->run(problem, plan.params, o, {plan.target, &pool, {workspace, size}});
+    plan.algorithm->run(problem, plan.params, o,
+                        {plan.target, &pool, {workspace, size}, prepared->by_algorithm.get()});
   } catch (const std::bad_alloc&) {
     return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
   }

@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -60,6 +61,7 @@ ConvParams conv_params(const nb::dict& d) {
   p.batch_group_count = field<int64_t>(d, "batch_group_count");
   p.dtype = dtype(field<std::string>(d, "dtype"));
   p.out_dtype = dtype(field<std::string>(d, "out_dtype"));
+  p.rhs_panel = field<int64_t>(d, "rhs_panel");
   return p;
 }
 
@@ -115,8 +117,9 @@ nb::dict candidates(const nb::dict& problem, const std::string& isa, int64_t thr
   return result;
 }
 
-// The problem's size and the order of its reduction, as the core understands it.
-nb::dict describe(const nb::dict& problem) {
+// The problem's size, the order of its reduction, and how many of so many threads are worth waking,
+// as the core understands it.
+nb::dict describe(const nb::dict& problem, int64_t threads) {
   nb::dict d;
   Problem p;
   const std::string wrong = make_problem(conv_params(problem), &p);
@@ -127,6 +130,7 @@ nb::dict describe(const nb::dict& problem) {
   d["flops"] = p.flops();
   d["chunk_rows"] = p.chunk_rows;
   d["dilated_input"] = p.dilated_input();
+  d["useful_threads"] = useful_threads(p, std::max<int64_t>(1, threads));
   return d;
 }
 
@@ -153,7 +157,8 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
     for (const int64_t d : shape) n *= static_cast<size_t>(d);
     return n;
   };
-  if (x.size() != size(conv.lhs_shape) || w.size() != size(conv.rhs_shape) ||
+  const auto& w_shape = conv.rhs_panel > 0 ? packed_shape(conv) : conv.rhs_shape;
+  if (x.size() != size(conv.lhs_shape) || w.size() != size(w_shape) ||
       y.size() != size(conv.out_shape)) {
     return "an array has a wrong size";
   }
@@ -231,6 +236,7 @@ nb::dict registry() {
     for (const Dtype d : a->dtypes) dtypes.append(kDtypeRows[d].name);
     row["dtypes"] = dtypes;
     row["params"] = params;
+    row["takes_packed"] = a->takes_packed;
     algorithm_rows.append(row);
   }
   nb::list isa_rows;
@@ -245,6 +251,15 @@ nb::dict registry() {
     row["width"] = k->width;  // float32 lanes
     row["tiles"] = tiles;
     row["max_pixels"] = k->max_pixels;
+    nb::list sweeps;
+    for (int window = 1; window <= kMaxSweepWindow; ++window) {
+      for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
+        int rows = kMaxSweep;
+        while (rows > 0 && k->sweep[window][stride][rows] == nullptr) --rows;
+        if (rows > 0) sweeps.append(nb::make_tuple(window, stride, rows));
+      }
+    }
+    row["sweeps"] = sweeps;
     row["runnable"] = set.runnable;
     isa_rows.append(row);
   }
@@ -266,6 +281,7 @@ nb::dict registry() {
     nb::dict row;
     row["word"] = kWordSizes[kDtypeRows[d].word];  // bytes
     row["results"] = results;
+    row["takes_packed"] = is_plain(static_cast<Dtype>(d), static_cast<Dtype>(d));
     row["activations"] = fused;
     dtype_rows[kDtypeRows[d].name] = row;
   }
@@ -311,7 +327,7 @@ NB_MODULE(_ffi, m) {
         nb::arg("threads"), nb::arg("params"), nb::arg("x"), nb::arg("w"), nb::arg("y"),
         nb::arg("workspace"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
         nb::arg("activation") = 0);
-  m.def("describe", &jaxwin::describe, nb::arg("problem"));
+  m.def("describe", &jaxwin::describe, nb::arg("problem"), nb::arg("threads") = 1);
   m.def(
       "measure_peak",
       [](const std::string& isa, int64_t iterations) {

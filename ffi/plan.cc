@@ -26,7 +26,7 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
   } else {
     plan->algorithm = find_algorithm(request.algorithm);
     if (plan->algorithm == nullptr) return "algorithm: unknown '" + request.algorithm + "'";
-    const std::string why = rejects(*plan->algorithm, p);
+    const std::string why = plan->algorithm->refuses(p);
     if (!why.empty()) return request.algorithm + ": " + why;
   }
   const Algorithm& a = *plan->algorithm;

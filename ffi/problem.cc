@@ -51,6 +51,14 @@ int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1)
 
 }  // namespace
 
+std::vector<int64_t> packed_shape(const ConvParams& a) {
+  const int64_t groups = std::max(a.feature_group_count, a.batch_group_count);
+  int64_t reduction = 1;
+  for (size_t d = 1; d < a.rhs_spec.size(); ++d) reduction *= a.rhs_shape[a.rhs_spec[d]];
+  return {groups, ceil_div(a.rhs_shape[a.rhs_spec[0]] / groups, a.rhs_panel), reduction,
+          a.rhs_panel};
+}
+
 double Problem::flops() const {
   double real_taps = static_cast<double>(window());
   for (int d = 0; d < 3; ++d) real_taps /= static_cast<double>(lhs_dilation[d]);
@@ -168,6 +176,10 @@ std::string make_problem(const ConvParams& a, Problem* p) {
   for (int d = 0; d < 3; ++d) {
     if (p->in[d] == 0) return "shapes: a size is zero";
   }
+  constexpr int64_t kMaxPanel = 1 << 16;
+  if (a.rhs_panel < 0 || a.rhs_panel > kMaxPanel) return "rhs_panel: must be 0 or a size";
+  if (a.rhs_panel > 0 && p->w_first != 0) return "rhs_panel: packed filters cannot be reversed";
+  p->panel = a.rhs_panel;
   p->chunk_rows = chunk_rows(*p);
   return {};
 }

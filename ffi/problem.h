@@ -27,7 +27,12 @@ struct ConvParams {
   int64_t batch_group_count = 1;
   Dtype dtype = kF32;      // of both operands, bias and residual
   Dtype out_dtype = kF32;  // of the result
+  int64_t rhs_panel = 0;   // 0: rhs lies as its shape and specification say; else see packed_shape
 };
+
+// The shape in which packed filters lie: groups, panels of `rhs_panel` features (the last one
+// filled up with zeros), window positions and channels in the order of the reduction, features.
+std::vector<int64_t> packed_shape(const ConvParams& params);
 
 struct Problem {
   Dtype dtype = kF32;  // of both operands, bias and residual
@@ -50,6 +55,7 @@ struct Problem {
     int64_t g, k, c;
     Dim3 sp;
   } w{};
+  int64_t panel = 0;  // of packed filters, whose strides w does not say; see packed_shape
   struct {
     int64_t n, g, k;
     Dim3 sp;

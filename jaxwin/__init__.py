@@ -7,9 +7,11 @@ kernel runs and why, `tune` finds the fastest plans for this machine.
 """
 
 from jaxwin._accelerate import accelerate
-from jaxwin._conv import conv
+from jaxwin._batch_norm import fold_batch_norm
+from jaxwin._conv import conv, pack
 from jaxwin._explain import Explanation, ExplanationRow, explain
 from jaxwin._install import install, installed, is_installed, uninstall
+from jaxwin._pack import PackedWeights, unpack
 from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
 from jaxwin._problem import Problem
 from jaxwin._tune import tune
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "ExplanationRow",
+    "PackedWeights",
     "Problem",
     "accelerate",
     "conv",
@@ -26,9 +29,12 @@ __all__ = [
     "conv_transpose",
     "explain",
     "export_safety_checks",
+    "fold_batch_norm",
     "install",
     "installed",
     "is_installed",
+    "pack",
     "tune",
     "uninstall",
+    "unpack",
 ]

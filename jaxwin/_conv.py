@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin import _registry
+from jaxwin import _explain, _pack, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
+from jaxwin._pack import PackedWeights
 
 Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[int, int]]
 
@@ -32,7 +33,7 @@ def algorithms() -> tuple[str, ...]:
 
 def conv(
     x: ArrayLike,
-    w: ArrayLike,
+    w: ArrayLike | PackedWeights,
     *,
     stride: int | Sequence[int] = 1,
     padding: Padding = "SAME",
@@ -52,7 +53,8 @@ def conv(
 
     Args:
       x: input of shape (N, spatial..., C); (N, C, spatial...) with a channels-first layout.
-      w: weights of shape (window..., C / groups, K), whatever the layout of ``x``.
+      w: weights of shape (window..., C / groups, K), whatever the layout of ``x``; or what
+        `jaxwin.pack` has made of them.
       stride: step of the window: an int, or one per spatial dimension.
       padding: ``"SAME"``, ``"VALID"``, ``"SAME_LOWER"``, an int for every side, or a sequence with
         one int or one ``(low, high)`` pair per spatial dimension.
@@ -75,7 +77,12 @@ def conv(
     Raises:
       TypeError, ValueError: naming the argument at fault and its value.
     """
-    x, w = _array("x", x), _array("w", w)
+    x = _array("x", x)
+    packing = w.packing if isinstance(w, PackedWeights) else None
+    if isinstance(w, PackedWeights):
+        _pack.check(w)
+    else:
+        w = _array("w", w)
     rank = x.ndim - 2
     if not 1 <= rank <= 3:
         raise ValueError(
@@ -117,6 +124,12 @@ def conv(
             f"conv: w must have C / groups = {channels // groups} input channels, got {w.shape[-2]}"
             f" (w.shape={w.shape} read as (window..., C / groups, K), x.shape={x.shape}, "
             f"layout={layout!r}, groups={groups})"
+        )
+
+    if packing is not None and packing.groups != groups:
+        raise ValueError(
+            f"conv: w was packed with groups={packing.groups}, got groups={groups}; give "
+            "jaxwin.pack the groups of the convolution"
         )
 
     spatial = x.shape[1:-1] if channels_last else x.shape[2:]
@@ -176,14 +189,67 @@ def conv(
             )
     return fused_conv(
         x,
-        w,
+        w.array if isinstance(w, PackedWeights) else w,
         bias,
         residual,
         activation=activation,
         algorithm=algorithm,
         max_workspace=max_workspace,
+        packed=packing,
         **params,
     )
+
+
+def pack(
+    w: ArrayLike,
+    x: Any = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    layout: str = "NHWC",
+) -> PackedWeights:
+    """Pack weights once, for inference, in the order in which the kernels read them.
+
+    `conv` takes the result in place of `w` and gives the same bits. It then need not pack the
+    weights at every call, which costs most where there are many weights and few pixels. The
+    result is a pytree: pass it to jitted functions as an argument, like any weights.
+
+    Args:
+      w: weights of shape (window..., C / groups, K).
+      x: the input, or a `jax.ShapeDtypeStruct`, that the weights will mostly meet: they are packed
+        for the plan of that convolution. None: for an output of 14 by 14 pixels (or 14, or 14 by
+        14 by 14). Any other input works too.
+      stride, padding, dilation, groups, layout: as for `conv`. Only `groups` must be the same
+        there; the others, like `x`, say what to pack for.
+
+    Returns:
+      The packed weights. Where the kernels for such a convolution read no panels (depthwise ones,
+      for example), they hold `w` as it is.
+
+    Raises:
+      TypeError, ValueError: as `conv`.
+
+    Where a plan for the packed form does not exist (on another platform, with another instruction
+    set, divided over several devices, for some shapes), the weights are unpacked in the program,
+    which is right but slow; `explain` shows a convolution without "packed" then. Derivatives with
+    respect to `x` and to the packed weights work, through unpacked weights.
+    """
+    w = _array("w", w)
+    if x is None:
+        window, channels = w.shape[:-2], w.shape[-2] * groups
+        struct: Any = jax.ShapeDtypeStruct
+        x = struct((1, *(13 + k for k in window), channels), w.dtype)
+        stride, padding, dilation, layout = 1, "VALID", 1, "NHWC"
+
+    def call(x: jax.Array, w: jax.Array) -> jax.Array:
+        return conv(
+            x, w, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout
+        )
+
+    (problem,) = _explain.problems(call, x, w)
+    return _pack.pack_for(w, groups, problem)
 
 
 def _names(names: Any) -> str:
@@ -199,7 +265,7 @@ def _array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def _check_dtype(name: str, value: jax.Array, x: jax.Array) -> None:
+def _check_dtype(name: str, value: jax.Array | PackedWeights, x: jax.Array) -> None:
     if value.dtype != x.dtype:
         raise TypeError(
             f"conv: {name} must have the dtype of x, got {value.dtype.name} and x of "

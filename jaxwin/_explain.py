@@ -25,7 +25,8 @@ class ExplanationRow:
     count: how often it stands in the program (a loop's body counts once).
     tier: "tuned", "transferred", "heuristic", "requested" or "xla". algorithm: its name, "xla"
     where lax computes it.
-    parameters: those of the algorithm, by name. reason: why lax computes it, else empty.
+    parameters: those of the algorithm, by name. threads: how many it works on at most; few where
+    there is little to do. reason: why lax computes it, else empty.
     workspace_bytes: scratch memory of one call, all threads together.
     rejected: why each of the other algorithms was not taken, by name.
     measured: for "tuned" and "transferred" the measurement behind it, and in what its problem
@@ -66,7 +67,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.rows:
             return "no convolutions"
-        header = ("convolution", "times", "algorithm", "tier", "parameters", "workspace")
+        header = ("convolution", "times", "algorithm", "tier", "parameters", "threads", "workspace")
         table = [header]
         for row in self.rows:
             parameters = " ".join(f"{name}={value}" for name, value in row.parameters.items())
@@ -77,6 +78,7 @@ class Explanation:
                     row.algorithm,
                     row.tier,
                     parameters or row.reason,
+                    str(row.threads or "-"),
                     _bytes(row.workspace_bytes),
                 )
             )
@@ -170,6 +172,7 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
                 reversed_dimensions=_spatial(
                     reversed_dimensions.get(equation.invars[1], ()), params
                 ),
+                packed=params.get("packed"),
             )
             native = primitive is not _compat.lax_conv_p or _install.is_installed()
             options = tuple(
@@ -213,7 +216,7 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
         plan.algorithm,
         _named_parameters(plan),
         plan.isa,
-        plan.threads,
+        _ffi.describe(problem.native(), threads=plan.threads)["useful_threads"],
         plan.workspace_bytes,
         "",
         rejected,

@@ -10,6 +10,8 @@ Its meaning is ``decompose``; every rule below is derived from that meaning.
   pre-activation, bias and residual still fused, and the activation follows it.
 - The rule is a JVP rule of the primitive and not ``jax.custom_jvp``: it then sees which tangents
   are symbolically zero, so a first layer does not convolve the zero tangent of its input.
+- Packed weights are an operand of the primitive; where anything but the fused call itself needs
+  weights, they are unpacked, which is linear.
 - Batching x (and residual) folds the new axis into N and stays fused; a batched weight or bias
   goes through the unfused convolution's batching rule.
 """
@@ -27,6 +29,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxwin import _compat, _lowering
+from jaxwin._pack import Packing, unpack_array
 from jaxwin._primitive import conv_p
 
 Array = jax.Array
@@ -83,11 +86,16 @@ def fused_conv(
     activation: str | None = None,
     algorithm: str = "auto",
     max_workspace: int | None = None,
+    packed: Packing | None = None,
     **conv_params: Any,
 ) -> Array:
-    """Bind the primitive; ``conv_params`` are exactly those of ``lax.conv_general_dilated_p``."""
+    """Bind the primitive; ``conv_params`` are exactly those of ``lax.conv_general_dilated_p``.
+
+    packed: how ``w`` is packed, if it is.
+    """
     x, w, *epilogue = _vary_alike(x, w, *(v for v in (bias, residual) if v is not None))
-    if not epilogue and activation is None and algorithm == "auto" and max_workspace is None:
+    usual = algorithm == "auto" and max_workspace is None and packed is None
+    if not epilogue and activation is None and usual:
         plain: Array = conv_p.bind(x, w, **conv_params)
         return plain
     out: Array = fused_conv_p.bind(
@@ -99,6 +107,7 @@ def fused_conv(
         has_residual=residual is not None,
         algorithm=algorithm,
         max_workspace=max_workspace,
+        packed=packed,
         **conv_params,
     )
     return out
@@ -113,13 +122,26 @@ def decompose(
     has_residual: bool,
     algorithm: str = "auto",
     max_workspace: int | None = None,
+    packed: Packing | None = None,
     **conv_params: Any,
 ) -> Array:
     """The meaning of the primitive: unfused convolution, then bias, residual, activation.
 
-    16-bit floats are carried in float32 and rounded once at the end, as in the fused kernels.
+    16-bit floats are carried in float32 and rounded once at the end, as in the fused kernels. With
+    packed weights it is the fused convolution with the unpacked ones.
     """
     bias, residual = _split_epilogue(epilogue, has_bias, has_residual)
+    if packed is not None:
+        return fused_conv(
+            x,
+            unpack_array(w, packed),
+            bias,
+            residual,
+            activation=activation,
+            algorithm=algorithm,
+            max_workspace=max_workspace,
+            **conv_params,
+        )
     wide, dtype = _wide_dtype(x, conv_params)
     if wide != dtype:
         conv_params = conv_params | {"preferred_element_type": wide}
@@ -171,8 +193,16 @@ def _abstract_eval(
     has_residual: bool,
     algorithm: str,
     max_workspace: int | None,
+    packed: Packing | None,
     **conv_params: Any,
 ) -> Any:
+    if packed is not None:
+        if w.shape != packed.packed_shape:
+            raise ValueError(
+                f"fused convolution: packed weights have shape {w.shape}, expected "
+                f"{packed.packed_shape}"
+            )
+        w = jax.typeof(jax.eval_shape(functools.partial(unpack_array, packing=packed), w))
     out, _ = conv_p.abstract_eval(x, w, **conv_params)
     bias, residual = _split_epilogue(epilogue, has_bias, has_residual)
     features = out.shape[conv_params["dimension_numbers"].out_spec[1]]
@@ -194,6 +224,7 @@ def _jvp(
     has_residual: bool,
     algorithm: str,
     max_workspace: int | None,
+    packed: Packing | None,
     **conv_params: Any,
 ) -> tuple[Any, Any]:
     x, w, *epilogue = primals
@@ -213,14 +244,18 @@ def _jvp(
         activation=fused_activation,
         algorithm=algorithm,
         max_workspace=max_workspace,
+        packed=packed,
         **conv_params,
     )
 
+    def weights(w: Array) -> Array:
+        return w if packed is None else unpack_array(w, packed)
+
     terms = []
     if not isinstance(dx, ad.Zero):
-        terms.append(conv_p.bind(dx, w, **conv_params))
+        terms.append(conv_p.bind(dx, weights(w), **conv_params))
     if not isinstance(dw, ad.Zero):
-        terms.append(conv_p.bind(x, dw, **conv_params))
+        terms.append(conv_p.bind(x, weights(dw), **conv_params))
     if db is not None and not isinstance(db, ad.Zero):
         feature = conv_params["dimension_numbers"].out_spec[1]
         terms.append(lax.broadcast_in_dim(db, y.shape, (feature,)))
@@ -250,6 +285,7 @@ def _batch(
     has_residual: bool,
     algorithm: str,
     max_workspace: int | None,
+    packed: Packing | None,
     **conv_params: Any,
 ) -> tuple[Any, Any]:
     x, w, *epilogue = args
@@ -277,6 +313,7 @@ def _batch(
             activation=activation,
             algorithm=algorithm,
             max_workspace=max_workspace,
+            packed=packed,
             **conv_params,
         )
         n = out_spec[0]
@@ -284,6 +321,10 @@ def _batch(
         return lax.reshape(out, shape), n
 
     # The decomposition, with the new axis where the convolution's batching rule leaves it.
+    if packed is not None:
+        unpacked = functools.partial(unpack_array, packing=packed)
+        w = unpacked(w) if w_dim is None else jax.vmap(unpacked, in_axes=w_dim)(w)
+        w_dim = None if w_dim is None else 0
     wide, dtype = _wide_dtype(x, conv_params)
     if wide != dtype:
         conv_params = conv_params | {"preferred_element_type": wide}

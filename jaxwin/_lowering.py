@@ -34,13 +34,14 @@ def lower_conv(
     has_residual: bool = False,
     algorithm: str = "auto",
     max_workspace: int | None = None,
+    packed: Any = None,
     **conv_params: Any,
 ) -> Sequence[Any]:
     """Lowers one convolution, with its epilogue if it has one, for the CPU.
 
     ctx: of the primitive; all sizes static. epilogue: the bias (one value per output feature)
     and the residual (the shape of the result), as far as there are any. conv_params: those of
-    lax's primitive.
+    lax's primitive. packed: the `Packing` of rhs, or None.
     """
     out = ctx.avals_out[0]
     unreversed, reversed_dimensions = _without_reversal(
@@ -55,11 +56,12 @@ def lower_conv(
         residual=has_residual,
         activation=activation,
         reversed_dimensions=reversed_dimensions,
+        packed=packed,
     )
     decision = _dispatch.decide(problem, algorithm=algorithm, max_workspace=max_workspace)
     if decision.plan is not None:
         return _custom_call(ctx, problem, decision.plan, lhs, unreversed, *epilogue)
-    if epilogue or activation is not None:
+    if epilogue or activation is not None or packed is not None:
         raise NotImplementedError(decision.reason)
     return _compat.lower_through_lax(ctx, lhs, rhs, **conv_params)
 
@@ -111,7 +113,10 @@ def attributes(problem: Problem, plan: Plan) -> dict[str, Any]:
         has_bias=np.int64(problem.bias),
         has_residual=np.int64(problem.residual),
         activation=np.int64(activations.index(problem.activation or "none")),
+        rhs_panel=np.int64(problem.rhs_panel),
     )
+    if problem.rhs_panel:
+        result["rhs_shape"] = ints(problem.rhs_shape)
     return result
 
 

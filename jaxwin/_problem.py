@@ -27,7 +27,8 @@ class Problem:
     (for rhs: the output feature), the feature, and each spatial dimension. `padding` holds one
     (low, high) pair per spatial dimension. `bias`, `residual` and `activation` describe a fused
     epilogue. `rhs_reversal` says along which spatial dimensions the window is read backwards, as
-    input gradients do; empty for none.
+    input gradients do; empty for none. `rhs_panel` is the panel of filters that `jaxwin.pack` has
+    packed, 0 for others; `rhs_shape` and `rhs_spec` are those before.
     """
 
     lhs_shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Problem:
     residual: bool = False
     activation: str | None = None
     rhs_reversal: tuple[bool, ...] = ()
+    rhs_panel: int = 0
 
     @property
     def spatial_rank(self) -> int:
@@ -76,6 +78,7 @@ class Problem:
             "batch_group_count": self.batch_group_count,
             "dtype": "float32" if widened else self.lhs_dtype,
             "out_dtype": "float32" if widened else self.out_dtype,
+            "rhs_panel": self.rhs_panel,
         }
 
     @functools.cached_property
@@ -185,6 +188,8 @@ class Problem:
             parts.append(f"g{self.feature_group_count}")
         if self.batch_group_count > 1:
             parts.append(f"bg{self.batch_group_count}")
+        if self.rhs_panel:
+            parts.append(f"packed{self.rhs_panel}")
         parts += [word for word, on in (("bias", self.bias), ("residual", self.residual)) if on]
         if self.activation is not None:
             parts.append(self.activation)
@@ -243,6 +248,8 @@ def _malformed(p: Problem) -> str:
             return name
         if name.endswith("_count") and value < 1:
             return name
+        if name.endswith("_panel") and value < 0:
+            return name
     return ""
 
 
@@ -256,11 +263,13 @@ def from_parameters(
     residual: bool = False,
     activation: str | None = None,
     reversed_dimensions: Sequence[int] = (),
+    packed: Any = None,
 ) -> Problem:
     """The problem of a convolution with these abstract operands and lax's parameters.
 
     lhs, rhs, out: anything with `shape` and `dtype`, sizes static. reversed_dimensions: those
-    dimensions of rhs that are read backwards; spatial ones only.
+    dimensions of rhs that are read backwards; spatial ones only. packed: None, or the `Packing`
+    of rhs.
     """
     numbers = params["dimension_numbers"]
 
@@ -269,7 +278,7 @@ def from_parameters(
 
     return Problem(
         lhs_shape=ints(lhs.shape),
-        rhs_shape=ints(rhs.shape),
+        rhs_shape=ints(rhs.shape if packed is None else packed.shape),
         out_shape=ints(out.shape),
         lhs_spec=ints(numbers.lhs_spec),
         rhs_spec=ints(numbers.rhs_spec),
@@ -291,4 +300,5 @@ def from_parameters(
             if reversed_dimensions
             else ()
         ),
+        rhs_panel=0 if packed is None else packed.panel,
     )

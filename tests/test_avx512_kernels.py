@@ -8,11 +8,13 @@ natively, one vector and one row at a time. The emulator reports any access outs
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import native
 import numpy as np
+import problems
 import pytest
 from emulator import Emulator, bochs, guarded
 
@@ -25,7 +27,14 @@ except ImportError as error:
 
 REGISTRY = _registry.registry()
 ISAS = {row["name"]: row for row in REGISTRY["isas"]}
-DTYPES = {name: number for number, name in enumerate(REGISTRY["dtypes"])}
+# The words of ffi/dtypes.h, and all its element types, by their numbers.
+DTYPES = {"float32": 0, "float64": 1}
+PAIRS = "int32"
+WORDS = DTYPES | {PAIRS: 2}
+ELEMENTS = [
+    *("float32", "float64", "bfloat16", "float16", "int8", "uint8"),
+    *("int16", "uint16", "int32", "uint32"),
+]
 TILES = [(mr, nv) for most, nv in ISAS["avx512"]["tiles"] for mr in range(1, most + 1)]
 REFERENCES = [name for name in ("baseline", "avx2") if ISAS[name]["runnable"]]
 _CANARY = 1.2345e30
@@ -45,6 +54,7 @@ _NUMBERS = (
     "cols",
     "load",
     "add",
+    "stream",
     "blocks",
     "b_block",
 )
@@ -56,6 +66,30 @@ class GemmArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
+    ]
+
+
+class SweepArgs(ctypes.Structure):
+    """SweepArgs of ffi/kernels/kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y", "runs")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "n_runs",
+                "n",
+                "cols",
+                "x_row",
+                "x_col",
+                "q_begin",
+                "q_end",
+                "w_col",
+                "w_block",
+                "y_row",
+                "y_col",
+            )
+        ),
     ]
 
 
@@ -73,6 +107,7 @@ class EpilogueArgs(ctypes.Structure):
         ("residual", ctypes.c_void_p),
         ("residual_row", ctypes.c_int64),
         ("activation", ctypes.c_int64),
+        ("residual_col", ctypes.c_int64),
     ]
 
 
@@ -89,7 +124,7 @@ class Kernels:
         function = getattr(self.library, f"jaxwin_test_{name}_{isa}")
         function.restype = None
         function(
-            ctypes.c_int64(DTYPES[dtype]),
+            ctypes.c_int64(WORDS[dtype]),
             *(
                 ctypes.c_void_p(a.ctypes.data)
                 if isinstance(a, np.ndarray)
@@ -108,7 +143,7 @@ class Kernels:
         """Calls an AVX-512 kernel on the emulated CPU."""
         self.reached.add(name)
         function = getattr(self.library, f"jaxwin_test_{name}_avx512")
-        self.emulator.call(function, DTYPES[dtype], *arguments, buffers=buffers)
+        self.emulator.call(function, WORDS[dtype], *arguments, buffers=buffers)
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +168,14 @@ def _gemm_args(
 
 
 def _matrix(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
-    return guarded(rng.standard_normal(shape).astype(dtype))
+    return guarded(problems.values(rng, shape, dtype))
 
 
 def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
     np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8), what)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WORDS)
 @pytest.mark.parametrize("strided", [0, 1])
 @pytest.mark.parametrize(("mr", "nv"), TILES)
 def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> None:
@@ -160,7 +195,7 @@ def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> N
         a = _matrix(rng, dtype, (mr - 1) * a_row + 12 + a_step + 1)
         b = _matrix(rng, dtype, (steps - 1) * b_step + (cols if strided else nv * full))
         c_row = cols + 5
-        start = rng.standard_normal((mr - 1) * c_row + cols).astype(dtype)
+        start = problems.values(rng, ((mr - 1) * c_row + cols,), dtype)
         for load, add in ((0, 0), (1, 0), (0, 1)):
             numbers = {
                 "a_row": a_row,
@@ -225,6 +260,78 @@ def test_lanes(kernels: Kernels, dtype: str, pixels: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mr", "nv"), TILES)
+def test_gemm_past_the_caches(kernels: Kernels, dtype: str, mr: int, nv: int) -> None:
+    full = _width("avx512", dtype)
+    rng = np.random.default_rng([mr, nv])
+    cols = c_row = nv * full
+    runs = guarded(np.array([(0, 0, 3)], np.int64))
+    a, b = _matrix(rng, dtype, (mr - 1) * 2 + 3), _matrix(rng, dtype, 3 * cols)
+    results = []
+    for stream in (0, 1):
+        c = guarded(np.full(mr * c_row, _CANARY, dtype))
+        numbers = {"a_row": 2, "a_step": 1, "b_step": cols, "c_row": c_row, "stream": stream}
+        arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
+        kernels.emulated("gemm", dtype, mr, nv, 0, arguments, buffers=(a, b, c, runs))
+        results.append(c)
+    _same(results[1], results[0], "stream")
+
+
+@pytest.mark.parametrize(("window", "stride", "most"), ISAS["avx512"]["sweeps"])
+def test_sweep(kernels: Kernels, window: int, stride: int, most: int) -> None:
+    """Against the tiles of pixels, one pixel and one vector at a time."""
+    dtype = "float32"
+    full = _width("avx512", dtype)
+    rng = np.random.default_rng([window, stride])
+    n, wide = 5, window + 3
+    for rows in range(1, most + 1):
+        for cols in (full - 3, 2 * full + 5):
+            # A column that is skipped at both ends, except where there is but one output.
+            q_begin, q_end = 1, (n - 1) * stride + window - 1
+            x_col, taps = cols + 2, 2
+            x_row = (q_end + 3) * x_col
+            runs = guarded(np.array([(x_row + 1, full, 1), (0, 0, 1)], np.int64))
+            x = _matrix(rng, dtype, (rows + 1) * x_row + cols)
+            w_col = taps * full + 1
+            w_block = window * w_col + wide
+            blocks = -(-cols // full)
+            w = _matrix(rng, dtype, blocks * w_block)
+            y_col, y_row = cols + 1, n * (cols + 1) + 3
+            start = np.full((rows - 1) * y_row + (n - 1) * y_col + cols, _CANARY, dtype)
+            y = guarded(start)
+            arguments = _words(
+                SweepArgs(
+                    *(v.ctypes.data for v in (x, w, y, runs)),
+                    *(len(runs), n, cols, x_row, x_col, q_begin, q_end),
+                    *(w_col, w_block, y_row, y_col),
+                )
+            )
+            kernels.emulated(
+                "sweep", dtype, window, stride, rows, arguments, buffers=(x, w, y, runs)
+            )
+            for isa in REFERENCES:
+                width = _width(isa, dtype)
+                expected = start.copy()
+                for r, o, j in itertools.product(range(rows), range(n), range(0, cols, width)):
+                    seen = [
+                        (run[0] + q * x_col, kx * w_col + run[1], 1)
+                        for kx in range(window)
+                        if q_begin <= (q := o * stride + kx) < q_end
+                        for run in runs
+                    ]
+                    piece = _gemm_args(
+                        x[r * x_row + j :],
+                        w[j // full * w_block + j % full :],
+                        expected[r * y_row + o * y_col + j :],
+                        np.array(seen, np.int64),
+                        cols=min(width, cols - j),
+                        blocks=1,
+                    )
+                    kernels.native(isa, "lanes", dtype, 1, piece)
+                _same(y, expected, f"{isa} rows {rows} cols {cols}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", range(1, ISAS["avx512"]["max_pixels"] + 1))
 def test_lanes_grad(kernels: Kernels, dtype: str, count: int) -> None:
     full = _width("avx512", dtype)
@@ -267,7 +374,7 @@ _SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30, -1e-30, 88.5, -1
 
 @pytest.mark.parametrize(
     ("dtype", "activation"),
-    [(d, a) for d, r in REGISTRY["dtypes"].items() for a in r["activations"]],
+    [(d, a) for d in DTYPES for a in REGISTRY["dtypes"][d]["activations"]],
 )
 @pytest.mark.parametrize("bias", ["none", "by column", "by row"])
 def test_epilogue(kernels: Kernels, dtype: str, activation: str, bias: str) -> None:
@@ -295,6 +402,7 @@ def test_epilogue(kernels: Kernels, dtype: str, activation: str, bias: str) -> N
                     residual=None if bias == "none" else residual.ctypes.data,  # noqa: B023
                     residual_row=residual_row,  # noqa: B023
                     activation=number,
+                    residual_col=1,
                 )
             )
 
@@ -382,6 +490,68 @@ def test_expand(kernels: Kernels, dtype: str, span: Any, multiplicity: int) -> N
                 at = i * dst_ld + m * full
                 expected = src[i * src_ld + table[m, :lanes]]
                 np.testing.assert_array_equal(dst[at : at + lanes], expected)
+
+
+_CONVERTED = [
+    *(("float32", kind, d) for kind in (0, 1, 2) for d in ("bfloat16", "float16")),
+    *((PAIRS, kind, d) for kind in (0, 1) for d in ("int8", "uint8", "int16")),
+    *((PAIRS, 2, d) for d in ("int8", "uint8", "int16", "uint16", "int32", "uint32")),
+]
+
+
+@pytest.mark.parametrize(("word", "kind", "element"), _CONVERTED)
+def test_convert(kernels: Kernels, word: str, kind: int, element: str) -> None:
+    """Read (0), pack (1) and write (2): the same bits as the baseline's."""
+    rng = np.random.default_rng([kind, ELEMENTS.index(element)])
+    source, target = (word, element) if kind == 2 else (element, word)
+    channels = 2 if word == PAIRS and kind < 2 else 1
+    for n, count in ((1, 1), (3, 7), (16, 5), (19, 33)):
+        for src_ld, src_step in ((count + 2, 1), (1, n + 3), (2, 2 * n + 1)):
+            values = problems.values(rng, ((n - 1) * src_ld + (count - 1) * src_step + 1,), source)
+            if source in DTYPES or source in ("bfloat16", "float16"):
+                special = np.array([*_SPECIAL, 65519.0, 65520.0, 6e-8, 2.9e-8, 1e-40], np.float32)
+                values[: len(special)] = special[: len(values)].astype(source)
+            rows, columns = (n, -(-count // channels)) if kind != 1 else (-(-n // channels), count)
+            dst_ld = columns + 1
+            src = guarded(values)
+            dst = guarded(np.full((rows - 1) * dst_ld + columns, 77, np.float32).astype(target))
+            expected = dst.copy()
+            arguments = (kind, ELEMENTS.index(element))
+            sizes = (src_ld, src_step, n, count)
+            kernels.emulated("convert", word, *arguments, dst, dst_ld, src, *sizes)
+            kernels.native("baseline", "convert", word, *arguments, expected, dst_ld, src, *sizes)
+            _same(dst, expected, f"n {n} count {count} {src_ld} {src_step}")
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+@pytest.mark.parametrize("across", [False, True])
+def test_narrow_epilogue(kernels: Kernels, element: str, across: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows = 3
+    for cols in (1, 15, 33):
+        c_row = cols + 2
+        start = _matrix(rng, "float32", (rows - 1) * c_row + cols)
+        bias = _matrix(rng, element, rows if across else cols)
+        residual_row, residual_col = (1, rows + 1) if across else (cols + 1, 1)
+        size = (rows - 1) * residual_row + (cols - 1) * residual_col + 1
+        residual = _matrix(rng, element, size)
+
+        def arguments(c: np.ndarray) -> np.ndarray:
+            return _words(
+                EpilogueArgs(
+                    *(c.ctypes.data, c_row, rows, cols),  # noqa: B023
+                    *(bias.ctypes.data, int(across), int(not across)),  # noqa: B023
+                    *(residual.ctypes.data, residual_row, 1, residual_col),  # noqa: B023
+                )
+            )
+
+        c, expected = guarded(start), start.copy()
+        number = ELEMENTS.index(element)
+        kernels.emulated(
+            "narrow_epilogue", "float32", number, arguments(c), buffers=(c, bias, residual)
+        )
+        kernels.native("baseline", "narrow_epilogue", "float32", number, arguments(expected))
+        _same(c, expected, f"cols {cols}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -63,10 +63,10 @@ def _leaks(object_file: Path, target: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("target", ISAS)
+@pytest.mark.parametrize("target", [*ISAS, "avx512vnni"])
 def test_no_symbol_leaves_its_instruction_set(target: str) -> None:
     path = native.kernel_objects()[target]
-    assert f"jaxwin::{target}::kernels(jaxwin::Dtype)" in _tool("nm", "-C", path)
+    assert f"jaxwin::{target}::kernels(jaxwin::Word)" in _tool("nm", "-C", path)
     assert _leaks(path, target) == []
 
 
@@ -131,20 +131,23 @@ def _tiles(target: str, name: str) -> dict[tuple[str, ...], list[str]]:
     return found
 
 
-@pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
+# avx512vnni: what avx512 has for integers, with other instructions.
+@pytest.mark.parametrize("target", [*(t for t in ISAS if t != "baseline"), "avx512vnni"])
 def test_no_vector_spills_in_the_tiles(target: str) -> None:
     """The accumulators stay in registers: see JAXWIN_UNROLL in ffi/kernels/vec.h."""
     tiles = _tiles(target, "gemm_tile")
-    largest = {(str(mr), str(nv)) for mr, nv in ISAS[target]["tiles"]}
-    for element in ("float", "double"):
+    product = re.compile("vfmadd|vpmaddwd|vpdpwssd")
+    largest = {(str(mr), str(nv)) for mr, nv in ISAS[target.removesuffix("vnni")]["tiles"]}
+    tiles = {(*key[:3], key[3].split("::")[-1]): code for key, code in tiles.items()}
+    for element in ("Pair",) if target == "avx512vnni" else ("float", "double", "Pair"):
         present = {key[:2] for key in tiles if key[3] == element}
         assert largest <= present, f"tiles of the registry that the object lacks for {element}"
     for (mr, nv, form, element), code in tiles.items():
         steps = int(mr) * int(nv)
-        hot = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
+        hot = [loop for loop in _inner_loops(code) if any(map(product.search, loop))]
         assert hot, f"no loop in gemm_tile<{mr}, {nv}, {form}, {element}>"
         for loop in hot:
-            multiplications = sum("vfmadd" in line for line in loop)
+            multiplications = sum(product.search(line) is not None for line in loop)
             assert multiplications % steps == 0, (mr, nv, form, multiplications)
             spills = _spills(loop, code)
             # AVX2's strided form also needs a register for the mask of the last column vector;
@@ -162,6 +165,18 @@ def test_no_vector_spills_in_the_lanes(target: str, name: str) -> None:
     for instance, code in tiles.items():
         for loop in _inner_loops(code):
             assert _spills(loop, code) == [], f"{name}<{', '.join(instance)}>"
+
+
+@pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
+def test_no_vector_spills_in_the_sweeps(target: str) -> None:
+    tiles = _tiles(target, "sweep_block")
+    for window, stride, rows in ISAS[target]["sweeps"]:
+        assert (str(window), str(stride), str(rows), "true", "float") in tiles
+    for arguments, code in tiles.items():
+        hot = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
+        assert hot, f"no loop in sweep_block<{arguments}>"
+        for loop in hot:
+            assert _spills(loop, code) == [], f"sweep_block<{arguments}>"
 
 
 def test_a_spill_is_seen(tmp_path: Path) -> None:

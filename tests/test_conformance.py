@@ -90,8 +90,12 @@ def test_every_tile(isa: str, dtype: str) -> None:
             )
             x, w = problems.operands(problem, rng)
             expected = reference.chain(problem, x, w)
+            names = [spec["name"] for spec in ALGORITHMS["im2win"]["params"]]
+            plan = _ffi.make_plan(problem.native(), algorithm="im2win", isa=isa)["plan"]
+            usual = dict(zip(names, plan["params"], strict=True))
             for mr in range(1, max_mr + 1):
-                params = (mr, nv, 0, 2, 0, 1, 0)
+                tile = usual | {"mr": mr, "nv": nv, "kc": 0, "rows": 2, "cols": 0, "pack": 1}
+                params = tuple(tile.values())
                 result = problems.run(problem, x, w, "im2win", isa=isa, params=params)
                 np.testing.assert_array_equal(result, expected, f"mr {mr} nv {nv} k {k}")
 

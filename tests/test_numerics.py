@@ -177,7 +177,10 @@ def test_padding_multiplies_nonfinite_filters_in_every_algorithm(value, padding)
             base = candidate["params"]
             variants = [base]
             if name in ("im2win", "im2col"):  # the ways to pack, and the whole tensor at once
-                variants += [[*base[:5], pack, 0] for pack in range(3)] + [[*base[:6], 1]]
+                names = _registry.parameter_names(name)
+                changes = [{"pack": pack} for pack in range(3)] + [{"full": 1}]
+                usual = dict(zip(names, base, strict=True))
+                variants += [[*(usual | change).values()] for change in changes]
             for params in variants:
                 label = f"{name} {params}"
                 y = problems.run(problem, x, w, name, threads=2, params=tuple(params))

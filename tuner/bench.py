@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import random
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -212,10 +213,12 @@ def gflops(peer: str, row: Row) -> float | None:
     return row.cells[peer].gflops if row.time(peer) is not None else None
 
 
-def prepare(names: Sequence[str], options: Options) -> Result:
+def prepare(
+    names: Sequence[str], options: Options, make: Callable[[str], peers.Peer] = peers.make
+) -> Result:
     """Takes the CPUs, imports the peers, and says what there is to compare on.
 
-    To be called once in a process, before it has computed anything with JAX.
+    To be called once in a process, before it has computed anything with JAX. make: a peer by name.
 
     Raises:
         ValueError: there are not enough CPUs, or JAX has its threads already; one line.
@@ -228,7 +231,7 @@ def prepare(names: Sequence[str], options: Options) -> Result:
         raise ValueError(
             f"threads: {options.threads} asked for, but XLA has {threads} in this process already"
         )
-    missing = {name: reason for name in names if (reason := peers.make(name).missing())}
+    missing = {name: reason for name in names if (reason := make(name).missing())}
     versions = {"jaxwin": jaxwin.__version__}
     for package in PACKAGES:
         try:
@@ -254,22 +257,28 @@ def run(
     """Measures every (convolution, direction), adding rows to `result`; may be interrupted."""
     rng = random.Random(result.options.seed)
     data = np.random.default_rng(result.options.seed)
+    with watched(result), jax.enable_x64(True):  # for the reference
+        for conv, direction in tasks:
+            title = f"{conv.name} {direction}"
+            progress(title, "")
+            detail = functools.partial(progress, title)
+            result.rows.append(_row(result, conv, direction, rng, data, detail))
+        result.complete = True
+
+
+@contextlib.contextmanager
+def watched(result: Result) -> Iterator[None]:
+    """Notes in `result` what else the machine did meanwhile."""
     start = machine.Load.now(result.cpus)
     try:
-        with jax.enable_x64(True):  # for the reference
-            for conv, direction in tasks:
-                title = f"{conv.name} {direction}"
-                progress(title, "")
-                detail = functools.partial(progress, title)
-                result.rows.append(_row(result, conv, direction, rng, data, detail))
-        result.complete = True
+        yield
     finally:
         others, stolen = machine.disturbance(start, machine.Load.now(result.cpus))
         result.others_share, result.stolen_share = others, stolen
         result.load_after = os.getloadavg()
 
 
-def _peak_loop() -> tuple[measure.Timed, float]:
+def peak_loop() -> tuple[measure.Timed, float]:
     """A loop of nothing but multiply-adds on one thread, and its FLOPs.
 
     It is timed in turn with the peers: the peak of a core moves with its clock and with what its
@@ -313,7 +322,7 @@ def _row(
         if computation_ is not None:
             timed[name] = computation_
     del expected
-    timed[PEAK], peak_flops = _peak_loop()
+    timed[PEAK], peak_flops = peak_loop()
     samples = measure.interleave(
         timed,
         threads=options.threads,
@@ -326,7 +335,7 @@ def _row(
     peak_gflops = peak_flops / samples.pop(PEAK).median_ns * options.threads
     flops = conv.flops
     for name, taken in samples.items():
-        _fill(cells[name], taken, flops)
+        fill(cells[name], taken, flops)
         if cells[name].gflops and conv.dtype == "float32":
             cells[name].peak_share = (cells[name].gflops or 0.0) / peak_gflops
     return Row(
@@ -369,7 +378,7 @@ def _prepare(
     return cell, prepared.timed
 
 
-def _fill(cell: Cell, samples: measure.Samples, flops: float) -> None:
+def fill(cell: Cell, samples: measure.Samples, flops: float) -> None:
     if samples.error:
         cell.status, cell.reason = "failed", samples.error
         return
@@ -397,7 +406,7 @@ def reference(task: peers.Task) -> NDArray[Any]:
 # --- text ------------------------------------------------------------------------------------
 
 Grid = list[list[str]]
-WORDS = ("layer", "convolution", "jaxwin's plan", "best peer")  # columns without numbers
+WORDS = ("layer", "model", "convolution", "jaxwin's plan", "best peer")  # columns without numbers
 
 
 def grids(result: Result) -> dict[str, Grid]:
@@ -425,8 +434,8 @@ def _speeds(result: Result, direction: str, rows: Sequence[Row]) -> Grid:
         best = row.best()
         line = [row.name, *(_speed(row.cells[name]) for name in having)]
         if ours:
-            line += [best[0] if best else "-", _ratio(best and best[1])]
-            line += [_ratio(row.ratio("xla"))] * with_xla
+            line += [best[0] if best else "-", ratio_text(best and best[1])]
+            line += [ratio_text(row.ratio("xla"))] * with_xla
         grid.append(line)
     if len(rows) > 1:
         line = ["geomean"]
@@ -463,8 +472,8 @@ def _memory(result: Result, rows: Sequence[Row]) -> Grid:
     for row in rows:
         line = [row.name, row.problem]
         line += [_plan(row.cells["jaxwin"])] if planned else []
-        line.append(_mib(row.result_bytes))
-        line += [_mib(row.cells[name].workspace_bytes) for name in known]
+        line.append(mib(row.result_bytes))
+        line += [mib(row.cells[name].workspace_bytes) for name in known]
         if fresh:
             new, kept = row.time("jaxwin"), row.time("jaxwin-donated")
             line.append("-" if new is None or kept is None else f"{(new - kept) / new:z.0%}")
@@ -489,7 +498,7 @@ def _plan(cell: Cell) -> str:
     return " ".join((cell.plan["algorithm"], *parameters))
 
 
-def _mib(count: int | None) -> str:
+def mib(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:.2f}"
 
 
@@ -504,7 +513,7 @@ def _speed(cell: Cell) -> str:
     return text
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -514,8 +523,17 @@ def _mean(value: float, count: int, rows: int, spec: str = ".1f") -> str:
     return format(value, spec) + (f" ({count} rows)" if count < rows else "")
 
 
-def notes(result: Result) -> list[str]:
-    """Lines below the tables: how it was measured, what is missing, what to doubt."""
+BEST = (
+    "best peer: the one that does best against jaxwin; ratios are times jaxwin is faster, "
+    "against jaxwin-donated where the peer keeps its output too"
+)
+
+
+def notes(result: Result, best: str = BEST) -> list[str]:
+    """Lines below the tables: how it was measured, what is missing, what to doubt.
+
+    best: what the best peer and the ratios are.
+    """
     options = result.options
     clock = "CPU time of the process" if options.threads == 1 else "wall-clock time"
     lines = [
@@ -536,10 +554,7 @@ def notes(result: Result) -> list[str]:
             f"measured FMA peak {peaks[0]:.0f} to {peaks[-1]:.0f} GFLOP/s; (%) of the row's"
         )
     if any(peers.is_ours(name) for name in result.peers):
-        lines.append(
-            "best peer: the one that does best against jaxwin; ratios are times jaxwin is faster, "
-            "against jaxwin-donated where the peer keeps its output too"
-        )
+        lines.append(best)
     lines += [f"missing peer {name}: {reason}" for name, reason in result.missing.items()]
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in result.rows:
@@ -557,14 +572,14 @@ def _bytes(count: int) -> str:
     return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count // 1024} KiB"
 
 
-def markdown(result: Result) -> str:
-    """The tables and notes as GitHub's Markdown."""
+def markdown(tables: Mapping[str, Grid], below: Sequence[str]) -> str:
+    """Tables and notes as GitHub's Markdown."""
     parts = []
-    for title, (header, *lines) in grids(result).items():
+    for title, (header, *lines) in tables.items():
         rule = ["---" if name in WORDS else "---:" for name in header]
         table = [header, rule, *lines]
         parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table))
-    parts.append("\n".join(f"- {line}" for line in notes(result)))
+    parts.append("\n".join(f"- {line}" for line in below))
     return "\n\n".join(parts) + "\n"
 
 

@@ -25,7 +25,16 @@ from rich.table import Table
 import jaxwin
 from jaxwin import _registry, _tuning
 from jaxwin.tuner import bench as benchmark
-from jaxwin.tuner import database_commands, machine, options, peers, problems, tune_command
+from jaxwin.tuner import (
+    database_commands,
+    machine,
+    model_bench,
+    models,
+    options,
+    peers,
+    problems,
+    tune_command,
+)
 
 VARIABLES = (
     "JAXWIN_DISABLE",
@@ -255,12 +264,14 @@ class _Peers(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> list[str]:
-        if isinstance(value, list):
-            return value
-        try:
-            return benchmark.select(str(value).split(","))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+        # Checked when it is known whether they are peers of single convolutions or of models.
+        return value if isinstance(value, list) else str(value).split(",")
+
+
+class _Batches(_Sizes):
+    """Batches, with commas between them."""
+
+    name = "batches"
 
 
 class _Output(click.ParamType):  # type: ignore[type-arg]
@@ -278,17 +289,30 @@ class _Output(click.ParamType):  # type: ignore[type-arg]
 
 
 def _catalogue() -> str:
-    adapters = [f"  {name:<15} {what}" for name, what in peers.summaries().items()]
-    return "\n".join([options.catalogue(), "\b", "Peers:", *adapters, ""])
+    def listed(title: str, what: dict[str, str]) -> list[str]:
+        return ["\b", title, *(f"  {name:<15} {text}" for name, text in what.items()), ""]
+
+    return "\n".join(
+        [
+            options.catalogue(),
+            *listed("Peers:", peers.summaries()),
+            *listed("Models:", {name: model.summary for name, model in models.MODELS.items()}),
+            *listed("Peers of models:", model_bench.summaries()),
+        ]
+    )
 
 
-_BENCH_HELP = f"""Compare jaxwin with XLA and with other libraries, one convolution at a time.
+_BENCH_HELP = f"""Compare jaxwin with XLA and with other libraries.
+
+It measures one convolution at a time, or with --model whole networks with random weights, the same
+numbers in every library.
 
 {_catalogue()}
 All peers run in one process, on the same CPUs, in rounds of random order. Before each sample the
 process sleeps and the peer runs once untimed, so that no thread of the peer before it still spins.
 Each peer's result is compared with that of jax.lax in float64; a wrong one is reported and not
-counted. What is not installed is named as missing.
+counted. What is not installed is named as missing. Results of models are compared with those of
+jax.lax, of a training step the losses and every parameter's gradient.
 
 With one thread the clock is the CPU time of the process, since other processes may take a share of
 the core that wall-clock time would count. With more threads it is wall-clock time, since CPU time
@@ -305,6 +329,7 @@ Example:
   jaxwin-tune bench --preset resnet50 --direction fwd,dx,dw --peers xla,jaxwin --markdown out.md
   jaxwin-tune bench "n8 56x56 c64 k128 w3 s2 p1" "1000 c64 k64 w5" --json - > out.json
   jaxwin-tune bench 56x56,c128,k128,w3,p1,g128 --algorithm direct --fail-under 1
+  jaxwin-tune bench --model resnet50 --model mobilenetv2 --threads 1
 """
 
 
@@ -318,7 +343,21 @@ Example:
     type=click.Choice(list(problems.PRESETS)),
     help="See above; may be given several times.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--model",
+    "chosen_models",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(models.MODELS)),
+    help="A whole network instead; see above; may be given several times.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=_Batches(),
+    metavar="N[,N]...",
+    help="One, or with --model several.  [default: 1; the model's own]",
+)
 @click.option(
     "--padding",
     type=click.Choice(problems.PADDINGS),
@@ -389,10 +428,13 @@ Example:
 )
 @click.option("--dry-run", is_flag=True, help="List the convolutions and stop.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.pass_context
 def bench(
+    ctx: click.Context,
     shapes: tuple[str, ...],
     presets: tuple[str, ...],
-    batch: int,
+    chosen_models: tuple[str, ...],
+    batches: tuple[int, ...] | None,
     padding: str,
     directions: tuple[str, ...],
     dtype: str,
@@ -417,14 +459,18 @@ def bench(
         known = _registry.algorithm_names()
         if algorithm not in known:
             raise click.UsageError(f"--algorithm: {algorithm!r} is not one of {', '.join(known)}")
-    convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
+    try:
+        if chosen_models:
+            _only_convolutions(ctx, shapes)
+            work = _of_models(chosen_models, batches, names)
+        else:
+            work = _of_convolutions(shapes, presets, batches, padding, dtype, directions, names)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--peers'") from error
     if dry_run:
-        for conv in convs:
-            times = f"{conv.count} times " if conv.count > 1 else ""
-            click.echo(f"{conv.name}: {conv}, {times}{conv.flops / 1e6:.1f} MFLOP")
+        click.echo("\n".join(work.descriptions))
         return
-    chosen = benchmark.select(peers.names()) if names is None else names
-    chosen += [f"jaxwin:{name}" for name in dict.fromkeys(algorithms)]
+    chosen = work.peers + [f"jaxwin:{name}" for name in dict.fromkeys(algorithms)]
     if fail_under is not None and not (
         any(map(peers.is_ours, chosen)) and not all(map(peers.is_ours, chosen))
     ):
@@ -438,7 +484,7 @@ def bench(
         seed=seed,
     )
     try:
-        result = benchmark.prepare(chosen, settings)
+        result = work.prepare(chosen, settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     for name, reason in result.missing.items():
@@ -447,15 +493,14 @@ def bench(
         click.echo(f"WARNING: {warning}", err=True)
     if not result.peers:
         raise click.ClickException("none of the peers is installed: pip install 'jaxwin[bench]'")
-    tasks = [(conv, direction) for direction in directions for conv in convs]
-    progress = _Progress(len(tasks), quiet)
+    progress = _Progress(work.rows, quiet)
     try:
-        benchmark.run(result, tasks, progress)
+        work.run(result, progress)
     except KeyboardInterrupt:
         pass  # what was measured is printed; the exit code tells
     finally:
         progress.done()
-    _write(result, json_file, markdown_file)
+    _write(result, work, json_file, markdown_file)
     if not result.complete:
         sys.exit(130)
     mean = result.mean_ratio()
@@ -464,6 +509,86 @@ def bench(
     if slow:
         click.echo(f"jaxwin / best is {_or_none(mean)}, below {fail_under:g}", err=True)
     sys.exit(1 if ours_wrong or slow else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a benchmark is of: single convolutions, or whole models."""
+
+    descriptions: list[str]
+    peers: list[str]
+    rows: int
+    prepare: Callable[[list[str], benchmark.Options], benchmark.Result]
+    run: Callable[[benchmark.Result, Callable[[str, str], None]], None]
+    grids: Callable[[benchmark.Result], dict[str, benchmark.Grid]]
+    notes: Callable[[benchmark.Result], list[str]]
+
+
+def _of_convolutions(
+    shapes: tuple[str, ...],
+    presets: tuple[str, ...],
+    batches: tuple[int, ...] | None,
+    padding: str,
+    dtype: str,
+    directions: tuple[str, ...],
+    names: list[str] | None,
+) -> _Work:
+    if batches is not None and len(batches) > 1:
+        raise click.UsageError("--batch: takes several only with --model")
+    batch = 1 if batches is None else batches[0]
+    convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
+    tasks = [(conv, direction) for direction in directions for conv in convs]
+
+    def described(conv: problems.Conv) -> str:
+        times = f"{conv.count} times " if conv.count > 1 else ""
+        return f"{conv.name}: {conv}, {times}{conv.flops / 1e6:.1f} MFLOP"
+
+    return _Work(
+        [described(conv) for conv in convs],
+        benchmark.select(peers.names() if names is None else names),
+        len(tasks),
+        benchmark.prepare,
+        lambda result, progress: benchmark.run(result, tasks, progress),
+        benchmark.grids,
+        benchmark.notes,
+    )
+
+
+def _of_models(
+    chosen: tuple[str, ...], batches: tuple[int, ...] | None, names: list[str] | None
+) -> _Work:
+    pairs = [
+        (name, batch)
+        for name in dict.fromkeys(chosen)
+        for batch in batches or (models.MODELS[name].batch,)
+    ]
+    return _Work(
+        [f"{name}: {models.MODELS[name].summary}, batch {batch}" for name, batch in pairs],
+        model_bench.select(model_bench.names() if names is None else names),
+        len(pairs),
+        model_bench.prepare,
+        lambda result, progress: model_bench.run(result, pairs, progress),
+        model_bench.grids,
+        model_bench.notes,
+    )
+
+
+def _only_convolutions(ctx: click.Context, shapes: tuple[str, ...]) -> None:
+    """Refuses what has no meaning for whole models."""
+    ignored = {
+        "presets": "--preset",
+        "padding": "--padding",
+        "directions": "--direction",
+        "dtype": "--dtype",
+        "layout": "--layout",
+        "algorithms": "--algorithm",
+    }
+    given = ["SHAPE"] * bool(shapes)
+    for parameter, option in ignored.items():
+        if ctx.get_parameter_source(parameter) is not click.core.ParameterSource.DEFAULT:
+            given.append(option)
+    if given:
+        raise click.UsageError(f"--model cannot be combined with {', '.join(given)}")
 
 
 def _or_none(value: float | None) -> str:
@@ -497,10 +622,13 @@ class _Progress:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def _write(result: benchmark.Result, json_file: str | None, markdown_file: str | None) -> None:
+def _write(
+    result: benchmark.Result, work: _Work, json_file: str | None, markdown_file: str | None
+) -> None:
+    tables, notes = work.grids(result), work.notes(result)
     texts: list[tuple[str | None, Callable[[], str]]] = [
         (json_file, lambda: json.dumps(result.to_json()) + "\n"),
-        (markdown_file, lambda: benchmark.markdown(result)),
+        (markdown_file, lambda: benchmark.markdown(tables, notes)),
     ]
     for file, text in texts:
         if file == "-":
@@ -512,7 +640,7 @@ def _write(result: benchmark.Result, json_file: str | None, markdown_file: str |
                 raise click.ClickException(f"{file}: {error.strerror}") from error
     if "-" in (json_file, markdown_file):
         return
-    for title, (header, *lines) in benchmark.grids(result).items():
+    for title, (header, *lines) in tables.items():
         plain = not sys.stdout.isatty()
         table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
         for column in header:
@@ -521,7 +649,7 @@ def _write(result: benchmark.Result, json_file: str | None, markdown_file: str |
             table.add_row(*line)
         _print(table, 500)
         click.echo()
-    for note in benchmark.notes(result):
+    for note in notes:
         click.echo(note)
 
 

@@ -5,9 +5,11 @@
 // documentation learn of it from there.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -65,6 +67,7 @@ struct Execution {
   Target target;
   const Threads* pool;
   Ptr workspace;
+  const void* prepared = nullptr;  // what Algorithm::prepare made for this plan, or null
 };
 
 inline constexpr int kMaxParams = 8;
@@ -94,6 +97,20 @@ struct Algorithm {
   void (*run)(const Problem&, const Params&, const Operands&, const Execution&);
   // Lower is better: the analytic order of preference, in modelled cycles.
   double (*cost)(const Problem&, const Target&, const Params&);
+  // Whether it can take filters that are packed already (Problem::panel).
+  bool takes_packed = false;
+  // What `run` would otherwise derive from the plan in every call; may be null.
+  std::shared_ptr<const void> (*prepare)(const Problem&, const Target&, const Params&) = nullptr;
+
+  // `rejects`, and what it need not know about.
+  std::string refuses(const Problem& p) const {
+    if (std::find(dtypes.begin(), dtypes.end(), p.dtype) == dtypes.end()) {
+      return std::string("no ") + kDtypeRows[p.dtype].name + " kernels";
+    }
+    if (p.panel > 0 && !takes_packed) return "the filters are packed for other algorithms";
+    if (p.panel > 0 && !p.plain()) return "packed filters must be float32 or float64";
+    return rejects(p);
+  }
 };
 
 // Data cache sizes in bytes.
@@ -105,8 +122,15 @@ const Caches& caches();
 // The number of threads that is worth waking for this much arithmetic.
 int64_t useful_threads(const Problem& p, int64_t threads);
 
+// Stores of whole vectors of features may pass the caches by: they are aligned in y.
+bool streamable(const Problem& p, const Kernels& k, ConstPtr y);
+// Makes such stores of this thread visible to the others.
+void publish_streams();
+
 // Adds to y what 0 * w gives for window positions on padding where w is not finite: NaN, as in
 // lax. For algorithms that skip those positions. (Inserted zeros are no operands, in lax neither.)
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
+// The same without a look at all filters first.
+void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e);
 
 }  // namespace jaxwin

@@ -20,6 +20,7 @@ enum Pack {
   kInPlace,  // the micro-kernel reads the filters where they lie
   kShared,   // all panels are packed first, once per call
   kLocal,    // every block packs the panels it is about to use, for itself
+  kBefore,   // the filters are panels already (Problem::panel)
 };
 
 // As much of B as leaves most of the second-level cache to A and C.
@@ -420,6 +421,7 @@ struct Block {  // one block of A rows, ready for the micro-kernel
   int64_t row_stride;  // between output rows
   int64_t rows, cols;
   int64_t first_row;  // in [0, all_rows)
+  bool stream;        // results pass the caches by
 };
 
 // One panel of features against a block: rows x cols pixels, block kb of the reduction.
@@ -438,6 +440,7 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
   args.c_row = c_pixel;
   args.cols = features;
   args.load = kb > 0 ? 1 : 0;
+  args.stream = block.stream && features % l.width == 0 && (kb + 1) * l.kc >= l.reduction ? 1 : 0;
   // Tiles of nearly equal height: 55 pixels are 14 + 14 + 14 + 13.
   const int64_t tiles = ceil_div(block.cols, mr_max);
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -576,22 +579,74 @@ void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64
   }
 }
 
+// add_skipped_nonfinite for packed filters: each panel is a convolution of its own.
+void add_skipped_by_panel(const Problem& p, const Operands& o, const Execution& e) {
+  const int64_t panels = ceil_div(p.k, p.panel);
+  if (!p.touches_padding()) return;
+  for (int64_t i = 0; i < p.g * panels; ++i) {
+    const int64_t g = i / panels;
+    const int64_t k0 = i % panels * p.panel;
+    Problem part = p;
+    part.g = 1;
+    part.k = std::min(p.panel, p.k - k0);
+    const int64_t z = p.c * p.panel;
+    part.w = {0, 1, p.panel, {z, z * p.win[0], z * p.win[0] * p.win[1]}};
+    Operands own = o;
+    own.w = o.w + i * p.panel * p.reduction();
+    own.y = o.y + g * p.y.g + k0 * p.y.k;
+    if (e.target.kernels->all_finite(own.w, p.panel * p.reduction()) != 0) continue;
+    mark_skipped_nonfinite(part, own, e);
+  }
+}
+
+struct Prepared {
+  Layout l;
+  RowKinds kinds;
+};
+
+// Room for n values; few need no allocation.
+template <typename T>
+class Room {
+ public:
+  explicit Room(int64_t n) : many_(n > kFew ? n : 0) {}
+  T* data() { return many_.empty() ? few_.data() : many_.data(); }
+
+ private:
+  static constexpr int64_t kFew = 32;
+  std::array<T, kFew> few_;
+  std::vector<T> many_;
+};
+
 }  // namespace
+
+std::shared_ptr<const void> gemm_prepare(const Problem& problem, const Target& t,
+                                         const Params& params, Lowering lowering) {
+  auto prepared = std::make_shared<Prepared>();
+  prepared->l = make_layout(problem, t, params, lowering);
+  prepared->kinds = make_row_kinds(prepared->l);
+  return prepared;
+}
 
 void gemm_run(const Problem& problem, const Params& params, const Operands& o, const Execution& e,
               Lowering lowering) {
-  const Layout l = make_layout(problem, e.target, params, lowering);
+  std::shared_ptr<const void> own;
+  if (e.prepared == nullptr) own = gemm_prepare(problem, e.target, params, lowering);
+  const auto& prepared =
+      *static_cast<const Prepared*>(e.prepared != nullptr ? e.prepared : own.get());
+  const Layout& l = prepared.l;
+  const RowKinds& kinds = prepared.kinds;
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  const RowKinds kinds = make_row_kinds(l);
   const int64_t n_blocks = ceil_div(l.reduction, l.kc);
   std::atomic<bool> suspicious{!kinds.covers};
-  Ptr packed = e.workspace;
-  Ptr full = packed + l.packed_floats;
+  const ConstPtr packed = l.pack == kBefore ? o.w : e.workspace;
+  Ptr full = e.workspace + l.packed_floats;
   Ptr scratch = full + l.full_floats;
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
+  const bool stream =
+      params[kStream] != 0 && !l.buffered && !o.has_epilogue() && streamable(p, k, o.y);
   // Row R of all_rows is row r of image n.
   const auto input = [&](int64_t g, int64_t row) {
     return o.x + g * p.x.g + row / l.out_rows * p.x.n;
@@ -608,7 +663,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     if (task < packs) {
       const int64_t panel = task % l.panels;
       pack_panels(l, k, o.w, task / l.panels, panel, panel + 1, 0, l.reduction,
-                  packed + task * l.panel * l.reduction, 0);
+                  e.workspace + task * l.panel * l.reduction, 0);
       return;
     }
     const int64_t row = (task - packs) % l.all_rows;
@@ -645,6 +700,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     block.rows = r1 - r0;
     block.row_stride = l.strip_row;
     block.first_row = r0;
+    block.stream = stream;
     block.a = l.full != 0 ? full + (g * l.all_rows + r0) * l.strip_row : strip;
     if (lowering == Lowering::kWindow && l.full == 0) {
       for (int64_t r = r0; r < r1; ++r) {
@@ -654,10 +710,11 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
 
     // Where each output row begins in A, if not at equal distances.
-    std::vector<ConstPtr> a_rows;
+    Room<ConstPtr> a_rows_room(block.rows);
+    ConstPtr* a_rows = a_rows_room.data();
+    const bool apart = lowering == Lowering::kRows || lowering == Lowering::kDirect;
     if (lowering == Lowering::kRows) fill_rows(l, k, p, input(g, 0), r0, r1, j0, j1, strip);
-    if (lowering == Lowering::kRows || lowering == Lowering::kDirect) a_rows.resize(block.rows);
-    for (int64_t r = r0; r < r1 && !a_rows.empty(); ++r) {
+    for (int64_t r = r0; r < r1 && apart; ++r) {
       const int64_t y = r % p.out[1] * p.stride[1] - p.pad[1];
       if (lowering == Lowering::kRows) {
         const int64_t part = r / p.out[1];
@@ -672,20 +729,21 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
     }
 
-    std::vector<int64_t> c_rows(block.rows);
+    Room<int64_t> c_rows_room(block.rows);
+    int64_t* c_rows = c_rows_room.data();
     for (int64_t r = r0; r < r1; ++r) {
       c_rows[r - r0] =
           l.buffered ? (r - r0) * block.cols * buffer_ld : output(g, r) + j0 * p.y.sp[2];
     }
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-      ConstPtr b = l.pack == kShared  ? packed + (g * l.panels + panel) * l.panel * l.reduction
+      ConstPtr b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
                    : l.pack == kLocal ? local + (panel - first) * l.panel * l.kc
-                                      : o.w + g * p.w.g + panel * l.panel;
+                                      : packed + (g * l.panels + panel) * l.panel * l.reduction;
       Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
-      if (a_rows.empty()) {
-        multiply(l, k, block, b, kinds, kb, features, c, c_rows.data(), c_pixel);
+      if (!apart) {
+        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel);
         return;
       }
       for (int64_t r = r0; r < r1; ++r) {
@@ -693,7 +751,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         row.rows = 1;
         row.first_row = r;
         row.a = a_rows[r - r0];
-        multiply(l, k, row, b, kinds, kb, features, c, c_rows.data() + (r - r0), c_pixel);
+        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel);
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
@@ -735,8 +793,10 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
     }
+    if (stream) publish_streams();
   });
-  if (suspicious) add_skipped_nonfinite(p, o, e);
+  if (suspicious && p.panel == 0) add_skipped_nonfinite(p, o, e);
+  if (suspicious && p.panel > 0) add_skipped_by_panel(p, o, e);
 }
 
 int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering) {
@@ -788,7 +848,12 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const Kernels& k = *t.kernels;
   const Problem p = words_of(problem, k);
   Params params{};
-  const Tile tile = best_tile(k, p.out[2], p.k);
+  Tile tile = best_tile(k, p.out[2], p.k);
+  if (p.panel > 0) {
+    tile.nv = std::clamp<int64_t>(p.panel / k.width, 1, kMaxNv);
+    const int64_t most = std::max(1, k.max_mr[tile.nv]);
+    tile.mr = ceil_div(p.out[2], ceil_div(p.out[2], most));
+  }
   params[kMr] = tile.mr;
   params[kNv] = tile.nv;
   const int64_t panel = tile.nv * k.width;
@@ -844,16 +909,28 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
-  const bool few_blocks = (p.w.k == 1 || p.w.c == 1) && lowering != Lowering::kColumns &&
-                          fewest <= 2 && params[kCols] == 0 && p.k > panel;
-  if (few_blocks && p.plain() && p.w.k == 1 && pixels <= int64_t{8} * k.width) {
+  const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
+                          lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
+                          p.k > panel;
+  if (p.panel > 0) {
+    params[kPack] = kBefore;
+    if (few_blocks) params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
+  } else if (few_blocks && p.plain() && p.w.k == 1 &&
+             pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats(k) / p.k / 8 * 8, 128, 512);
+    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats(k)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.plain() && p.w.k == 1 && p.k <= panel ? kInPlace : kShared;
+    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel ? kInPlace : kShared;
+    // One row of many pixels: as many of them at a time as the first-level cache holds, for all
+    // features.
+    if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {
+      const int64_t fit = caches().l1 / k.size / p.c;
+      const int64_t cols = round_up(std::clamp<int64_t>(fit, 48, 192), tile.mr);
+      if (2 * cols < p.out[2]) params[kCols] = cols;
+    }
   }
   int64_t rows;
   if (few_blocks && params[kPack] != kShared) {
@@ -871,6 +948,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   params[kRows] = std::max<int64_t>(1, rows);
+  // Results that would not stay in the caches until they are read.
+  const int64_t bytes = p.g * p.n * p.k * p.pixels() * k.size;
+  params[kStream] =
+      p.y.k == 1 && is_sum(p.out_dtype) && bytes >= std::max(caches().l3 / 2, 4 * caches().l2) ? 1
+                                                                                               : 0;
   return params;
 }
 
@@ -884,7 +966,11 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kKc] < 0) return "kc: negative";
   if (params[kKc] > 0 && params[kKc] < std::min<int64_t>(8, p.reduction())) return "kc: too small";
   if (params[kRows] < 0 || params[kCols] < 0) return "rows, cols: negative";
-  if (params[kPack] < kInPlace || params[kPack] > kLocal) return "pack: 0, 1 or 2";
+  if (params[kPack] < kInPlace || params[kPack] > kBefore) return "pack: 0, 1, 2 or 3";
+  if ((params[kPack] == kBefore) != (p.panel > 0)) {
+    return "pack: 3 is for filters that are packed already, and for no others";
+  }
+  if (p.panel > 0 && p.panel != nv * k.width) return "nv: the filters are packed in other panels";
   if (params[kPack] == kInPlace && !p.plain()) {
     return std::string("pack: filters of ") + kDtypeRows[p.dtype].name + " are not read in place";
   }
@@ -895,6 +981,7 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kFull] != 0 && (params[kFull] != 1 || !has_full)) {
     return "full: 0 or 1";
   }
+  if (params[kStream] != 0 && params[kStream] != 1) return "stream: 0 or 1";
   const double floats = static_cast<double>(p.g * p.n * p.out[0] * p.out[1]) *
                         static_cast<double>(p.out[2] + p.win[2] * p.rhs_dilation[2]) *
                         static_cast<double>(p.stride[2]) * static_cast<double>(p.reduction());
@@ -920,7 +1007,7 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
   const double width = static_cast<double>(k.width);
   const double w_floats = static_cast<double>(p.g * p.k * p.reduction());
-  if (params[kPack] != kInPlace) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
+  if (params[kPack] != kInPlace && p.panel == 0) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
   const double unit = static_cast<double>(p.win[0] * p.win[1]);
   const double copy = p.x.c == 1 ? 2.0 : 4.0;
   const double run = static_cast<double>(ceil_div(p.c, k.width));
@@ -962,11 +1049,13 @@ std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
       {"rows", "output rows per block, of any images; 0: all", {0, 1, 2, 3, 4, 6, 8, 12, 16}},
       {"cols", "output pixels per block; 0: the whole row", {0, 56, 112, 448, 1024}},
       {"pack",
-       "filters are 0: read in place, 1: packed into panels first, 2: packed by every block",
-       {0, 1, 2}},
+       "filters are 0: read in place, 1: packed into panels first, 2: packed by every block, 3: "
+       "packed before the call",
+       {0, 1, 2, 3}},
       {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
+      {"stream", "1: results pass the caches by on their way to memory", {0, 1}},
   };
-  if (lowering == Lowering::kWindow || lowering == Lowering::kColumns) specs.back().values = {0, 1};
+  if (lowering == Lowering::kWindow || lowering == Lowering::kColumns) specs[kFull].values = {0, 1};
   return specs;
 }
 

@@ -17,13 +17,15 @@ enum class Lowering {
 };
 
 // Positions in Params.
-enum GemmParam { kMr, kNv, kKc, kRows, kCols, kPack, kFull, kGemmParams };
+enum GemmParam { kMr, kNv, kKc, kRows, kCols, kPack, kFull, kStream, kGemmParams };
 
 std::vector<Dtype> gemm_dtypes(Lowering lowering);
 std::vector<ParamSpec> gemm_param_specs(Lowering lowering);
 std::string gemm_rejects(const Problem& p, Lowering lowering);
 Params gemm_defaults(const Problem& p, const Target& t, Lowering lowering);
 std::string gemm_check(const Problem& p, const Target& t, const Params& params, Lowering lowering);
+std::shared_ptr<const void> gemm_prepare(const Problem& p, const Target& t, const Params& params,
+                                         Lowering lowering);
 int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, Lowering lowering);
 void gemm_run(const Problem& p, const Params& params, const Operands& o, const Execution& e,
               Lowering lowering);
@@ -50,6 +52,10 @@ Algorithm gemm_algorithm(const char* name, const char* summary, const char* sour
           },
           [](const Problem& p, const Target& t, const Params& q) {
             return gemm_cost(p, t, q, kLowering);
+          },
+          true,
+          [](const Problem& p, const Target& t, const Params& q) {
+            return gemm_prepare(p, t, q, kLowering);
           }};
 }
 

@@ -3,6 +3,7 @@
 #include "algorithms/registry.h"
 
 #include <unistd.h>
+#include <xmmintrin.h>
 
 #include <algorithm>
 #include <limits>
@@ -25,18 +26,11 @@ const Algorithm* find_algorithm(const std::string& name) {
   return nullptr;
 }
 
-std::string rejects(const Algorithm& a, const Problem& p) {
-  if (std::find(a.dtypes.begin(), a.dtypes.end(), p.dtype) == a.dtypes.end()) {
-    return std::string("no ") + kDtypeRows[p.dtype].name + " kernels";
-  }
-  return a.rejects(p);
-}
-
 const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace) {
   const Algorithm* best = nullptr;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Algorithm* a : algorithms()) {
-    if (!rejects(*a, p).empty()) continue;
+    if (!a->refuses(p).empty()) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
     if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {
@@ -70,10 +64,62 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e6)), 1, threads);
 }
 
+bool streamable(const Problem& p, const Kernels& k, ConstPtr y) {
+  const auto whole = [&](int64_t stride) { return stride % k.width == 0; };
+  return p.y.k == 1 && reinterpret_cast<uintptr_t>(y.at) % (k.width * k.size) == 0 &&
+         (p.n == 1 || whole(p.y.n)) && (p.g == 1 || whole(p.y.g)) &&
+         (p.out[0] == 1 || whole(p.y.sp[0])) && (p.out[1] == 1 || whole(p.y.sp[1])) &&
+         (p.out[2] == 1 || whole(p.y.sp[2]));
+}
+
+void publish_streams() { _mm_sfence(); }
+
+namespace {
+
+// Every window position reads real input for some output, and so leaves its mark there.
+bool covers_window(const Problem& p) {
+  for (int d = 0; d < 3; ++d) {
+    std::vector<bool> seen(p.win[d], false);
+    for (int64_t u = 0; u < p.out[d]; ++u) {
+      const Progression at = window_positions(p, d, u);
+      for (int64_t i = 0; i < at.n; ++i) seen[at.first + i * at.step] = true;
+    }
+    if (std::find(seen.begin(), seen.end(), false) != seen.end()) return false;
+  }
+  return true;
+}
+
+bool finite_result(const Problem& p, const Kernels& k, ConstPtr y) {
+  const bool features = p.y.k == 1;
+  const int64_t run = features ? p.k : p.out[2];
+  const int64_t others = features ? p.out[2] : p.k;
+  if (!features && p.y.sp[2] != 1) return false;
+  for (int64_t i = 0; i < p.n * p.g * p.out[0] * p.out[1] * others; ++i) {
+    const int64_t other = i % others;
+    const int64_t row = i / others;
+    ConstPtr at = y + other * (features ? p.y.sp[2] : p.y.k) + row % p.out[1] * p.y.sp[1] +
+                  row / p.out[1] % p.out[0] * p.y.sp[0] + row / p.out[1] / p.out[0] % p.g * p.y.g +
+                  row / p.out[1] / p.out[0] / p.g * p.y.n;
+    if (k.finite[p.out_dtype](at, run) == 0) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
-  if (!p.touches_padding()) return;
+  if (!p.touches_padding() || kDtypeRows[p.dtype].word == kPair) return;
   const int64_t size = p.g * p.k * p.reduction();
+  // Whichever is less to read: a result that nothing has changed since, or the filters.
+  if (!o.has_epilogue() && p.n * p.g * p.k * p.pixels() < size && covers_window(p) &&
+      finite_result(p, *e.target.kernels, o.y)) {
+    return;
+  }
   if (e.target.kernels->finite[p.dtype](o.w - p.w_first, size) != 0) return;
+  mark_skipped_nonfinite(p, o, e);
+}
+
+void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   // Rare and slow: every (feature, window position) with a value that is not finite makes NaN of
   // the outputs for which that position is skipped.
   for (int64_t g = 0; g < p.g; ++g) {

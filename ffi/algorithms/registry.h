@@ -17,9 +17,6 @@ namespace jaxwin {
 const std::vector<const Algorithm*>& algorithms();
 const Algorithm* find_algorithm(const std::string& name);
 
-// Empty where an algorithm can compute the problem, else why not.
-std::string rejects(const Algorithm& a, const Problem& p);
-
 // The algorithm with the lowest modelled cost among those that do not reject the problem and
 // whose workspace fits `max_workspace` bytes (negative: any); null if there is none.
 const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace);

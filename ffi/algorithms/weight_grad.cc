@@ -23,7 +23,7 @@
 namespace jaxwin {
 namespace {
 
-enum GradParam { kGradMr, kGradNv, kGradPack, kGradSwap };
+enum GradParam { kGradMr, kGradNv, kGradPack, kGradSwap, kGradTile, kGradStream };
 
 struct Layout {
   int64_t mr, nv, panel, panels;
@@ -38,12 +38,34 @@ struct Layout {
   bool pack;       // a chunk of w is packed panel by panel
   bool copy_w;     // features of w are not contiguous, and not packed: w is copied first
   bool buffered;   // features of y are not contiguous
+  // Rows (images) of a chunk packed tile by tile: [row tile][slot][input column][row of the tile].
+  bool tiled;
+  int64_t slots;  // input rows, and how many of them each c that a chunk touches has
+  int64_t c_slots;
+  int64_t row_tiles;  // tiles along the rows, and how high the highest is
+  int64_t tile_rows;
   int64_t w_floats, y_floats;
   int64_t pack_floats;  // per thread: packed features, or results to be turned
+  int64_t tile_floats;  // per thread
 };
 
+// Input rows under window rows [y0, y1) of one c.
+struct InputRows {
+  int64_t begin, end;
+};
+InputRows rows_under(const Problem& p, int64_t y0, int64_t y1) {
+  const int64_t begin = y0 * p.rhs_dilation[1] - p.pad[1];
+  const int64_t end = (p.out[1] - 1) * p.stride[1] + (y1 - 1) * p.rhs_dilation[1] - p.pad[1] + 1;
+  return {std::clamp<int64_t>(begin, 0, p.in[1]), std::clamp<int64_t>(end, 0, p.in[1])};
+}
+
+bool can_tile(const Problem& p) {
+  return p.chunk_rows > 0 && p.x.n == 1 && p.win[0] == 1 && p.in[0] == 1 && p.out[0] == 1 &&
+         !p.dilated_input();
+}
+
 Layout make_layout(const Problem& p, const Target& t, const Params& params) {
-  Layout l;
+  Layout l{};
   l.mr = params[kGradMr];
   l.nv = params[kGradNv];
   l.panel = l.nv * t.kernels->width;
@@ -67,6 +89,16 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
   l.pack_floats = l.pack   ? round_up(l.chunk_rows * p.win[2] * l.panel, 16)
                   : l.swap ? round_up(p.n * p.k, 16)
                            : 0;
+  l.row_tiles = ceil_div(l.rows, l.mr);
+  l.tile_rows = ceil_div(l.rows, l.row_tiles);
+  l.tiled = params[kGradTile] != 0;
+  if (l.tiled) {
+    const int64_t touched = ceil_div(l.chunk_rows - 1, p.win[1]) + 1;
+    const InputRows most = rows_under(p, 0, std::min(l.chunk_rows, p.win[1]));
+    l.c_slots = std::min(most.end - most.begin + std::max<int64_t>(0, p.pad[1]), p.in[1]);
+    l.slots = std::min(touched, p.c) * l.c_slots;
+    l.tile_floats = round_up(l.row_tiles * l.slots * p.in[2] * l.tile_rows, 16);
+  }
   l.w_floats = l.copy_w ? round_up(p.g * p.reduction() * p.k, 16) : 0;
   l.y_floats = l.buffered ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
   return l;
@@ -101,6 +133,33 @@ void pack_rows(const Problem& p, const Layout& l, const Kernels& k, ConstPtr w, 
   }
 }
 
+// The slot of input row iy of c, in a chunk that begins with window row `first`.
+int64_t tile_slot(const Problem& p, const Layout& l, int64_t first, int64_t c, int64_t iy) {
+  const int64_t c0 = first / p.win[1];
+  return (c - c0) * l.c_slots + iy -
+         (c == c0 ? rows_under(p, first % p.win[1], p.win[1]).begin : 0);
+}
+
+// The images of one group under window rows [first, last), for the tiled form.
+void pack_tiles(const Problem& p, const Layout& l, const Kernels& k, ConstPtr x, int64_t first,
+                int64_t last, Ptr dst) {
+  for (int64_t row = first; row < last;) {
+    const int64_t c = row / p.win[1];
+    const int64_t end = std::min(last, (c + 1) * p.win[1]);
+    const InputRows in = rows_under(p, row - c * p.win[1], end - c * p.win[1]);
+    for (int64_t iy = in.begin; iy < in.end; ++iy) {
+      const int64_t slot = tile_slot(p, l, first, c, iy);
+      for (int64_t t = 0; t < l.row_tiles; ++t) {
+        const int64_t i0 = l.rows * t / l.row_tiles;
+        const int64_t i1 = l.rows * (t + 1) / l.row_tiles;
+        k.copy(dst + (t * l.slots + slot) * p.in[2] * l.tile_rows, l.tile_rows,
+               x + c * p.x.c + iy * p.x.sp[1] + i0, p.x.sp[2], 1, p.in[2], i1 - i0);
+      }
+    }
+    row = end;
+  }
+}
+
 void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& at, int64_t chunk,
                std::vector<Run>* runs, int64_t* a_step, int64_t* b_step) {
   runs->clear();
@@ -108,7 +167,7 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
   for (int d = 0; d < 3; ++d) in[d] = window_positions(p, d, at[d]);
   if (in[2].n == 0 || in[1].n == 0 || in[0].n == 0) return;
   if (l.chunked) {  // (c, z, y) rows of this chunk, along x
-    *a_step = in[2].at_step * p.x.sp[2];
+    *a_step = in[2].at_step * (l.tiled ? l.tile_rows : p.x.sp[2]);
     *b_step = in[2].step * (l.pack ? l.panel : w.sp[2]);
     const int64_t first = chunk * l.chunk_rows;
     const int64_t last = std::min(first + l.chunk_rows, l.window_rows);
@@ -122,7 +181,8 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
       if (tz < 0 || tz % in[0].step != 0 || tz / in[0].step >= in[0].n) continue;
       const int64_t iy = in[1].at + ty / in[1].step * in[1].at_step;
       const int64_t iz = in[0].at + tz / in[0].step * in[0].at_step;
-      runs->push_back({c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + in[2].at * p.x.sp[2],
+      runs->push_back({l.tiled ? (tile_slot(p, l, first, c, iy) * p.in[2] + in[2].at) * l.tile_rows
+                               : c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + in[2].at * p.x.sp[2],
                        l.pack ? ((row - first) * p.win[2] + in[2].first) * l.panel
                               : c * w.c + z * w.sp[0] + y * w.sp[1] + in[2].first * w.sp[2],
                        in[2].n});
@@ -178,10 +238,19 @@ Params defaults(const Problem& p, const Target& t) {
   }
   // Features far apart cost more in the memory's address translation than packing does, where a
   // panel is used several times.
-  const int64_t tiles =
-      p.out[0] * p.out[1] * p.out[2] * ceil_div(std::max<int64_t>(p.n, 1), params[kGradMr]);
+  const int64_t positions = p.out[0] * p.out[1] * p.out[2];
+  const int64_t tiles = positions * ceil_div(std::max<int64_t>(p.n, 1), params[kGradMr]);
   const bool apart = p.w.k != 1 || p.w.sp[2] >= 2 * params[kGradNv] * t.kernels->width;
   params[kGradPack] = l.chunked && apart && tiles >= 4 ? 1 : 0;
+  // Each packed image is used for every output position and panel.
+  params[kGradTile] = can_tile(p) && !make_layout(p, t, params).merged &&
+                              positions * l.panels >= 4 * useful_threads(p, t.threads)
+                          ? 1
+                          : 0;
+  // Rows of results lie apart: a store that first reads its line waits for it. And no other layer's
+  // gradient reads them.
+  const int64_t bytes = p.g * p.n * p.k * p.pixels() * t.kernels->size;
+  params[kGradStream] = 2 * bytes >= caches().l2 ? 1 : 0;
   // Half empty vectors of features against full ones of images.
   const int64_t width = t.kernels->width;
   if (p.x.n == 1 && 2 * p.k <= width && p.n >= 2 * p.k) {
@@ -201,6 +270,12 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   if (params[kGradMr] < 1 || params[kGradMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
   if (params[kGradPack] != 0 && params[kGradPack] != 1) return "pack: 0 or 1";
   if (params[kGradPack] == 1 && p.chunk_rows == 0) return "pack: the reduction is not chunked";
+  if (params[kGradStream] != 0 && params[kGradStream] != 1) return "stream: 0 or 1";
+  if (params[kGradTile] != 0 && params[kGradTile] != 1) return "tile: 0 or 1";
+  if (params[kGradTile] == 1 &&
+      (!can_tile(p) || params[kGradSwap] != 0 || make_layout(p, t, params).merged)) {
+    return "tile: needs two dimensions, images next to each other, and rows that are images";
+  }
   if (params[kGradSwap] != 0 && params[kGradSwap] != 1) return "swap: 0 or 1";
   if (params[kGradSwap] == 1 && (p.x.n != 1 || params[kGradPack] != 0)) {
     return "swap: needs images next to each other, and no packing";
@@ -210,7 +285,7 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
 
 int64_t workspace(const Problem& p, const Target& t, const Params& params) {
   const Layout l = make_layout(p, t, params);
-  return l.w_floats + l.y_floats + l.pack_floats * useful_threads(p, t.threads);
+  return l.w_floats + l.y_floats + (l.pack_floats + l.tile_floats) * useful_threads(p, t.threads);
 }
 
 void run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
@@ -244,15 +319,19 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
     y_g = p.pixels() * p.n * p.k;
   }
 
+  const bool stream = params[kGradStream] != 0 && l.chunks == 1 && !l.buffered &&
+                      !o.has_epilogue() && streamable(p, k, o.y) && y_n % k.width == 0;
+
   // Tiles in the order (group, output position, features, rows), or (group, features, output
   // position, rows) where features are packed; each task owns a contiguous part and walks it once
   // per chunk, so that a chunk's rows are used while they are in the cache.
-  const int64_t row_tiles = ceil_div(l.rows, l.mr);
+  const int64_t row_tiles = l.row_tiles;
   const int64_t positions = l.positions[0] * l.positions[1] * l.positions[2];
   const int64_t total = p.g * positions * l.panels * row_tiles;
   const int64_t tasks = std::min(total, pool.count());
   pool.run(tasks, [&](int64_t task, int64_t worker) {
-    Ptr packed = e.workspace + l.w_floats + l.y_floats + worker * l.pack_floats;
+    Ptr packed = e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
+    Ptr tiles = packed + l.pack_floats;
     const int64_t begin = total * task / tasks;
     const int64_t end = total * (task + 1) / tasks;
     std::vector<Run> runs;
@@ -262,6 +341,7 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
       const int64_t last = std::min(first + l.chunk_rows, l.window_rows);
       int64_t at_position = -1;
       int64_t at_panel = -1;
+      int64_t at_group = -1;
       Dim3 at{};
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t t = tile % row_tiles;
@@ -270,6 +350,10 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
         const int64_t u = l.pack ? within % positions : within / l.panels;
         const int64_t panel = l.pack ? within / positions : within % l.panels;
         const int64_t columns = std::min(l.panel, l.columns - panel * l.panel);
+        if (l.tiled && g != at_group) {
+          at_group = g;
+          pack_tiles(p, l, k, o.x + g * p.x.g, first, last, tiles);
+        }
         if (l.pack && g * l.panels + panel != at_panel) {
           at_panel = g * l.panels + panel;
           pack_rows(p, l, k, o.w + g * p.w.g + panel * l.panel * p.w.k, first, last, columns,
@@ -287,7 +371,9 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
         }
         const int64_t i0 = l.rows * t / row_tiles;
         const int64_t mr = l.rows * (t + 1) / row_tiles - i0;
-        args.a = l.swap ? o.w + g * p.w.g + i0 * p.w.k : o.x + g * p.x.g + i0 * p.x.n;
+        args.a = l.swap    ? o.w + g * p.w.g + i0 * p.w.k
+                 : l.tiled ? tiles + t * l.slots * p.in[2] * l.tile_rows
+                           : o.x + g * p.x.g + i0 * p.x.n;
         args.a_row = l.swap ? p.w.k : p.x.n;
         args.b = l.pack   ? packed
                  : l.swap ? o.x + g * p.x.g + panel * l.panel
@@ -299,9 +385,11 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
         args.c_row = y_n;
         args.cols = columns;
         args.add = chunk > 0 ? 1 : 0;
+        args.stream = stream && columns % k.width == 0 ? 1 : 0;
         k.strided[ceil_div(columns, k.width)][mr](&args);
       }
     }
+    if (stream) publish_streams();
   });
 
   if (l.buffered || o.has_epilogue()) {
@@ -317,7 +405,7 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
         finish_rows(rows, k, o, y + from, y_n, p.n, p.k, g, 0, to);
         return;
       }
-      Ptr turned = e.workspace + l.w_floats + l.y_floats + worker * l.pack_floats;
+      Ptr turned = e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
       k.copy(turned, p.k, y + from, 1, p.n, p.n, p.k);
       finish_rows(rows, k, o, turned, p.k, p.n, p.k, g, 0, to);
     });
@@ -336,7 +424,9 @@ const Algorithm& algorithm_weight_grad() {
       {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
        {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
        {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}},
-       {"swap", "1: rows of the tile are features, columns images", {0, 1}}},
+       {"swap", "1: rows of the tile are features, columns images", {0, 1}},
+       {"tile", "1: a chunk's images are packed tile by tile; 0: read in place", {0, 1}},
+       {"stream", "1: results that are stored once pass the caches by", {0, 1}}},
       rejects,
       defaults,
       check,

@@ -109,23 +109,27 @@ inline void epilogue(const EpilogueArgs* e) {
 }
 
 #if defined(__AVX2__)
-// An 8 x 8 block: dst[c * dst_ld + r] = src[r * src_ld + c].
+// An 8 x 8 block: dst[c * dst_ld + r] = src[r * src_ld + c]. Halves of rows are put together as
+// they are loaded, which leaves the shuffles of one lane.
 inline void transpose_block(float* dst, int64_t dst_ld, const float* src, int64_t src_ld) {
-  __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * src_ld);
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    r[4 * i + 0] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
-    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * dst_ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(dst + (i + 4) * dst_ld, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  JAXWIN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    __m256 r[4], t[4];
+    JAXWIN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float* from = src + i * src_ld + 4 * half;
+      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)),
+                                  _mm_loadu_ps(from + 4 * src_ld), 1);
+    }
+    t[0] = _mm256_unpacklo_ps(r[0], r[1]);
+    t[1] = _mm256_unpackhi_ps(r[0], r[1]);
+    t[2] = _mm256_unpacklo_ps(r[2], r[3]);
+    t[3] = _mm256_unpackhi_ps(r[2], r[3]);
+    float* to = dst + 4 * half * dst_ld;
+    _mm256_storeu_ps(to, _mm256_shuffle_ps(t[0], t[2], 0x44));
+    _mm256_storeu_ps(to + dst_ld, _mm256_shuffle_ps(t[0], t[2], 0xEE));
+    _mm256_storeu_ps(to + 2 * dst_ld, _mm256_shuffle_ps(t[1], t[3], 0x44));
+    _mm256_storeu_ps(to + 3 * dst_ld, _mm256_shuffle_ps(t[1], t[3], 0xEE));
   }
 }
 
@@ -166,7 +170,21 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
   int64_t j = 0;
 #if defined(__AVX2__)
   constexpr int B = 32 / sizeof(T);
-  if (src_ld == 1) {
+  if (src_ld == 1 && n < count && n >= B) {
+    // Lines of the longer side are used up before the next ones are needed.
+    const int64_t whole = n / B * B;
+    int64_t c = 0;
+    for (; c + 2 * B <= count; c += 2 * B) {
+      for (j = 0; j < whole; j += B) {
+        transpose_block(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
+        transpose_block(dst + j * dst_ld + c + B, dst_ld, src + j + (c + B) * src_step, src_step);
+      }
+    }
+    for (; c < count; ++c) {
+      for (j = 0; j < whole; ++j) dst[j * dst_ld + c] = src[j + c * src_step];
+    }
+    j = whole;
+  } else if (src_ld == 1) {
     for (; j + B <= n; j += B) {
       int64_t c = 0;
       for (; c + B <= count; c += B) {

@@ -76,6 +76,14 @@ void gemm_tile(const GemmArgs* g) {
       }
     }
   }
+  if (g->stream != 0) {
+    JAXWIN_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      JAXWIN_UNROLL
+      for (int v = 0; v < NV; ++v) stream(c + r * c_row + v * W, acc[r][v]);
+    }
+    return;
+  }
   JAXWIN_UNROLL
   for (int r = 0; r < MR; ++r) {
     JAXWIN_UNROLL

@@ -40,6 +40,7 @@ struct GemmArgs {
   int64_t cols;  // (NV - 1) * W < cols <= NV * W
   int64_t load;
   int64_t add;
+  int64_t stream;   // stores pass the caches by; cols = NV * W, C in whole aligned vectors, no add
   int64_t blocks;   // LanesFn only
   int64_t b_block;  // LanesFn only
 };

@@ -135,7 +135,8 @@ JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, R>* s,
 }
 
 template <int KW, int SX, int R, bool kWhole, typename T>
-void sweep_block(const SweepArgs* g, const T* x, const T* w, T* y, Mask<T> tail) {
+__attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const T* w, T* y,
+                                           Mask<T> tail) {
   constexpr int kLive = kSweepLive<KW, SX>;
   Vec<T> acc[kLive][R];
   JAXWIN_UNROLL

@@ -120,6 +120,11 @@ inline V set1(float x) { return {_mm512_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline V load(const float* p, Mask<float> m) { return {_mm512_maskz_loadu_ps(m.m, p)}; }
 inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+inline void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }  // p on a whole vector
+inline void stream(double* p, D a) { _mm512_stream_pd(p, a.v); }
+inline void stream(Pair* p, Vec<Pair> a) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v);
+}
 inline void store(float* p, V a, Mask<float> m) { _mm512_mask_storeu_ps(p, m.m, a.v); }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -228,6 +233,11 @@ inline V set1(float x) { return {_mm256_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline V load(const float* p, Mask<float> m) { return {_mm256_maskload_ps(p, m.m)}; }
 inline void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
+inline void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
+inline void stream(double* p, D a) { _mm256_stream_pd(p, a.v); }
+inline void stream(Pair* p, Vec<Pair> a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v);
+}
 inline void store(float* p, V a, Mask<float> m) { _mm256_maskstore_ps(p, m.m, a.v); }
 inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -354,6 +364,9 @@ inline V load(const float* p, Mask<float> m) {
   return load(lanes);
 }
 inline void store(float* p, V a) { _mm_storeu_ps(p, a.v); }
+inline void stream(float* p, V a) { _mm_stream_ps(p, a.v); }
+inline void stream(double* p, D a) { _mm_stream_pd(p, a.v); }
+inline void stream(Pair* p, Vec<Pair> a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), a.v); }
 inline void store(float* p, V a, Mask<float> m) {
   float lanes[4];
   store(lanes, a);

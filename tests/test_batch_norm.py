@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch normalisation folded into weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxwin
+
+
+def _draw(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+
+def _normalise(y, scale, bias, mean, var, eps):
+    """In float64."""
+    y, scale, bias, mean, var = (np.asarray(v, np.float64) for v in (y, scale, bias, mean, var))
+    return (y - mean) / np.sqrt(var + eps) * scale + bias
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_folded_convolution_is_the_convolution_and_the_normalisation(
+    groups: int, with_bias: bool
+) -> None:
+    x, w, b, scale, bias, mean = _draw(
+        0, (2, 9, 10, 8), (3, 3, 8 // groups, 16), (16,), (16,), (16,), (16,)
+    )
+    var = np.random.default_rng(1).uniform(0.1, 3, 16).astype(np.float32)
+    b = b if with_bias else None
+    w2, b2 = jaxwin.fold_batch_norm(w, b, scale, bias, mean, var, 1e-3)
+    assert (w2.shape, w2.dtype, b2.shape, b2.dtype) == (w.shape, w.dtype, (16,), w.dtype)
+    plain = jaxwin.conv(x, w, groups=groups, bias=b)
+    got = jaxwin.conv(x, w2, groups=groups, bias=b2)
+    expected = _normalise(plain, scale, bias, mean, var, 1e-3)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    # and no further from it than what XLA makes of the two operations
+    xla = (plain - mean) * (scale / jnp.sqrt(var + 1e-3)) + bias
+    assert np.abs(got - expected).max() < 4 * np.abs(xla - expected).max() + 1e-6
+
+
+def test_each_weight_is_rounded_as_documented() -> None:
+    w, scale, mean = _draw(2, (3, 3, 4, 8), (8,), (8,))
+    var = np.random.default_rng(3).uniform(0.1, 3, 8).astype(np.float32)
+    w2, b2 = jaxwin.fold_batch_norm(w, None, scale, None, mean, var)
+    factor = scale / np.sqrt(var + np.float32(1e-5))
+    np.testing.assert_allclose(w2, w * factor, rtol=3e-7)
+    np.testing.assert_allclose(b2, -mean * factor, rtol=3e-7)
+
+
+def test_features_first_and_what_is_left_out() -> None:
+    w, b, mean = _draw(4, (6, 5, 3, 3), (6,), (6,))
+    var = np.ones(6, np.float32)
+    first, offset = jaxwin.fold_batch_norm(w, b, None, None, mean, var, 0.0, feature_axis=0)
+    np.testing.assert_array_equal(first, w)
+    np.testing.assert_array_equal(offset, b - mean)
+    last, _ = jaxwin.fold_batch_norm(np.moveaxis(w, 0, -1), b, None, None, mean, var, 0.0)
+    np.testing.assert_array_equal(np.moveaxis(last, -1, 0), first)
+
+
+def test_sixteen_bits_are_folded_in_float32() -> None:
+    w, scale, mean = (jnp.asarray(v, jnp.bfloat16) for v in _draw(5, (1, 1, 4, 8), (8,), (8,)))
+    var = jnp.full((8,), 0.3, jnp.bfloat16)
+    w2, b2 = jaxwin.fold_batch_norm(w, None, scale, None, mean, var)
+    assert w2.dtype == b2.dtype == jnp.bfloat16
+    wide = [v.astype(jnp.float32) for v in (w, scale, mean, var)]
+    exact, offset = jaxwin.fold_batch_norm(wide[0], None, wide[1], None, wide[2], wide[3])
+    np.testing.assert_array_equal(w2, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(b2, offset.astype(jnp.bfloat16))
+
+
+def test_inside_jit_and_differentiated() -> None:
+    w, scale, mean = _draw(6, (3, 3, 4, 8), (8,), (8,))
+    var = np.ones(8, np.float32)
+
+    def fold(scale):
+        return jaxwin.fold_batch_norm(w, None, scale, None, mean, var)
+
+    np.testing.assert_allclose(jax.jit(fold)(scale)[0], fold(scale)[0], rtol=1e-6)
+    slope = jax.grad(lambda s: fold(s)[0].sum())(scale)
+    np.testing.assert_allclose(slope, w.sum((0, 1, 2)) / np.sqrt(1 + 1e-5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "blame"),
+    [
+        ({"mean": np.zeros(3)}, "mean must have shape (8,)"),
+        ({"var": np.zeros((8, 1))}, "var must have shape (8,)"),
+        ({"b": np.zeros(1)}, "b must have shape (8,)"),
+        ({"feature_axis": 4}, "feature_axis=4"),
+    ],
+)
+def test_errors(arguments: dict, blame: str) -> None:
+    good = dict(
+        w=np.zeros((3, 3, 4, 8)), b=None, scale=None, bias=None, mean=np.zeros(8), var=np.ones(8)
+    )
+    with pytest.raises(ValueError, match="fold_batch_norm") as caught:
+        jaxwin.fold_batch_norm(**(good | arguments))
+    assert blame in str(caught.value)
+    assert "\n" not in str(caught.value)
