@@ -22,3 +22,9 @@ def _no_packaged_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from jaxwin import _tuning
 
     monkeypatch.setattr(_tuning, "PACKAGED", tmp_path / "packaged.db")
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor what the user tuned, and missed; nor do tests add to that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

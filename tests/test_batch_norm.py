@@ -102,3 +102,46 @@ def test_errors(arguments: dict, blame: str) -> None:
         jaxwin.fold_batch_norm(**(good | arguments))
     assert blame in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("transposed", [None, False, True])
+def test_flax_layers(transposed: bool | None) -> None:
+    """linen and nnx, convolutions and (with and without `transpose_kernel`) transposed ones."""
+    pytest.importorskip("flax")
+    from flax import linen, nnx
+
+    import jaxwin.flax
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 6, 7, 4), np.float32))
+    scale, bias, mean = (jnp.asarray(v) for v in _draw(1, (6,), (6,), (6,)))
+    var = jnp.asarray(rng.uniform(0.2, 2, 6), jnp.float32)
+    name = "Conv" if transposed is None else "ConvTranspose"
+    extra = {} if transposed is None else {"transpose_kernel": transposed}
+
+    layer = getattr(jaxwin.flax.linen, name)(6, (3, 2), strides=(2, 1), **extra)
+    norm = linen.BatchNorm(use_running_average=True, epsilon=1e-3)
+    params = layer.init(jax.random.key(0), x)["params"]
+    variables = {
+        "params": {"scale": scale, "bias": bias},
+        "batch_stats": {"mean": mean, "var": var},
+    }
+    expected = norm.apply(variables, layer.apply({"params": params}, x))
+    folded = jaxwin.flax.linen.fold_batch_norm(
+        params, variables["params"], variables["batch_stats"], 1e-3, **extra
+    )
+    got = layer.apply({"params": folded}, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+    for use_bias in (True, False):
+        layer = getattr(jaxwin.flax.nnx, name)(
+            4, 6, (3, 2), strides=(2, 1), use_bias=use_bias, rngs=nnx.Rngs(0), **extra
+        )
+        norm = nnx.BatchNorm(6, use_running_average=True, epsilon=1e-3, rngs=nnx.Rngs(0))
+        norm.scale[...], norm.bias[...] = scale, bias
+        norm.mean[...], norm.var[...] = mean, var
+        before = jax.tree.map(np.asarray, nnx.state(layer))
+        folded = jaxwin.flax.nnx.fold_batch_norm(layer, norm)
+        assert type(folded) is type(layer)
+        np.testing.assert_allclose(folded(x), norm(layer(x)), rtol=1e-4, atol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, before, nnx.state(layer))

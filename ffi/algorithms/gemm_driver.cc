@@ -861,10 +861,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
                           p.k > panel;
-  if (p.panel > 0) {
-    params[kPack] = kBefore;
-    if (few_blocks) params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);
-  } else if (few_blocks && p.w.k == 1 && pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
+  if (few_blocks && p.panel == 0 && p.w.k == 1 && pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
     params[kPack] = kInPlace;
     params[kKc] = std::clamp<int64_t>(panel_floats() * 4 / 5 / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats()) {
@@ -880,6 +877,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
       if (2 * cols < p.out[2]) params[kCols] = cols;
     }
   }
+  if (p.panel > 0) params[kPack] = kBefore;
   int64_t rows;
   if (few_blocks && params[kPack] != kShared) {
     if (params[kKc] >= p.reduction()) params[kKc] = 0;
