@@ -7,6 +7,7 @@ native core's heuristic, XLA. Nothing here runs when a compiled program does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from typing import Any
@@ -165,6 +166,12 @@ def unsupported(problem: Problem) -> str:
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"
     return ""
+
+
+def without_epilogue(problem: Problem) -> Problem:
+    """The problem, or that without its epilogue if only this has no kernel (XLA has)."""
+    bare = dataclasses.replace(problem, bias=False, residual=False, activation=None)
+    return bare if unsupported(problem) and not unsupported(bare) else problem
 
 
 def _no_kernels(problem: Problem) -> str:

@@ -24,6 +24,10 @@ for _name, _parts in _REGISTRATIONS.items():
 TARGET = FFI_TARGETS[0]
 
 
+class NoEpilogueError(NotImplementedError):
+    """There are kernels for a convolution, but not for its epilogue."""
+
+
 def lower_conv(
     ctx: mlir.LoweringRuleContext,
     lhs: Any,
@@ -61,6 +65,8 @@ def lower_conv(
     decision = _dispatch.decide(problem, algorithm=algorithm, max_workspace=max_workspace)
     if decision.plan is not None:
         return _custom_call(ctx, problem, decision.plan, lhs, unreversed, *epilogue)
+    if _dispatch.without_epilogue(problem) != problem:
+        raise NoEpilogueError(decision.reason)
     if epilogue or activation is not None or packed is not None:
         raise NotImplementedError(decision.reason)
     return _compat.lower_through_lax(ctx, lhs, rhs, **conv_params)
