@@ -14,6 +14,7 @@ from jaxwin._install import install, installed, is_installed, uninstall
 from jaxwin._pack import PackedWeights, unpack
 from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
 from jaxwin._problem import Problem
+from jaxwin._record import Recording, record
 from jaxwin._tune import tune
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "ExplanationRow",
     "PackedWeights",
     "Problem",
+    "Recording",
     "accelerate",
     "conv",
     "conv_general_dilated",
@@ -34,6 +36,7 @@ __all__ = [
     "installed",
     "is_installed",
     "pack",
+    "record",
     "tune",
     "uninstall",
     "unpack",

@@ -28,7 +28,7 @@ _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 def algorithms() -> tuple[str, ...]:
     """What `conv` takes as `algorithm`."""
-    return "auto", *_registry.algorithm_names(), "xla"
+    return "auto", *_registry.algorithm_names(), "xla", "any"
 
 
 def conv(
@@ -67,8 +67,9 @@ def conv(
       layout: ``"NHWC"`` (or ``"channels_last"``) or ``"NCHW"`` (or ``"channels_first"``), at any
         rank; ``"NWC"``, ``"NDHWC"``, ``"NCW"``, ``"NCDHW"`` name the same at their own rank. Holds
         for ``x``, ``residual`` and the result.
-      algorithm: ``"auto"``, the name of an algorithm, or ``"xla"``, for this convolution; those
-        of its gradients, and of a ``vmap`` over weights, are planned on their own.
+      algorithm: ``"auto"``, the name of an algorithm, ``"xla"``, or ``"any"`` (as ``"auto"``, but
+        XLA where it was measured to be faster), for this convolution; those of its gradients, and
+        of a ``vmap`` over weights, are planned on their own.
       max_workspace: upper limit in bytes for the workspace of this convolution, or None.
 
     Returns:

@@ -8,20 +8,13 @@ native core's heuristic, XLA. Nothing here runs when a compiled program does.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from typing import Any
 
-from jaxwin import _ffi, _registry, _tuning
+from jaxwin import _ffi, _record, _registry, _settings, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row, Table
-
-_FALSE = ("", "0", "false", "off", "no")
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() not in _FALSE
 
 
 def decide(
@@ -33,26 +26,37 @@ def decide(
 ) -> Decision:
     """The plan for a problem under the environment as it is now.
 
-    algorithm: "auto", "xla", or the name of an algorithm, which must be able to compute the
-        problem. max_workspace: bytes, or None for any. enforce: whether JAXWIN_MODE=require
-        raises here.
+    algorithm: "auto", "any" (XLA may take part in it, as with JAXWIN_FAMILY=any), "xla", or the
+        name of an algorithm, which must be able to compute the problem. max_workspace: bytes, or
+        None for any. enforce: whether a program is being compiled, so that JAXWIN_MODE=require
+        raises here and the problem is recorded.
 
     Raises:
         ValueError: the algorithm is unknown, or it was asked for by name and cannot compute the
-            problem within max_workspace; JAXWIN_MAX_ISA is no instruction set, or JAXWIN_MODE
-            no mode.
+            problem within max_workspace; JAXWIN_MAX_ISA is no instruction set, JAXWIN_MODE no mode
+            or JAXWIN_FAMILY no family.
         RuntimeError: JAXWIN_MODE is "require", and the native core computes the problem but no
             tuned row is for it.
     """
-    if _flag("JAXWIN_DISABLE"):
-        return Decision("xla", None, "JAXWIN_DISABLE is set")
-    mode = _tuning.mode()
+    settings = _settings.settings()
+    if settings.disable:
+        return Decision(_registry.XLA, None, "JAXWIN_DISABLE is set")
+    mode = settings.mode if settings.mode in _settings.MODES else _settings.mode()
+    if algorithm == "auto" and settings.family != "canonical":
+        algorithm = "any" if _settings.family() == "any" else "auto"
     table = None if mode == "off" else _tuning.table()
-    isa, threads = _registry.isa(), _registry.threads()
+    isa = _registry.best_isa(settings.max_isa)
+    threads = settings.threads or _registry.threads()
     decision = _decide(problem, algorithm, max_workspace, isa, threads, table)
-    if enforce and mode == "require" and decision.tier in ("transferred", "heuristic"):
-        raise RuntimeError(untuned(problem, isa, threads))
-    if _flag("JAXWIN_VERBOSE"):
+    untried = decision.tier in ("transferred", "heuristic")
+    if enforce:
+        if settings.record or _record.recordings:
+            _record.note(problem, settings.record)
+        if untried and mode != "off" and settings.misses:
+            _record.miss(problem, threads)
+        if untried and mode == "require":
+            raise RuntimeError(untuned(problem, isa, threads))
+    if settings.verbose:
         plan = decision.plan
         chosen = f"{plan.algorithm} {plan.params} {plan.isa}" if plan else f"xla: {decision.reason}"
         tier = f"{decision.tier}: {decision.row}" if decision.row else decision.tier
@@ -82,15 +86,19 @@ def _decide(
     threads: int,
     table: Table | None,
 ) -> Decision:
-    if algorithm not in ("auto", "xla", *_registry.algorithm_names()):
-        names = ", ".join(("auto", *_registry.algorithm_names(), "xla"))
-        raise ValueError(f"algorithm: {algorithm!r} is not one of {names}")
-    if algorithm == "xla":
-        return Decision("xla", None, "asked for")
+    if algorithm not in _algorithms():
+        raise ValueError(f"algorithm: {algorithm!r} is not one of {', '.join(_algorithms())}")
+    if algorithm == _registry.XLA:
+        return Decision(_registry.XLA, None, "asked for")
+    choose = algorithm in ("auto", "any")
     reason = unsupported(problem)
     if not reason:
         native = problem.native()
-        if table is not None and algorithm == "auto":
+        if table is not None and choose:
+            if algorithm == "any":
+                row = table.named(problem, isa, threads, _registry.XLA)
+                if row is not None and row.wins:
+                    return Decision("tuned", None, "XLA was measured to be faster", row)
             row = table.exact(problem, isa, threads)
             if row is not None:
                 plan = propose(native, row, isa, threads, max_workspace)
@@ -100,13 +108,24 @@ def _decide(
                 plan = propose(native, row, isa, threads, max_workspace)
                 if isinstance(plan, Plan):
                     return Decision("transferred", plan, row=row)
-        plan = _make_plan(native, algorithm, (), isa, threads, max_workspace)
+        if table is not None and not choose:
+            row = table.named(problem, isa, threads, algorithm)
+            if row is not None:
+                plan = propose(native, row, isa, threads, max_workspace)
+                if isinstance(plan, Plan):
+                    return Decision("requested", plan, row=row)
+        plan = _make_plan(native, "auto" if choose else algorithm, (), isa, threads, max_workspace)
         if isinstance(plan, Plan):
-            return Decision("heuristic" if algorithm == "auto" else "requested", plan)
+            return Decision("heuristic" if choose else "requested", plan)
         reason = plan
-    if algorithm != "auto":
+    if not choose:
         raise ValueError(f"algorithm: {algorithm!r} cannot compute {problem}: {reason}")
-    return Decision("xla", None, reason)
+    return Decision(_registry.XLA, None, reason)
+
+
+@functools.cache
+def _algorithms() -> tuple[str, ...]:
+    return "auto", *_registry.algorithm_names(), _registry.XLA, "any"
 
 
 def propose(
@@ -124,31 +143,38 @@ def _make_plan(
     threads: int,
     max_workspace: int | None,
 ) -> Plan | str:
-    answer = _ffi.make_plan(
-        native,
-        algorithm=algorithm,
-        isa=isa,
-        threads=threads,
-        max_workspace=-1 if max_workspace is None else max_workspace,
-        params=params,
-    )
+    limit = -1 if max_workspace is None else max_workspace
+    answer = _ffi.make_plan(native, algorithm, isa, threads, limit, params)
     if "plan" not in answer:
         return str(answer["error"])
     plan = answer["plan"]
     return Plan(
-        algorithm=plan["algorithm"],
-        isa=plan["isa"],
-        threads=plan["threads"],
-        params=tuple(plan["params"]),
-        workspace_bytes=plan["workspace_bytes"],
+        plan["algorithm"],
+        plan["isa"],
+        plan["threads"],
+        tuple(plan["params"]),
+        plan["workspace_bytes"],
     )
 
 
 def unsupported(problem: Problem) -> str:
     """Why the native core cannot take a problem, as far as Python knows; else empty."""
-    dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
-    if dtypes != {"float32"} and not problem.widened:
-        return f"no kernels for {', '.join(sorted(dtypes))}"
+    plain = problem.lhs_dtype == problem.rhs_dtype == problem.out_dtype == "float32"
+    if not plain and (wrong := _no_kernels(problem)):
+        return wrong
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"
+    return ""
+
+
+def _no_kernels(problem: Problem) -> str:
+    """What the registry lacks for a problem's dtypes and epilogue; else empty."""
+    operands, out = {problem.lhs_dtype, problem.rhs_dtype}, problem.out_dtype
+    native = problem.native()["dtype"]
+    known = _registry.registry()["dtypes"].get(native)
+    if not problem.widened and (len(operands) > 1 or known is None or out not in known["results"]):
+        return f"no kernels for {', '.join(sorted({*operands, out}))}"
+    epilogue = problem.bias or problem.residual or problem.activation is not None
+    if known and epilogue and (problem.activation or "none") not in known["activations"]:
+        return f"no {native} kernels with {problem.activation or 'bias or residual'}"
     return ""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxwin import _compat, _dispatch, _ffi, _install, _tuning
+from jaxwin import _compat, _dispatch, _ffi, _install, _settings, _tuning
 from jaxwin._fused import fused_conv_p
 from jaxwin._plan import Decision, Plan
 from jaxwin._primitive import conv_p
@@ -29,8 +29,9 @@ class ExplanationRow:
     there is little to do. reason: why lax computes it, else empty.
     workspace_bytes: scratch memory of one call, all threads together.
     rejected: why each of the other algorithms was not taken, by name.
-    measured: for "tuned" and "transferred" the measurement behind it, and in what its problem
-    differs from this one. unused: why other measurements of this problem were not taken.
+    measured: for "tuned", "transferred" and "requested" the measurement behind it, if there is one,
+    and in what its problem differs from this one. unused: why other measurements of this problem
+    were not taken.
     """
 
     problem: Problem
@@ -193,7 +194,9 @@ def _spatial(dimensions: tuple[int, ...], params: dict[str, Any]) -> tuple[int, 
 def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRow:
     decision = _dispatch.decide(problem, **options, enforce=False)
     if decision.plan is None:
-        return _xla_row(problem, count, decision.reason, {})
+        row = _xla_row(problem, count, decision.reason, {})
+        measured = "" if decision.row is None else str(decision.row)
+        return dataclasses.replace(row, tier=decision.tier, measured=measured)
     plan = decision.plan
     rejected = {}
     for name, candidate in _ffi.candidates(
@@ -229,7 +232,7 @@ def _measured(problem: Problem, decision: Decision) -> str:
     row, plan = decision.row, decision.plan
     if row is None or plan is None:
         return ""
-    if decision.tier == "tuned":
+    if decision.tier in ("tuned", "requested"):
         return str(row)
     return f"{_tuning.difference(row, problem, plan.threads)}; {row}"
 
@@ -238,7 +241,7 @@ def _unused(problem: Problem, decision: Decision, max_workspace: int | None) -> 
     plan = decision.plan
     if plan is None or decision.tier in ("tuned", "requested"):
         return ()
-    if _tuning.mode() == "off":
+    if _settings.mode() == "off":
         return ()
     table = _tuning.table()
     notes = [str(row) for row in _tuning.unused(table, problem, plan.isa, plan.threads)]
@@ -246,7 +249,7 @@ def _unused(problem: Problem, decision: Decision, max_workspace: int | None) -> 
         native = problem.native()
         refusal = _dispatch.propose(native, exact, plan.isa, plan.threads, max_workspace)
         notes.insert(0, f"{exact.algorithm} in {exact.path}: refused: {refusal}")
-    if _tuning.mode() == "require":
+    if _settings.mode() == "require":
         notes.append("JAXWIN_MODE=require: compiling this raises an error")
     return tuple(dict.fromkeys(notes))
 

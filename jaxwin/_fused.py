@@ -385,7 +385,11 @@ def _lower_on_cpu(ctx: Any, x: Any, w: Any, *epilogue: Any, **params: Any) -> Se
         try:
             return _lowering.lower_conv(ctx, x, w, *epilogue, **params)
         except NotImplementedError:
-            pass  # there is an epilogue and no kernel, for example because of the dtype
+            # There is an epilogue and no kernel, for example because of the dtype; or XLA was
+            # measured to be faster, which then computes all of it.
+            # Only filters in another machine's panels are unpacked for the kernels here.
+            if params["packed"] is None:
+                params = params | {"algorithm": "xla"}
     decomposed: Sequence[Any] = _lower_decomposed(ctx, x, w, *epilogue, **params)
     return decomposed
 

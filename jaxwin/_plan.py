@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from jaxwin._tuning import Row
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Everything that the native core needs besides the problem; travels as call attributes.
 
     `params` are the values of the algorithm's parameters in the order of the registry.
@@ -25,15 +23,15 @@ class Plan:
     workspace_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What dispatch chose for a problem.
 
     tier: "tuned" (a measurement of this problem), "transferred" (the nearest measurement),
         "heuristic" (the native core's cost model), "requested" (by `algorithm=`), or "xla".
     plan: None where lax computes it.
     reason: why lax computes it, else empty.
-    row: the measurement behind "tuned" and "transferred".
+    row: the measurement behind it: of "tuned" and "transferred" always, of "requested" where that
+        algorithm was measured for the problem.
     """
 
     tier: str

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +58,9 @@ class Problem:
 
     def native(self) -> dict[str, Any]:
         """The fields that the native core reads."""
+        return self._native(self.widened)
+
+    def _native(self, widened: bool) -> dict[str, Any]:
         return {
             "lhs_shape": self.lhs_shape,
             "rhs_shape": self.rhs_shape,
@@ -73,17 +75,24 @@ class Problem:
             "rhs_reversal": [int(v) for v in self.rhs_reversal] or [0] * self.spatial_rank,
             "feature_group_count": self.feature_group_count,
             "batch_group_count": self.batch_group_count,
+            "dtype": "float32" if widened else self.lhs_dtype,
+            "out_dtype": "float32" if widened else self.out_dtype,
             "rhs_panel": self.rhs_panel,
         }
 
-    @property
+    @functools.cached_property
     def widened(self) -> bool:
         """Whether float32 kernels compute it between exact conversions and one rounding.
 
         XLA converts the operands (every value of these dtypes is a float32), and rounds the result.
+        Only where no kernel reads the operands themselves.
         """
         inputs, out = {self.lhs_dtype, self.rhs_dtype}, self.out_dtype
-        return inputs <= {"float32", *_NARROW} and out in _ROUNDED and {*inputs, out} != {"float32"}
+        if not (inputs <= {"float32", *_NARROW} and out in _ROUNDED):
+            return False
+        if {*inputs, out} == {"float32"}:
+            return False
+        return all("rejected" in row for row in _ffi.candidates(self._native(False)).values())
 
     @functools.cached_property
     def _described(self) -> dict[str, Any]:
@@ -107,10 +116,13 @@ class Problem:
         The parameters of lax do not say it: a transposed convolution is a "dx", a convolution with
         a window larger than its output a "dw".
         """
-        if any(d > 1 for d in self.lhs_dilation):
+        if max(self.lhs_dilation, default=1) > 1:
             return "dx"
-        window = math.prod(self.rhs_shape[d] for d in self.rhs_spec[2:])
-        pixels = math.prod(self.out_shape[d] for d in self.out_spec[2:])
+        window = pixels = 1  # dispatch asks for this: loops are faster than math.prod
+        for d in self.rhs_spec[2:]:
+            window *= self.rhs_shape[d]
+        for d in self.out_spec[2:]:
+            pixels *= self.out_shape[d]
         return "dw" if self.batch_group_count > 1 or window > pixels else "fwd"
 
     @property

@@ -7,7 +7,12 @@ import functools
 import os
 from typing import Any
 
+import jaxlib.version
+
 from jaxwin import _ffi
+from jaxwin._settings import settings
+
+XLA = "xla"  # lax's own convolution, where it is named beside the algorithms with kernels
 
 
 @functools.cache
@@ -26,6 +31,8 @@ def algorithm_names() -> tuple[str, ...]:
 @functools.cache
 def parameter_names(algorithm: str) -> tuple[str, ...] | None:
     """Names of an algorithm's parameters in their order; None where there is no such algorithm."""
+    if algorithm == XLA:
+        return ()
     for row in registry()["algorithms"]:
         if row["name"] == algorithm:
             return tuple(spec["name"] for spec in row["params"])
@@ -33,22 +40,24 @@ def parameter_names(algorithm: str) -> tuple[str, ...] | None:
 
 
 @functools.cache
-def takes_packed(algorithm: str) -> bool:
-    """Whether an algorithm reads filters that were packed before the call."""
+def takes_packed(algorithm: str, dtype: str) -> bool:
+    """Whether an algorithm reads filters of this dtype that were packed before the call."""
     rows = registry()["algorithms"]
-    return any(row["name"] == algorithm and row["takes_packed"] for row in rows)
+    return registry()["dtypes"][dtype]["takes_packed"] and any(
+        row["name"] == algorithm and row["takes_packed"] for row in rows
+    )
 
 
 @functools.cache
-def width(isa: str) -> int:
-    """Lanes of an instruction set's vectors.
+def width(isa: str, dtype: str) -> int:
+    """Lanes of an instruction set's vectors where operands are of this dtype.
 
     Raises:
-        KeyError: there is no such instruction set.
+        KeyError: there is no such instruction set, or there are no kernels for the dtype.
     """
     for row in registry()["isas"]:
         if row["name"] == isa:
-            return int(row["width"])
+            return int(row["width"]) * 4 // int(registry()["dtypes"][dtype]["word"])
     raise KeyError(isa)
 
 
@@ -58,7 +67,12 @@ def isa() -> str:
     Raises:
         ValueError: `JAXWIN_MAX_ISA` names no instruction set.
     """
-    cap = os.environ.get("JAXWIN_MAX_ISA", "")
+    return best_isa(settings().max_isa)
+
+
+@functools.cache
+def best_isa(cap: str) -> str:
+    """`isa()` with this cap; none where it is empty."""
     best: str = _ffi.best_isa(cap)
     if not best:
         names = ", ".join(row["name"] for row in registry()["isas"])
@@ -68,19 +82,20 @@ def isa() -> str:
 
 def threads() -> int:
     """How many threads XLA's pool has here: `NPROC`, or the CPUs of the affinity mask."""
-    text = os.environ.get("NPROC", "")
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    return len(os.sched_getaffinity(0))
+    return settings().threads or len(os.sched_getaffinity(0))
 
 
 @functools.cache
 def abi(algorithm: str) -> str:
     """The state of an algorithm's kernels: measurements hold as long as it stays the same.
 
+    Of "xla" it is the version of jaxlib.
+
     Raises:
         KeyError: there is no such algorithm.
     """
+    if algorithm == XLA:
+        return f"jaxlib {jaxlib.version.__version__}"
     for row in registry()["algorithms"]:
         if row["name"] == algorithm:
             return str(row["abi"])

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxwin import _registry
+from jaxwin import _registry, _settings
 from jaxwin._machine import Machine, this_machine
 from jaxwin._problem import Problem
 
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 APPLICATION_ID = 0x6A78776E  # in the header of the file: "jxwn"
 SCHEMA_VERSION = 1
-MODES = ("off", "cached", "require")
+# Rows for CPUs that were measured, shipped with jaxwin; the last file that is looked at.
+PACKAGED = Path(__file__).with_name("tuning.db")
 # States of a file that nobody misses, unless it was asked for. Hidden: in a folder that is closed.
 ABSENT = ("missing", "empty", "hidden")
 
@@ -58,21 +59,9 @@ class Unusable(Exception):
 # --- files -----------------------------------------------------------------------------------
 
 
-def mode() -> str:
-    """What `JAXWIN_MODE` says: "off", "cached" (the default) or "require".
-
-    Raises:
-        ValueError: it says something else.
-    """
-    text = os.environ.get("JAXWIN_MODE") or "cached"
-    if text not in MODES:
-        raise ValueError(f"JAXWIN_MODE: {text!r} is not one of {', '.join(MODES)}")
-    return text
-
-
 def named_files() -> list[Path]:
     """The files that `JAXWIN_TUNING_DB` names."""
-    text = os.environ.get("JAXWIN_TUNING_DB", "")
+    text = _settings.settings().tuning_db
     return [Path(os.path.expanduser(part)) for part in text.split(os.pathsep) if part]
 
 
@@ -91,7 +80,7 @@ def files() -> list[tuple[str, Path]]:
         found.append(("user", user))
     shares = (Path(sys.prefix, "share"), Path("/usr/local/share"), Path("/usr/share"))
     found += [("site", share / "jaxwin" / "tuning.db") for share in dict.fromkeys(shares)]
-    found.append(("package", Path(__file__).with_name("tuning.db")))
+    found.append(("package", PACKAGED))
     unique: dict[Path, str] = {}
     for tier, path in found:
         unique.setdefault(path.absolute(), tier)
@@ -237,9 +226,11 @@ def _size(path: str) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """The winner for one problem, instruction set and thread count in one file.
+    """An algorithm's best measurement for one problem, instruction set and thread count in a file.
 
-    params: in the order of the registry. nanoseconds: the median of the measurement.
+    params: in the order of the registry. nanoseconds: the median of the measurement. wins: whether
+    no other algorithm's is better; of "xla", which stands outside of the canonical family, whether
+    it was found to be faster than the winner of that family.
     """
 
     problem: Problem
@@ -251,6 +242,7 @@ class Row:
     same_machine: bool
     created: str
     path: Path
+    wins: bool = True
 
     def __str__(self) -> str:
         return f"{self.nanoseconds / 1e3:.1f} us on {self.created[:10]}, {self.path}"
@@ -260,7 +252,7 @@ class Row:
 class File:
     """What became of one file: its state is "ok", or what hindered, which `text` then tells.
 
-    rows: usable rows. bad: rows of this machine that make no sense.
+    rows: problems with a usable row. bad: rows of this machine that make no sense.
     """
 
     tier: str
@@ -298,22 +290,31 @@ def machines(connection: sqlite3.Connection) -> dict[str, Machine]:
     return {row[0]: Machine(**dict(zip(names, row[1:], strict=True))) for row in rows}
 
 
-# One row per problem, instruction set and thread count: the bare columns are those of the row that
-# has the least preference, as SQLite promises.
-_WINNERS = """
-SELECT p.key, m.algorithm, m.parameters, m.isa, m.threads, m.ns_median, m.created,
+# One row per problem, instruction set, thread count and algorithm, the winner first: the bare
+# columns are those of the row that has the least preference, as SQLite promises. Of XLA's the last
+# comparison with the winner counts.
+_BEST = """
+SELECT p.key, m.algorithm, m.parameters, m.isa, m.threads, m.ns_median, m.created, m.confirmed,
        min(m.preference)
 FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
-WHERE m.family = 'canonical' AND m.machine_id IN (SELECT value FROM json_each(?))
-  AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?))
+WHERE m.family = 'canonical' AND m.machine_id IN (SELECT value FROM json_each(?1))
+  AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?2))
+GROUP BY m.problem_id, m.isa, m.threads, m.algorithm
+UNION ALL
+SELECT p.key, m.algorithm, '{}', m.isa, m.threads, m.ns_median, max(m.created), m.confirmed, 0
+FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
+WHERE m.family = 'any' AND m.machine_id IN (SELECT value FROM json_each(?1))
+  AND m.algorithm = 'xla' AND m.abi = ?3
 GROUP BY m.problem_id, m.isa, m.threads
+ORDER BY 9
 """
 
 
 def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
-    kernels = json.dumps(_registry.kernels())
+    kernels, xla = json.dumps(_registry.kernels()), _registry.abi(_registry.XLA)
     rows: list[Row] = []
     bad = 0
+    parsed: dict[str, Problem] = {}
     try:
         with reading(path) as connection:
             likeness: dict[str, list[str]] = {"same": [], "related": [], "other": []}
@@ -322,63 +323,81 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
             for kind in ("same", "related"):
                 if not likeness[kind]:
                     continue
-                winners = connection.execute(_WINNERS, (json.dumps(likeness[kind]), kernels))
-                for key, algorithm, parameters, isa, threads, nanoseconds, created, _ in winners:
+                seen: set[tuple[str, Any, Any]] = set()
+                found = connection.execute(_BEST, (json.dumps(likeness[kind]), kernels, xla))
+                for key, algorithm, parameters, isa, threads, ns, created, confirmed, _ in found:
                     try:
+                        if key not in parsed:
+                            parsed[key] = Problem.from_key(key)
+                        native = algorithm != _registry.XLA
                         row = Row(
-                            problem=Problem.from_key(key),
+                            problem=parsed[key],
                             algorithm=algorithm,
                             params=parse_parameters(algorithm, parameters),
                             isa=str(isa),
                             threads=max(1, int(threads)),
-                            nanoseconds=float(nanoseconds),
+                            nanoseconds=float(ns),
                             same_machine=kind == "same",
                             created=str(created),
                             path=path,
+                            wins=(key, isa, threads) not in seen if native else bool(confirmed),
                         )
                     except (TypeError, ValueError, OverflowError):
                         bad += 1
                     else:
                         rows.append(row)
+                        if native:
+                            seen.add((key, isa, threads))
     except Unusable as error:
         return File(tier, path, error.state, str(error)), []
     text = f"{path}: {bad} rows make no sense" if bad else ""
-    return File(tier, path, "ok", text, len(rows), bad), rows
+    return File(tier, path, "ok", text, sum(row.wins for row in rows), bad), rows
 
 
 # --- the table -------------------------------------------------------------------------------
 
-# How far a problem is from another of its class: the sum over its sizes of |log2 ratio| times
-# these ("image": its pixels). Batch and image size move the best tile little, channels much; beyond
-# the limit the heuristic is the better guess. Not measured: chosen by reasoning.
+# Who lends: of the rows of a problem's class those with the closest channels and groups, of these
+# the one that is closest in its other sizes. What counts is the sum of |log2 ratio| times these
+# ("image": its pixels); it must not be more than the limit, else the heuristic is the better guess.
+# Batch and image size move the best tile little, channels much. Not measured: chosen by reasoning.
 _WEIGHTS = {
-    "batch": 0.25,
     "input channels per group": 1.0,
     "output features per group": 1.0,
     "groups": 0.5,
+    "batch": 0.25,
     "image": 0.5,
     "threads": 0.5,
     "epilogue": 0.1,
     "machine": 1.0,
 }
-_WEIGHT_VECTOR = np.array(list(_WEIGHTS.values()), np.float32)
 _LIMIT = 2.0
 _ATTEMPTS = 3  # nearest rows that are offered to the native core
+
+# What follows is on the way of every dispatch, and written for speed: a few rows are compared
+# faster without NumPy, and there are no generators.
+_CHANNELS, _REST = slice(0, 3), slice(3, 8)
+_CHANNEL_WEIGHTS = tuple(_WEIGHTS.values())[_CHANNELS]
+_REST_WEIGHTS = tuple(_WEIGHTS.values())[_REST]
+_ONES = np.ones(8, np.float32)
+_FEW = 16
 
 
 def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...]:
     """The sizes behind `_WEIGHTS`, in that order."""
     lhs, rhs = problem.lhs_shape, problem.rhs_shape
-    groups = max(problem.feature_group_count, problem.batch_group_count)
+    lhs_spec, rhs_spec = problem.lhs_spec, problem.rhs_spec
+    groups = problem.feature_group_count
+    if problem.batch_group_count > groups:
+        groups = problem.batch_group_count
     pixels = 1
-    for dimension in problem.lhs_spec[2:]:
+    for dimension in lhs_spec[2:]:
         pixels *= lhs[dimension]
     epilogue = problem.bias or problem.residual or problem.activation is not None
     return (
-        lhs[problem.lhs_spec[0]],
-        rhs[problem.rhs_spec[1]],
-        max(1, rhs[problem.rhs_spec[0]] // groups),
+        rhs[rhs_spec[1]],
+        rhs[rhs_spec[0]] // groups or 1,
         groups,
+        lhs[lhs_spec[0]],
         pixels,
         threads,
         2 if epilogue else 1,
@@ -386,17 +405,14 @@ def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...
     )
 
 
-def _position(sizes: tuple[int, ...]) -> list[float]:
-    return [math.log2(size or 1) for size in sizes]
-
-
 def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
     """What two problems must share so that one may lend the other its parameters."""
+    rhs, rhs_spec = problem.rhs_shape, problem.rhs_spec
     direction = problem.direction
     fixed = (
         [problem.out_shape[d] for d in problem.out_spec[2:]]
         if direction == "dw"  # there the window is as large as the images
-        else [problem.rhs_shape[d] for d in problem.rhs_spec[2:]]
+        else [rhs[d] for d in rhs_spec[2:]]
     )
     groups = problem.feature_group_count
     return (
@@ -408,15 +424,97 @@ def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
         problem.rhs_dilation,
         problem.rhs_reversal,
         problem.lhs_spec,
-        problem.rhs_spec,
+        rhs_spec,
         problem.out_spec,
         # dense, grouped, depthwise
-        (groups > 1) + (groups > 1 and problem.rhs_shape[problem.rhs_spec[1]] == 1),
+        0 if groups == 1 else 2 if rhs[rhs_spec[1]] == 1 else 1,
         problem.batch_group_count > 1,
         problem.lhs_dtype,
         problem.rhs_dtype,
         problem.out_dtype,
     )
+
+
+class _Places:
+    """Points, by the weighted logarithms of sizes, and the nearest of them."""
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        self._weights = weights
+        self._points: list[tuple[float, ...]] = []
+        self._matrix: Any = None  # of the points, once they are complete
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def _point(self, sizes: tuple[int, ...]) -> tuple[float, ...]:
+        log2 = math.log2  # of 0 in empty arrays there is none
+        return tuple([log2(n or 1) * w for n, w in zip(sizes, self._weights)])  # noqa: B905
+
+    def add(self, sizes: tuple[int, ...]) -> None:
+        self._points.append(self._point(sizes))
+
+    def nearest(self, sizes: tuple[int, ...], limit: float) -> list[tuple[float, int]]:
+        """(distance, index) of a few that are within the limit, the nearest first."""
+        here = self._point(sizes)
+        if len(self._points) > _FEW:
+            if self._matrix is None:
+                self._matrix = np.array(self._points, np.float32)
+            distances = np.abs(self._matrix - np.array(here, np.float32)).dot(_ONES[: len(here)])
+            found = []
+            for _ in range(_ATTEMPTS):
+                index = int(distances.argmin())
+                distance = float(distances[index])
+                if distance > limit:
+                    break
+                found.append((distance, index))
+                distances[index] = math.inf
+            return found
+        found = []
+        for index, point in enumerate(self._points):
+            distance = 0.0
+            for there, mine in zip(point, here):  # noqa: B905
+                if there != mine:
+                    distance += abs(there - mine)
+            if distance <= limit:
+                found.append((distance, index))
+        if len(found) > 1:
+            found.sort()
+        return found[:_ATTEMPTS]
+
+
+class _Class:
+    """Rows that may lend each other's problems their parameters."""
+
+    def __init__(self) -> None:
+        self._channels = _Places(_CHANNEL_WEIGHTS)
+        self._groups: dict[tuple[int, ...], tuple[_Places, list[Row]]] = {}
+
+    def add(self, row: Row) -> None:
+        sizes = _sizes(row.problem, row.threads, row.same_machine)
+        channels = sizes[_CHANNELS]
+        if channels not in self._groups:
+            self._groups[channels] = _Places(_REST_WEIGHTS), []
+            self._channels.add(channels)
+        places, rows = self._groups[channels]
+        places.add(sizes[_REST])
+        rows.append(row)
+
+    def nearest(self, sizes: tuple[int, ...]) -> list[Row]:
+        channels, rest = sizes[_CHANNELS], sizes[_REST]
+        alike = self._groups.get(channels)
+        if alike is not None:
+            places, rows = alike
+            found = [rows[index] for _, index in places.nearest(rest, _LIMIT)]
+            if found:
+                return found
+        found = []
+        groups = list(self._groups.values())
+        for distance, index in self._channels.nearest(channels, _LIMIT):
+            places, rows = groups[index]
+            found += [rows[index] for _, index in places.nearest(rest, _LIMIT - distance)]
+            if len(found) >= _ATTEMPTS:
+                break
+        return found[:_ATTEMPTS]
 
 
 class Table:
@@ -425,45 +523,36 @@ class Table:
     def __init__(self, loaded: list[tuple[File, list[Row]]]) -> None:
         self.files = tuple(file for file, _ in loaded)
         self._exact: dict[tuple[Problem, str, int], Row] = {}
-        self._classes: dict[tuple[Any, ...], list[Row]] = {}
+        self._named: dict[tuple[Problem, str, int, str], Row] = {}
+        self._classes: dict[tuple[Any, ...], _Class] = {}
         for _, rows in loaded:
             for row in rows:
+                key = row.problem, row.isa, row.threads
                 if row.same_machine:
-                    self._exact.setdefault((row.problem, row.isa, row.threads), row)
-                self._classes.setdefault(_class(row.problem, row.isa), []).append(row)
-        self._positions: dict[tuple[Any, ...], Any] = {}
+                    self._named.setdefault((*key, row.algorithm), row)
+                if row.wins and row.algorithm != _registry.XLA:
+                    if row.same_machine:
+                        self._exact.setdefault(key, row)
+                    self._classes.setdefault(_class(row.problem, row.isa), _Class()).add(row)
 
     def rows(self) -> int:
-        """How many rows it holds."""
+        """How many problems its files have a row for; one may be in several."""
         return sum(file.rows for file in self.files)
 
     def exact(self, problem: Problem, isa: str, threads: int) -> Row | None:
-        """The row of exactly this problem."""
+        """The winner of exactly this problem, within the canonical family."""
         return self._exact.get((problem, isa, threads))
 
-    def nearest(self, problem: Problem, isa: str, threads: int) -> Iterator[Row]:
+    def named(self, problem: Problem, isa: str, threads: int, algorithm: str) -> Row | None:
+        """An algorithm's best row of exactly this problem, whether it wins or not."""
+        return self._named.get((problem, isa, threads, algorithm))
+
+    def nearest(self, problem: Problem, isa: str, threads: int) -> list[Row]:
         """A few rows of the same class, the nearest first; of equals that of the first file."""
         if not self._classes:
-            return
-        kind = _class(problem, isa)
-        rows = self._classes.get(kind)
-        if rows is None:
-            return
-        positions = self._positions.get(kind)
-        if positions is None:
-            positions = np.array(
-                [_position(_sizes(row.problem, row.threads, row.same_machine)) for row in rows],
-                np.float32,
-            )
-            self._positions[kind] = positions
-        here = np.array(_position(_sizes(problem, threads, True)), np.float32)
-        distances = np.abs(positions - here).dot(_WEIGHT_VECTOR)
-        for _ in range(min(_ATTEMPTS, len(rows))):
-            index = int(distances.argmin())
-            if distances[index] > _LIMIT:
-                return
-            yield rows[index]
-            distances[index] = math.inf
+            return []
+        found = self._classes.get(_class(problem, isa))
+        return [] if found is None else found.nearest(_sizes(problem, threads, True))
 
 
 def difference(row: Row, problem: Problem, threads: int) -> str:
@@ -574,6 +663,8 @@ def _why_not(
     row: tuple[Any, ...], known: dict[str, Machine], here: Machine, isa: str, threads: int
 ) -> str:
     machine_id, algorithm, parameters, row_isa, row_threads, family, abi, status, _, error = row
+    if family == "any" and _settings.family() == "any":
+        return ""
     if family != "canonical":
         return f"the numbers of the family {family} were not asked for"
     machine = known.get(machine_id)

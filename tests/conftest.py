@@ -4,6 +4,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
+
+import pytest
 
 # What was tuned on the machine that tests must not change what they see. Tests of tuning set it.
 os.environ["JAXWIN_MODE"] = "off"
+# Nor the problems that its programs were seen to miss, nor what tests leave behind on it.
+_CACHE = tempfile.TemporaryDirectory(prefix="jaxwin-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+
+@pytest.fixture(autouse=True)
+def _no_packaged_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor what jaxwin is shipped with: only tests of that look at it."""
+    from jaxwin import _tuning
+
+    monkeypatch.setattr(_tuning, "PACKAGED", tmp_path / "packaged.db")
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor what the user tuned, and missed; nor do tests add to that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

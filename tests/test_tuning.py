@@ -142,8 +142,31 @@ def test_the_nearest_row_lends(path: Path) -> None:
     made = [problems.make(*s, (12, 13), (3, 3), padding=((1, 1), (1, 1))) for s in shapes]
     _write(path, *(tuning.measurement(problem) for problem in made))
     asked = problems.make(3, 9, 29, (12, 13), (3, 3), padding=((1, 1), (1, 1)))
-    first = next(_tuning.table().nearest(asked, _registry.isa(), _registry.threads()))
+    first = _tuning.table().nearest(asked, _registry.isa(), _registry.threads())[0]
     assert first.problem == made[shapes.index((2, 10, 30))]
+
+
+def test_the_nearest_of_many_rows_lends(path: Path) -> None:
+    """Channels come first; few rows and many are compared alike."""
+    made = [
+        problems.make(n, c, 16, (size, 13), (3, 3))
+        for c in (8, 12, 16)
+        for n in (1, 4)
+        for size in range(8, 40, 4)
+    ]
+    _write(path, *(tuning.measurement(problem) for problem in made))
+    table, isa, threads = _tuning.table(), _registry.isa(), _registry.threads()
+    for n, c, size, nearest in (
+        (1, 8, 13, (1, 8, 12)),
+        (3, 12, 33, (4, 12, 32)),
+        (1, 13, 25, (1, 12, 24)),
+        (4, 17, 8, (4, 16, 8)),
+        (1, 33, 8, (1, 16, 8)),
+    ):
+        rows = table.nearest(problems.make(n, c, 16, (size, 13), (3, 3)), isa, threads)
+        lhs = rows[0].problem.lhs_shape
+        assert (lhs[0], lhs[3], lhs[1]) == nearest and len(rows) == 3
+    assert not table.nearest(problems.make(1, 80, 16, (8, 13), (3, 3)), isa, threads)
 
 
 def test_no_native_problem_raises_in_the_search_for_neighbours(path: Path) -> None:
@@ -154,7 +177,7 @@ def test_no_native_problem_raises_in_the_search_for_neighbours(path: Path) -> No
     assert tiers[:20] == ["tuned"] * 20
     assert set(tiers[20:]) <= {"transferred", "heuristic"}
     empty = dataclasses.replace(PROBLEM, lhs_shape=(0, 12, 13, 8), out_shape=(0, 12, 13, 16))
-    assert not list(_tuning.table().nearest(empty, "none", 1))
+    assert not _tuning.table().nearest(empty, "none", 1)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +251,26 @@ def test_the_first_file_wins(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert _decide().row.path == place
         assert [file.path for file in _tuning.table().files][:4] == [path, second, user, site]
         _write(place, tuning.measurement(status="wrong"))
+
+
+def test_packaged_rows_are_the_last(path: Path) -> None:
+    """Made by `jaxwin-tune merge --winners`; a file of one's own comes first."""
+    _write(path.with_name("all.db"), tuning.measurement(confirmed=True), tuning.measurement())
+    with Database(_tuning.PACKAGED) as db:
+        assert db.merge(path.with_name("all.db"), winners=True) == (1, 1)
+    assert not list(_tuning.PACKAGED.parent.glob("packaged.db-*")), "one file, to be read as it is"
+    with pytest.warns(RuntimeWarning, match="does not exist"):
+        _tuning.reload()
+        assert _decide().row.path == _tuning.PACKAGED
+    _write(path, tuning.measurement())
+    assert _decide().row.path == path
+
+
+def test_the_packaged_file_can_be_used_or_is_not_there() -> None:
+    place = Path(_tuning.__file__).with_name("tuning.db")
+    file, rows = _tuning._load_file("package", place, _machine.this_machine())
+    assert file.state in ("ok", "missing") and not file.bad and not file.text.endswith("no sense")
+    assert place.exists() or not rows
 
 
 def test_places_of_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,51 +19,53 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from click import shell_completion
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import jaxwin
-from jaxwin import _registry, _tuning
+from jaxwin import _record, _registry, _settings
 from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import (
     database_commands,
+    exits,
     machine,
     model_bench,
     models,
     options,
     peers,
     problems,
+    record_command,
+    report_command,
     tune_command,
+    verify_command,
 )
 
-VARIABLES = (
-    "JAXWIN_DISABLE",
-    "JAXWIN_MAX_ISA",
-    "JAXWIN_MODE",
-    "JAXWIN_TUNING_DB",
-    "JAXWIN_VERBOSE",
-    "JAX_PLATFORMS",
-    "NPROC",
-)
-PACKAGES = ("jaxwin", "jax", "jaxlib", "numpy", "flax", "optuna", "sqlite-utils")
+PACKAGES = ("jaxwin", "jax", "jaxlib", "numpy", "optuna", "sqlite-utils", "click", "rich")
+_OPTIONAL = ("flax", "equinox", "torch", "onnxruntime", "ai-edge-litert", "psycopg")
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=(
-        "Exit codes: 0 all is well, 1 a problem was found, 2 wrong usage, 4 a tuning database "
-        "cannot be used, 130 stopped by Ctrl-C. `run` has more."
-    ),
+    epilog=f"\b\nExit codes:\n{exits.table()}\n\n`record` exits as the program does that it runs.",
 )
 @click.version_option(jaxwin.__version__, prog_name="jaxwin-tune")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Ask jaxwin what it can do and what it decides; tune it for this machine."""
+    context.with_resource(_record.misses_ignored())  # what commands compile is no program's
 
 
-for _command in (tune_command.run, *database_commands.COMMANDS):
+for _command in (
+    tune_command.run,
+    record_command.record,
+    verify_command.command,
+    report_command.command,
+    *database_commands.COMMANDS,
+):
     main.add_command(_command)
 
 
@@ -74,7 +77,7 @@ def _print(table: Table, width: int = 200) -> None:
 @main.command("list")
 @_json
 def list_(as_json: bool) -> None:
-    """List the algorithms with their parameters, and the instruction sets with their tiles.
+    """List algorithms with their parameters, instruction sets with their tiles, and presets.
 
     \b
     Example:
@@ -82,7 +85,8 @@ def list_(as_json: bool) -> None:
     """
     registry = _registry.registry()
     if as_json:
-        click.echo(json.dumps(registry))
+        presets = {name: what for name, (what, _) in problems.PRESETS.items()}
+        click.echo(json.dumps(registry | {"presets": presets}))
         return
     algorithms = Table(title="algorithms")
     for column in ("name", "what", "parameters", "source"):
@@ -98,6 +102,12 @@ def list_(as_json: bool) -> None:
         tiles = ", ".join(f"{mr}x{nv}" for mr, nv in row["tiles"])
         sets.add_row(row["name"], str(row["width"]), tiles, "yes" if row["runnable"] else "no")
     _print(sets)
+    presets_table = Table(title="presets")
+    for column in ("name", "what", "convolutions"):
+        presets_table.add_column(column)
+    for name, (what, _) in problems.PRESETS.items():
+        presets_table.add_row(name, what, str(len(problems.preset(name))))
+    _print(presets_table)
 
 
 class _Sizes(click.ParamType):  # type: ignore[type-arg]
@@ -121,17 +131,7 @@ class _Sizes(click.ParamType):  # type: ignore[type-arg]
         return sizes
 
 
-@main.command()
-@click.option("--input", "x_shape", type=_Sizes(), required=True, help="N,[[D,]H,]W,C")
-@click.option("--filter", "w_shape", type=_Sizes(), required=True, help="[[KD,]KH,]KW,C/groups,K")
-@click.option("--stride", type=_Sizes(), default=(1,), help="One value, or one per dimension.")
-@click.option("--dilation", type=_Sizes(), default=(1,), help="Of the filter.")
-@click.option("--padding", default="SAME", help="SAME, VALID or a number.", show_default=True)
-@click.option("--groups", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
-@click.option("--grad", type=click.Choice(["none", "input", "filter"]), default="none")
-@_json
-def explain(
+def _explained_arrays(
     x_shape: tuple[int, ...],
     w_shape: tuple[int, ...],
     stride: tuple[int, ...],
@@ -140,15 +140,7 @@ def explain(
     groups: int,
     dtype: str,
     grad: str,
-    as_json: bool,
-) -> None:
-    """Show what dispatch decides for a convolution, and why not otherwise.
-
-    \b
-    Example:
-      jaxwin-tune explain --input 8,56,56,64 --filter 3,3,64,128 --stride 2
-      jaxwin-tune explain --input 1,56,56,128 --filter 3,3,1,128 --groups 128 --grad filter
-    """
+) -> jaxwin.Explanation:
     try:
         x, w = (_abstract(shape, dtype) for shape in (x_shape, w_shape))
         rank = len(x_shape) - 2
@@ -164,26 +156,133 @@ def explain(
             )
 
         if grad == "none":
-            explanation = jaxwin.explain(f, x, w)
-        else:
-            y = jax.eval_shape(f, x, w)
-            argument = ("input", "filter").index(grad)
+            return jaxwin.explain(f, x, w)
+        y = jax.eval_shape(f, x, w)
+        argument = ("input", "filter").index(grad)
 
-            def transposed(operand: jax.Array, cotangent: jax.Array) -> Any:
-                def linear(v: jax.Array) -> jax.Array:
-                    return f(v, operand) if argument == 0 else f(operand, v)
+        def transposed(operand: jax.Array, cotangent: jax.Array) -> Any:
+            def linear(v: jax.Array) -> jax.Array:
+                return f(v, operand) if argument == 0 else f(operand, v)
 
-                return jax.linear_transpose(linear, (x, w)[argument])(cotangent)
+            return jax.linear_transpose(linear, (x, w)[argument])(cotangent)
 
-            explanation = jaxwin.explain(transposed, (w, x)[argument], y)
+        return jaxwin.explain(transposed, (w, x)[argument], y)
     except (OverflowError, TypeError, ValueError) as error:
         raise click.UsageError(str(error).splitlines()[0]) from error
+
+
+_EXPLAIN_HELP = f"""Show what dispatch decides for convolutions, and why not otherwise.
+
+A convolution is a SHAPE, all those of a --preset or of a recorded file, or --input and --filter as
+arrays have them. It says which tier decided (tuned, transferred, heuristic, requested, xla), the
+plan, its workspace, the measurement behind it, and why other measurements and algorithms were not
+taken. Nothing is computed.
+
+{options.catalogue()}
+\b
+Example:
+  jaxwin-tune explain "n8 56x56 c64 k128 w3 s2 p1" --direction fwd,dx,dw
+  jaxwin-tune explain --preset resnet50 --batch 8 --json
+  jaxwin-tune explain recorded.jsonl
+  jaxwin-tune explain --input 8,56,56,64 --filter 3,3,64,128 --stride 2
+  jaxwin-tune explain --input 1,56,56,128 --filter 3,3,1,128 --groups 128 --grad filter
+"""
+
+
+@main.command(help=_EXPLAIN_HELP)
+@click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(problems.PRESETS)),
+    help="See above; may be given several times.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Of shapes."
+)
+@click.option(
+    "--direction",
+    "directions",
+    type=options.Choices(problems.DIRECTIONS),
+    default="fwd",
+    show_default=True,
+    help="Of shapes: fwd, dx (input gradient) and dw (weight gradient).",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(problems.LAYOUTS),
+    default="nhwc",
+    show_default=True,
+    help="Of shapes.",
+)
+@click.option("--input", "x_shape", type=_Sizes(), help="N,[[D,]H,]W,C")
+@click.option("--filter", "w_shape", type=_Sizes(), help="[[KD,]KH,]KW,C/groups,K")
+@click.option("--stride", type=_Sizes(), default=(1,), help="One value, or one per dimension.")
+@click.option("--dilation", type=_Sizes(), default=(1,), help="Of the filter.")
+@click.option(
+    "--padding",
+    help="SAME, VALID or a number.  [default: SAME for --input, VALID for shapes]",
+)
+@click.option("--groups", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--grad", type=click.Choice(["none", "input", "filter"]), default="none")
+@_json
+def explain(
+    shapes: tuple[str, ...],
+    presets: tuple[str, ...],
+    batch: int,
+    directions: tuple[str, ...],
+    layout: str,
+    x_shape: tuple[int, ...] | None,
+    w_shape: tuple[int, ...] | None,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: str | None,
+    groups: int,
+    dtype: str,
+    grad: str,
+    as_json: bool,
+) -> None:
+    if (x_shape is None) != (w_shape is None):
+        raise click.UsageError("--input and --filter: give both of them")
+    if x_shape is not None and w_shape is not None:
+        if shapes or presets:
+            raise click.UsageError("--input: give either that or a SHAPE")
+        explanation = _explained_arrays(
+            x_shape, w_shape, stride, dilation, padding or "SAME", groups, dtype, grad
+        )
+    else:
+        found: dict[jaxwin.Problem, None] = {}
+        files = [shape for shape in shapes if options.is_file(shape)]
+        rest = [shape for shape in shapes if not options.is_file(shape)]
+        try:
+            if rest or presets or not files:
+                if padding is not None and padding.lower() not in problems.PADDINGS:
+                    raise click.UsageError("--padding: shapes say numbers themselves, as in p1")
+                given: dict[str, Any] = {
+                    "batch": batch,
+                    "padding": (padding or "valid").lower(),
+                    "dtype": dtype,
+                }
+                for conv in options.convolutions(rest, presets, **given):
+                    with jax.enable_x64(True):  # else float64 would become float32
+                        found |= dict.fromkeys(conv.problem(d, layout) for d in directions)
+            for file in files:
+                found |= dict.fromkeys(task.problem for task in options.recorded(file))
+            lines = [row for problem in found for row in jaxwin.explain(problem)]
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        explanation = jaxwin.Explanation(tuple(lines))
     if as_json:
         rows = [dataclasses.asdict(row) | {"text": str(row.problem)} for row in explanation]
         click.echo(json.dumps(rows))
         return
     click.echo(str(explanation))
     for row in explanation:
+        if row.rejected and len(explanation) > 1:
+            click.echo(str(row.problem))
         for name, reason in row.rejected.items():
             click.echo(f"  not {name}: {reason}")
 
@@ -213,21 +312,27 @@ def doctor(repair: bool, as_json: bool) -> None:
             facts[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts[package] = "not installed"
+    for package in _OPTIONAL:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[package] = metadata.version(package)
+    facts["jaxwin is in"] = str(Path(jaxwin.__file__).parent)
     registry = _registry.registry()
     facts["instruction sets"] = [row["name"] for row in registry["isas"] if row["runnable"]]
     try:
         facts["instruction set in use"] = _registry.isa()
-        _tuning.mode()
+        facts["mode"], facts["family"] = _settings.mode(), _settings.family()
     except ValueError as error:
         problems.append(str(error))
+    facts["kernels"] = ", ".join(_registry.kernels())
     facts["threads"] = _registry.threads()
     facts["caches"] = registry["caches"]
+    facts |= machine.conditions()
     try:
         facts["jax platform"] = jax.default_backend()
     except RuntimeError as error:  # JAX_PLATFORMS names one that is not there
         facts["jax platform"] = "none"
         problems.append(str(error).splitlines()[0])
-    for variable in VARIABLES:
+    for variable in (*_settings.VARIABLES, "JAX_PLATFORMS", "XLA_FLAGS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]
     if facts["jax platform"] not in ("cpu", "none"):
@@ -251,6 +356,22 @@ def doctor(repair: bool, as_json: bool) -> None:
         if not problems:
             click.echo("all is well")
     sys.exit(1 if problems else 0)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands and options; put it where the shell reads it.
+
+    \b
+    Example:
+      jaxwin-tune completion bash > ~/.local/share/bash-completion/completions/jaxwin-tune
+      jaxwin-tune completion zsh > ~/.zfunc/_jaxwin-tune
+      jaxwin-tune completion fish > ~/.config/fish/completions/jaxwin-tune.fish
+    """
+    source = shell_completion.get_completion_class(shell)
+    assert source is not None
+    click.echo(source(main, {}, "jaxwin-tune", "_JAXWIN_TUNE_COMPLETE").source())
 
 
 # --- bench -----------------------------------------------------------------------------------

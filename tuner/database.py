@@ -109,6 +109,21 @@ class Measurement:
         object.__setattr__(self, "error", error)
         object.__setattr__(self, "abi", self.abi or _registry.abi(self.algorithm))
 
+    def again(self, status: str, error: str) -> Measurement:
+        """This candidate as something else that happened to it now, without times."""
+        return dataclasses.replace(
+            self,
+            status=status,
+            error=error,
+            ns_min=None,
+            ns_median=None,
+            ns_mad=None,
+            repeats=0,
+            confirmed=False,
+            created=_now(),
+            uid=uuid.uuid4().hex,
+        )
+
     def record(self) -> dict[str, Any]:
         """The measurement as one JSON object that stands alone."""
         machine = {k: v for k, v in dataclasses.asdict(self.machine).items() if v is not None}
@@ -449,8 +464,12 @@ class Database:
         with self._errors():
             return read_winners(self._connection)
 
-    def merge(self, source: Path) -> tuple[int, int]:
-        """Adds the measurements of another database; (how many it has, how many were new)."""
+    def merge(self, source: Path, *, winners: bool = False) -> tuple[int, int]:
+        """Adds the measurements of another database; (how many it has, how many were new).
+
+        winners: only those that dispatch may take with these kernels, one for each problem,
+        machine, instruction set and number of threads.
+        """
         if source.exists() and source.samefile(self.path):
             raise DatabaseError(f"{source}: cannot be merged into itself")
         total = 0
@@ -463,7 +482,11 @@ class Database:
 
         try:
             with _tuning.reading(source) as connection:
-                added = self.add(counted(read_measurements(connection)))
+                rows = read_measurements(connection)
+                if winners:
+                    best = {row["uid"] for row in read_winners(connection) if not row["stale"]}
+                    rows = (row for row in rows if row.uid in best)
+                added = self.add(counted(rows))
         except _tuning.Unusable as error:
             raise DatabaseError(str(error)) from error
         return total, added
@@ -557,7 +580,8 @@ def read_winners(connection: sqlite3.Connection) -> list[dict[str, Any]]:
 
     `stale` is 1 for the fastest of kernels that this build has not; they are apart.
     """
-    cursor = connection.execute(_WINNERS, (json.dumps(_registry.kernels()),))
+    kernels = [*_registry.kernels(), f"{_registry.XLA} {_registry.abi(_registry.XLA)}"]
+    cursor = connection.execute(_WINNERS, (json.dumps(kernels),))
     names = [column[0] for column in cursor.description]
     return [dict(zip(names, row, strict=True)) for row in cursor]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import datetime
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxwin import _registry, _tuning
+from jaxwin import _record, _registry, _settings, _tuning
 from jaxwin._machine import this_machine
+from jaxwin.tuner import exits
 from jaxwin.tuner.database import (
     Database,
     DatabaseError,
@@ -27,11 +29,10 @@ from jaxwin.tuner.database import (
     read_winners,
 )
 
-_EXIT_CODES = "Exit codes: 0 done, 2 wrong usage, 4 a database cannot be used."
 _MAX_COMPLAINTS = 10  # wrong lines that are told one by one
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-_database = click.option(
+database_option = click.option(
     "--database",
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file.  [default: the first of JAXWIN_TUNING_DB, else the user's]",
@@ -41,7 +42,7 @@ _database = click.option(
 class Failure(click.ClickException):
     """A database cannot be used: one line, exit code 4."""
 
-    exit_code = 4
+    exit_code = exits.DATABASE
 
 
 class Command(click.Command):
@@ -57,10 +58,10 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
-@click.command(cls=Command, epilog=_EXIT_CODES)
+@click.command(cls=Command)
 @click.argument("text", required=False)
 @click.option("--all", "everything", is_flag=True, help="Of other machines and old kernels, too.")
-@_database
+@database_option
 @_json
 def show(text: str | None, everything: bool, database: Path | None, as_json: bool) -> None:
     """Show the fastest measured candidate for each problem.
@@ -107,9 +108,9 @@ def show(text: str | None, everything: bool, database: Path | None, as_json: boo
     click.echo(f"{len(found)} winners" + (f", {hidden} others not shown" if hidden else ""))
 
 
-@click.command(cls=Command, epilog=_EXIT_CODES)
+@click.command(cls=Command)
 @click.argument("output", type=click.Path(allow_dash=True), default="-")
-@_database
+@database_option
 @_json
 def export(output: str, database: Path | None, as_json: bool) -> None:
     """Write every measurement as one JSON object per line, to OUTPUT or standard output.
@@ -139,20 +140,15 @@ def export(output: str, database: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(summary) if as_json else f"{output}: {count} measurements")
 
 
-@click.command(
-    "import",
-    cls=Command,
-    epilog="Exit codes: 0 done, 1 some lines were wrong, 2 wrong usage, 4 a database cannot be "
-    "used.",
-)
+@click.command("import", cls=Command)
 @click.argument("files", nargs=-1, required=True, type=click.File("r", encoding="utf-8"))
-@_database
+@database_option
 @_json
 def import_(files: tuple[IO[str], ...], database: Path | None, as_json: bool) -> None:
     """Add the measurements of files that `jaxwin-tune export` wrote; "-" is standard input.
 
     Measurements that are there already are not added twice. Lines that are wrong are told and left
-    out.
+    out; it then exits with 1.
 
     \b
     Example:
@@ -206,7 +202,7 @@ class _Lines:
             self.complaints.append(f"{self._file.name}: cannot be read further: {error}")
 
 
-@click.command(cls=Command, epilog=_EXIT_CODES)
+@click.command(cls=Command)
 @click.argument(
     "sources", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False, exists=True)
 )
@@ -216,22 +212,28 @@ class _Lines:
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file that is added to.  [default: the first of JAXWIN_TUNING_DB, else the user's]",
 )
+@click.option(
+    "--winners",
+    is_flag=True,
+    help="Only the fastest plan of each problem, for a small file that is shipped.",
+)
 @_json
-def merge(sources: tuple[Path, ...], database: Path | None, as_json: bool) -> None:
+def merge(sources: tuple[Path, ...], database: Path | None, winners: bool, as_json: bool) -> None:
     """Add the measurements of other databases to one; every measurement is kept once.
 
     \b
     Example:
       jaxwin-tune merge node1.db node2.db --into site.db
+      jaxwin-tune merge site.db --winners --into /usr/share/jaxwin/tuning.db
     """
     summaries = []
     with Database(database) as db:
         for source in sources:
-            rows, new = db.merge(source)
+            rows, new = db.merge(source, winners=winners)
             with _tuning.reading(source) as connection:
                 (total,) = connection.execute("SELECT count(*) FROM measurements").fetchone()
             summaries.append({"file": str(source), "rows": rows, "new": new})
-            summaries[-1]["wrong"] = total - rows
+            summaries[-1]["wrong"] = 0 if winners else total - rows
         path = str(db.path)
     if as_json:
         click.echo(json.dumps({"database": path, "files": summaries}))
@@ -243,11 +245,11 @@ def merge(sources: tuple[Path, ...], database: Path | None, as_json: bool) -> No
         )
 
 
-@click.command(cls=Command, epilog=_EXIT_CODES)
+@click.command(cls=Command)
 @click.option("--older-than", type=click.IntRange(min=0), metavar="DAYS", help="Older rows.")
 @click.option("--stale", is_flag=True, help="Rows of kernels that this jaxwin does not have.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
-@_database
+@database_option
 @_json
 def prune(
     older_than: int | None, stale: bool, dry_run: bool, database: Path | None, as_json: bool
@@ -333,6 +335,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         except _tuning.Unusable as error:
             entry["state"] = error.state
             if error.state in ("missing", "hidden") and tier != "environment":
+                seen.append(entry)
                 continue
             advice = {
                 "corrupt": ": `jaxwin-tune doctor --repair` sets it aside",
@@ -342,8 +345,29 @@ def examine() -> tuple[dict[str, Any], list[str]]:
                 problems.append(f"{error}{advice}")
             entry["about"] = f"{error}{advice}"
         seen.append(entry)
-    facts["tuning databases"] = seen or f"none yet; the user's would be {_tuning.user_file()}"
-    return facts, problems
+    facts["tuning databases"] = seen
+    missed, wrong = _missed()
+    facts["missed problems"] = missed
+    return facts, problems + wrong
+
+
+def _missed() -> tuple[str, list[str]]:
+    """What is known of problems that programs missed, and what is wrong with that."""
+    path = _record.misses_file()
+    if path is None:
+        return "not remembered: there is no home directory", []
+    if not _settings.settings().misses:
+        return "not remembered: JAXWIN_MISSES says so", []
+    try:
+        counts = collections.Counter(threads for _, threads in _record.misses())
+    except OSError as error:
+        return str(path), [f"{path}: cannot be read ({error.strerror}): delete it"]
+    folder = next(place for place in (path, *path.parents) if place.exists())
+    text = ", ".join(f"{n} with {threads} threads" for threads, n in sorted(counts.items()))
+    told = f"{text or 'none'} ({path})" + ("; `jaxwin-tune run` tunes them" if counts else "")
+    if not os.access(folder, os.W_OK):
+        told += f"; no more are remembered: {folder} cannot be written"
+    return told, []
 
 
 def as_text(value: Any) -> str:
@@ -353,7 +377,8 @@ def as_text(value: Any) -> str:
     lines = [""]
     for entry in value:
         rows = ", ".join(f"{count} {name}" for name, count in entry.get("rows", {}).items())
-        about = entry.get("about") or f"{entry['path']}: {entry['state']}, {rows or 'no'} rows"
+        held = f", {rows or 'no'} rows" if entry["state"] == "ok" else ""
+        about = entry.get("about") or f"{entry['path']}: {entry['state']}{held}"
         lines.append(f"  {entry['tier']}: {about}")
     return "\n".join(lines)
 
@@ -362,7 +387,8 @@ def _count(connection: Any) -> dict[str, int]:
     """How many measurements a database has, and how many of them may count here."""
     here = this_machine()
     likeness = {k: here.likeness(m) for k, m in _tuning.machines(connection).items()}
-    abis = {name: _registry.abi(name) for name in _registry.algorithm_names()}
+    names = (*_registry.algorithm_names(), _registry.XLA)
+    abis = {name: _registry.abi(name) for name in names}
     counts: collections.Counter[str] = collections.Counter()
     query = (
         "SELECT machine_id, algorithm, abi, status, count(*) FROM measurements GROUP BY 1, 2, 3, 4"

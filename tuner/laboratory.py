@@ -130,7 +130,7 @@ class Laboratory:
         while True:
             numbers = [number for number in range(len(plans)) if number not in findings]
             request = {
-                "plans": [dataclasses.asdict(plans[number]) for number in numbers],
+                "plans": [plans[number]._asdict() for number in numbers],
                 "threads": self.threads,
                 "rounds": rounds,
                 "min_seconds": min_seconds,

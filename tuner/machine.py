@@ -90,3 +90,59 @@ def disturbance(before: Load, after: Load) -> tuple[float, float]:
     available = max((after.wall - before.wall) * len(before.cpus), _TICK)
     others = (after.busy - before.busy) - (after.own - before.own)
     return max(0.0, others / available), max(0.0, (after.stolen - before.stolen) / available)
+
+
+# --- conditions ------------------------------------------------------------------------------
+
+# What a frequency governor and the kernel's memory settings are read from, where there are any.
+_CONDITIONS = {
+    "governor": _CPUS / "cpu0/cpufreq/scaling_governor",
+    "boost": _CPUS / "cpufreq/boost",
+    "intel no_turbo": _CPUS / "intel_pstate/no_turbo",
+    "SMT": _CPUS / "smt/control",
+    "transparent huge pages": Path("/sys/kernel/mm/transparent_hugepage/enabled"),
+    "NUMA nodes": Path("/sys/devices/system/node/online"),
+    "cgroup cpu.max": Path("/sys/fs/cgroup/cpu.max"),
+}
+_LOOK_SECONDS = 0.5
+
+
+def conditions() -> dict[str, str]:
+    """What moves times on this machine beside jaxwin: CPUs, clock, memory, and what else runs."""
+    usable = usable_cpus()
+    facts = {
+        "CPUs": f"{os.cpu_count()} in the machine, usable: {_ranges(usable)}",
+        "physical cores": str(_cores(usable)),
+    }
+    for name, path in _CONDITIONS.items():
+        try:
+            facts[name] = path.read_text().strip()
+        except OSError:
+            facts[name] = "the system does not say"
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    facts["memory"] = f"{pages:.1f} GiB, pages of {os.sysconf('SC_PAGE_SIZE') // 1024} KiB"
+    facts["load average"] = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    before = Load.now(usable)
+    time.sleep(_LOOK_SECONDS)
+    others, stolen = disturbance(before, Load.now(usable))
+    facts["just now"] = f"other processes use {others:.0%} of these CPUs, {stolen:.0%} are stolen"
+    return facts
+
+
+def _ranges(cpus: Iterable[int]) -> str:
+    """Numbers as in "0-3,8"."""
+    parts: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if parts and cpu == parts[-1][1] + 1:
+            parts[-1][1] = cpu
+        else:
+            parts.append([cpu, cpu])
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in parts)
+
+
+def _cores(cpus: Iterable[int]) -> int:
+    seen = set()
+    for cpu in cpus:
+        path = _CPUS / f"cpu{cpu}/topology/thread_siblings_list"
+        seen.add(path.read_text() if path.exists() else str(cpu))
+    return len(seen)

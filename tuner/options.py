@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from jaxwin.tuner import problems
+from jaxwin.tuner import problems, tune
 
 
 class Choices(click.ParamType):  # type: ignore[type-arg]
@@ -39,18 +40,45 @@ def catalogue() -> str:
     return "\n".join([problems.GRAMMAR, "\b", "Presets:", *presets, ""])
 
 
+def is_file(shape: str) -> bool:
+    """Whether a SHAPE of a command line is the name of a recorded file."""
+    return shape == "-" or shape.endswith(".jsonl") or ("/" in shape and Path(shape).is_file())
+
+
+def recorded(name: str) -> list[tune.Task]:
+    """The convolutions of a recorded file; "-" is standard input."""
+    try:
+        with click.open_file(name, encoding="utf-8") as file:
+            tasks = tune.recorded(file, name)
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{name}: not a text file") from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        raise click.UsageError(f"{name}: {error.strerror}") from error
+    if not tasks:
+        raise click.UsageError(f"{name}: holds no convolution")
+    return tasks
+
+
 def convolutions(
     shapes: Sequence[str], presets: Sequence[str], *, batch: int, padding: str, dtype: str
 ) -> list[problems.Conv]:
-    """What the shapes and presets of a command line say, in order."""
+    """What the shapes, presets and recorded files of a command line say, in order."""
     defaults: dict[str, Any] = {"batch": batch, "padding": padding, "dtype": dtype}
     if not shapes and not presets:
         raise click.UsageError(
-            'nothing to do: give --preset NAME or a SHAPE such as "56x56 c64 k64 w3"'
+            'nothing to do: give --preset NAME, a SHAPE such as "56x56 c64 k64 w3", or the name of '
+            "a recorded file"
         )
     try:
         found = [conv for name in presets for conv in problems.preset(name, **defaults)]
-        found += [problems.parse(shape, **defaults) for shape in shapes]
+        for shape in shapes:
+            if is_file(shape):
+                for task in tune.merged(recorded(shape)):
+                    found.append(problems.from_problem(task.problem, task.count))
+            else:
+                found.append(problems.parse(shape, **defaults))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -126,6 +126,32 @@ class Conv:
         return str(self.problem())
 
 
+def from_problem(problem: Problem, count: int = 1) -> Conv:
+    """The convolution of a problem, its layout and its epilogue left out.
+
+    A gradient becomes a convolution of its own, with the dilations that it has.
+    """
+    lhs, rhs = problem.lhs_spec, problem.rhs_spec
+    conv = Conv(
+        name="",
+        batch=problem.lhs_shape[lhs[0]],
+        size=tuple(problem.lhs_shape[d] for d in lhs[2:]),
+        channels=problem.lhs_shape[lhs[1]],
+        features=problem.rhs_shape[rhs[0]],
+        window=tuple(problem.rhs_shape[d] for d in rhs[2:]),
+        stride=problem.window_strides,
+        padding=problem.padding,
+        lhs_dilation=problem.lhs_dilation,
+        rhs_dilation=problem.rhs_dilation,
+        groups=problem.feature_group_count,
+        batch_groups=problem.batch_group_count,
+        reversed=any(problem.rhs_reversal),
+        dtype=problem.lhs_dtype,
+        count=count,
+    )
+    return dataclasses.replace(conv, name=str(conv))
+
+
 def computation(
     conv: Conv, direction: str, layout: str, convolve: Callable[..., jax.Array]
 ) -> tuple[Callable[..., jax.Array], tuple[str, str]]:

@@ -97,7 +97,8 @@ class Outcome:
     ratio: the default plan's time relative to the winner's, in the last comparison. noise: the
     spread of the default plan's samples there (scaled median absolute deviation, relative).
     measured: how many candidates this search measured. known: how many were known before.
-    bad: candidates that did not pass, by status.
+    bad: candidates that did not pass, by status. xla_ratio: XLA's time relative to the winner's,
+    where JAXWIN_FAMILY=any has it take part.
     """
 
     problem: Problem
@@ -113,8 +114,14 @@ class Outcome:
     known: int = 0
     bad: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    xla_ratio: float | None = None
 
     def __str__(self) -> str:
+        if self.xla_ratio is None:
+            return self._words()
+        return f"{self._words()}; XLA takes {self.xla_ratio:.2f} of its time"
+
+    def _words(self) -> str:
         if self.winner is None or self.status == "undecided":
             return f"{self.status}: {self.reason}"
         if self.status == "known":
@@ -138,7 +145,8 @@ class Context:
     """What the searches of a run share.
 
     again: measures also what is in the database. storage: of optuna, shared with other machines
-    of this kind; None for none. near: rows of near problems.
+    of this kind; None for none. near: rows of near problems. family: "any" compares the winner with
+    XLA, too.
     """
 
     measurer: Measurer
@@ -150,6 +158,7 @@ class Context:
     storage: Any = None
     seed: int = 0
     near: Callable[[Problem], Iterable[Row]] = lambda problem: ()
+    family: str = "canonical"
 
 
 def tune_problem(
@@ -194,6 +203,7 @@ class _Search:
         self._shared: dict[Candidate, float] = {}  # ratios that other machines of this kind found
         self._studies: dict[str, _Study] = {}
         self._default_ns: list[float] = []
+        self._xla_known = False
 
     def run(self, deadline: float) -> Outcome:
         outcome, effort = self.outcome, self.context.effort
@@ -214,9 +224,12 @@ class _Search:
             self._compare(batch[: total - done])
         if not outcome.measured and self.current is not None:
             outcome.status, outcome.winner = "known", self.current
-            return outcome
-        self._progress("the fastest once more", total, total)
-        self._final(self._hopeful())
+        else:
+            self._progress("the fastest once more", total, total)
+            self._final(self._hopeful())
+        if self.context.family == "any" and outcome.winner is not None:
+            self._progress("XLA", total, total)
+            self._compare_xla(outcome.winner)
         return outcome
 
     def close(self) -> None:
@@ -232,6 +245,11 @@ class _Search:
         rows: dict[Candidate, Measurement] = {}
         confirmed: list[Measurement] = []
         for row in context.database.measurements(self.problem):
+            if row.family == "any":
+                same = row.machine.id == self.machine.id and row.threads == context.threads
+                current = row.algorithm == _registry.XLA and row.abi == _registry.abi(row.algorithm)
+                self._xla_known |= same and current and not context.again
+                continue
             known = row.algorithm in _registry.algorithm_names()
             if not known or row.abi != _registry.abi(row.algorithm) or row.isa != context.isa:
                 continue
@@ -269,8 +287,14 @@ class _Search:
     # --- what to try -------------------------------------------------------------------------
 
     def _untried(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        known = self.ratios.keys() | self.bad.keys() | self._shared.keys()
-        return [c for c in dict.fromkeys(candidates) if c not in known]
+        normal = self.space.normal
+        seen = {normal(c) for c in (*self.ratios, *self.bad, *self._shared)}
+        found = []
+        for candidate in candidates:
+            if normal(candidate) not in seen:
+                seen.add(normal(candidate))
+                found.append(candidate)
+        return found
 
     def _size(self) -> int:
         """Candidates per comparison: few where a call takes long, so that the deadline holds."""
@@ -332,9 +356,13 @@ class _Search:
                     self._shared[candidate] = ratio
 
     def _fastest(self) -> list[Candidate]:
-        """The candidates with a time, the fastest first."""
+        """The candidates with a time that differ, the fastest first."""
         ratios = self._shared | self.ratios
-        return sorted(ratios.keys() - self.bad.keys(), key=lambda c: (ratios[c], c))
+        order = sorted(ratios.keys() - self.bad.keys(), key=lambda c: (ratios[c], c))
+        once: dict[Candidate, Candidate] = {}
+        for candidate in order:  # other machines may have measured others that do the same
+            once.setdefault(self.space.normal(candidate), candidate)
+        return list(once.values())
 
     def _proposed(self, fastest: list[Candidate]) -> list[Candidate]:
         """What TPE proposes for the algorithms of the fastest, mostly for that of the fastest."""
@@ -347,13 +375,21 @@ class _Search:
                 candidate = study.ask()
                 if candidate in self.bad or self.space.plan(candidate) is None:
                     study.tell(candidate, None)
-                elif candidate in self.ratios or candidate in self._shared:
-                    study.tell(candidate, (self._shared | self.ratios)[candidate])
+                elif (ratio := self._ratio(candidate)) is not None:
+                    study.tell(candidate, ratio)
                 elif candidate not in found:
                     found.append(candidate)
                 if len(found) >= count:
                     break
         return found
+
+    def _ratio(self, candidate: Candidate) -> float | None:
+        """The time of a candidate or of one that does the same."""
+        ratios, normal = self._shared | self.ratios, self.space.normal
+        if candidate in ratios:
+            return ratios[candidate]
+        wanted = normal(candidate)
+        return next((ratio for c, ratio in ratios.items() if normal(c) == wanted), None)
 
     def _study(self, algorithm: str) -> _Study:
         if algorithm not in self._studies:
@@ -496,6 +532,44 @@ class _Search:
         if undecided:
             outcome.status = "undecided"
             outcome.reason = f"the machine is too busy: samples spread by {outcome.noise:.0%}"
+
+    def _compare_xla(self, winner: Candidate) -> None:
+        """Whether XLA is faster than the winner; its numbers are others, so it is no candidate."""
+        outcome, context = self.outcome, self.context
+        dtypes = {self.problem.lhs_dtype, self.problem.rhs_dtype, self.problem.out_dtype}
+        if dtypes != {"float32"} or (self._xla_known and not outcome.measured):
+            return
+        plan = self.space.plan(winner)
+        assert plan is not None
+        xla = Plan(_registry.XLA, context.isa, context.threads, (), 0)
+        ours, theirs = context.measurer.compare(
+            self.problem,
+            [plan, xla],
+            rounds=context.effort.final_rounds,
+            min_seconds=context.effort.min_seconds,
+            slower_than=_SLOWER_THAN,
+        )
+        ok = theirs.status == "ok"
+        faster = ok and Paired.of(theirs, ours).faster()
+        row = Measurement(
+            self.problem,
+            _registry.XLA,
+            {},
+            context.isa,
+            context.threads,
+            theirs.status,
+            ns_min=min(theirs.ns) if ok else None,
+            ns_median=theirs.median_ns if ok else None,
+            ns_mad=theirs.mad_ns if ok else None,
+            repeats=theirs.calls,
+            error=theirs.error,
+            family="any",
+            confirmed=faster,
+            machine=self.machine,
+        )
+        context.database.add([row])
+        if ok:
+            outcome.xla_ratio = Paired.of(theirs, ours).ratio
 
     def _compared(self, candidates: list[Candidate]) -> dict[Candidate, Finding]:
         effort = self.context.effort

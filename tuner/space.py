@@ -45,6 +45,7 @@ class Space:
         self._native = problem.native()
         self._max_workspace = max_workspace
         self._plans: dict[Candidate, tuple[Plan, float] | None] = {}
+        self._limits = _limits(problem)
         self.defaults: dict[str, Candidate] = {}
         self.values: dict[str, tuple[tuple[int, ...], ...]] = {}
         if _dispatch.unsupported(problem):
@@ -104,11 +105,23 @@ class Space:
         plan = answer["plan"]
         if tuple(plan["params"]) != candidate.params:
             return None
-        fields = {f.name: plan[f.name] for f in dataclasses.fields(Plan)}
+        fields = {name: plan[name] for name in Plan._fields}
         return Plan(**fields | {"params": candidate.params}), float(plan["cost"])
 
+    def normal(self, candidate: Candidate) -> Candidate:
+        """The same for candidates that do the same: a block as large as the whole is the whole.
+
+        Of block sizes 0 means the whole. Not every such pair is recognised.
+        """
+        names = _registry.parameter_names(candidate.algorithm) or ()
+        params = tuple(
+            0 if value >= self._limits.get(name, math.inf) else value
+            for name, value in zip(names, candidate.params, strict=True)
+        )
+        return Candidate(candidate.algorithm, params)
+
     def everything(self, limit: int) -> list[Candidate] | None:
-        """All valid candidates, or None where there are more than `limit`."""
+        """All valid candidates that differ, or None where there are more than `limit`."""
         # Of some spaces most points are invalid: look at more, as far as that takes no time.
         if sum(math.prod(map(len, v)) for v in self.values.values()) > 20 * limit:
             return None
@@ -117,8 +130,12 @@ class Space:
             for algorithm, values in self.values.items()
             for params in itertools.product(*values)
         )
-        valid = list(itertools.islice(self._valid(points), limit + 1))
-        return valid if len(valid) <= limit else None
+        valid: dict[Candidate, Candidate] = {}
+        for point in self._valid(points):
+            valid.setdefault(self.normal(point), point)
+            if len(valid) > limit:
+                return None
+        return list(valid.values())
 
     def ranked(self) -> list[Candidate]:
         """Candidates a few changes away from their algorithm's defaults, the best modelled first.
@@ -170,3 +187,18 @@ class Space:
 
     def _valid(self, points: Iterable[Candidate]) -> Iterator[Candidate]:
         return (point for point in points if self.plan(point) is not None)
+
+
+def _limits(problem: Problem) -> dict[str, int]:
+    """By parameter: from which value on a block is the whole, at the latest."""
+    window = [problem.rhs_shape[d] for d in problem.rhs_spec[2:]]
+    out = [problem.out_shape[d] for d in problem.out_spec[2:]]
+    images = problem.out_shape[problem.out_spec[0]]
+    pointwise = all(size == 1 for size in window)  # then rows may be joined to longer ones
+    # Transposed convolutions count the columns between which the window's phases lie.
+    width = (out[-1] if out else 1) + max(problem.lhs_dilation, default=1) - 1
+    return {
+        "kc": problem.rhs_shape[problem.rhs_spec[1]] * math.prod(window),
+        "rows": images * math.prod(out[:-1]),
+        "cols": images * math.prod(out) if pointwise else width,
+    }

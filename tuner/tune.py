@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import importlib.util
 import json
 import os
+import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxwin import _explain, _registry, _tuning
+from jaxwin import _explain, _record, _registry, _settings, _tuning
 from jaxwin._problem import Problem
-from jaxwin.tuner import machine, search
+from jaxwin.tuner import exits, machine, search
 from jaxwin.tuner.database import Database, default_path
 from jaxwin.tuner.laboratory import Laboratory, LaboratoryError
 from jaxwin.tuner.search import EFFORTS, Outcome
@@ -22,6 +26,7 @@ from jaxwin.tuner.space import Space
 SCHEMA_VERSION = 1
 BUSY = 0.05  # share of the CPUs' time that others may use without a warning
 _LEAST_SECONDS = 1.0  # of a search
+_STORAGE_ATTEMPTS = 4
 _SEARCHING = 0.6  # part of a budget for the search; the rest is for the last comparisons
 
 
@@ -41,7 +46,8 @@ class Options:
     threads: None for as many as dispatch would use. budget_seconds: for everything, None for no
     limit but the effort's. timeout_seconds: how long a candidate may be silent. again: measure also
     what is in the database. storage: URL of an optuna storage that machines of one kind share.
-    database: None for the default.
+    database: None for the default. family: "canonical", or "any" for a comparison with XLA; None
+    for what JAXWIN_FAMILY says.
     """
 
     effort: str = "quick"
@@ -52,8 +58,11 @@ class Options:
     storage: str | None = None
     database: Path | None = None
     seed: int = 0
+    family: str | None = None
 
     def __post_init__(self) -> None:
+        if self.family not in (None, *_settings.FAMILIES):
+            raise ValueError(f"family: {self.family!r} is not one of {_settings.FAMILIES}")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort: {self.effort!r} is not one of {', '.join(EFFORTS)}")
         if self.budget_seconds is not None and not self.budget_seconds > 0:
@@ -100,15 +109,15 @@ class Result:
         return found
 
     def exit_code(self) -> int:
-        """As `jaxwin-tune run --help` says."""
+        """As `jaxwin-tune --help` says."""
         statuses = {outcome.status for _, outcome in self.outcomes}
         if not self.complete:
-            return 130
+            return exits.INTERRUPTED
         if "failed" in statuses:
-            return 1
+            return exits.FOUND
         if statuses == {"unsupported"}:
-            return 3
-        return 5 if "undecided" in statuses else 0
+            return exits.UNSUPPORTED
+        return exits.BUSY if "undecided" in statuses else exits.OK
 
     def __str__(self) -> str:
         lines = [f"{task.name}: {outcome}" for task, outcome in self.outcomes]
@@ -164,6 +173,13 @@ def merged(tasks: Iterable[Task]) -> list[Task]:
     return list(found.values())
 
 
+def nothing(options: Options) -> Result:
+    """The result of tuning no problem."""
+    threads = _registry.threads() if options.threads is None else options.threads
+    path = options.database or default_path()
+    return Result([], options, threads, _registry.isa(), path, complete=True)
+
+
 def run(
     tasks: Sequence[Task],
     options: Options,
@@ -209,6 +225,7 @@ def run(
                 storage=_storage(options.storage),
                 seed=options.seed,
                 near=_near(path, isa, threads),
+                family=options.family or _settings.family(),
             )
             for number, task in enumerate(order):
                 progress.start(task, number, len(order))
@@ -268,10 +285,28 @@ def _storage(url: str | None) -> Any:
         return None
     import optuna
 
-    try:
-        return optuna.storages.get_storage(url)
-    except Exception as error:  # of optuna, SQLAlchemy or a driver
-        raise ValueError(f"storage: {url} cannot be used: {str(error).splitlines()[0]}") from error
+    plain = "postgresql://"
+    if url.startswith(plain) and importlib.util.find_spec("psycopg2") is None:
+        if importlib.util.find_spec("psycopg") is None:
+            raise ValueError(
+                f"storage: {_hidden(url)}: `pip install 'jaxwin[fleet]'` for PostgreSQL"
+            )
+        url = f"postgresql+psycopg://{url.removeprefix(plain)}"  # SQLAlchemy means the old driver
+    for attempt in range(_STORAGE_ATTEMPTS):
+        try:
+            return optuna.storages.get_storage(url)
+        except Exception as error:  # of optuna, SQLAlchemy or a driver
+            if attempt + 1 == _STORAGE_ATTEMPTS:
+                words = str(error).splitlines()[0]
+                raise ValueError(f"storage: {_hidden(url)} cannot be used: {words}") from error
+        # Where several machines are the first at a time, all but one fail to make the tables.
+        time.sleep(random.uniform(0.2, 1.0))
+    raise AssertionError("unreachable")
+
+
+def _hidden(url: str) -> str:
+    """Without a password."""
+    return re.sub(r"(//[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -286,7 +321,7 @@ def traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Task]:
 def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:
     """The tasks of JSON lines such as {"count": 3, "problem": {...}}; `count` may be missing.
 
-    "problem" holds the fields of `Problem.key`.
+    What `jaxwin.record` writes. "problem" holds the fields of `Problem.key`.
 
     Raises:
         ValueError: a line is not one; the text begins with its place.
@@ -296,17 +331,33 @@ def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-            if not isinstance(values, dict) or values.keys() - {"count", "problem"}:
-                raise ValueError('not an object of "count" and "problem"')
-            count = values.get("count", 1)
-            if type(count) is not int or count < 1:
-                raise ValueError(f"count: {count!r} is not a positive integer")
-            problem = Problem.from_key(json.dumps(values.get("problem")))
+            problem, count, _ = _record.parse(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{number}: {error}") from None
         tasks.append(Task(str(problem), problem, count))
     return tasks
+
+
+def missed(threads: int) -> tuple[list[Task], dict[int, int]]:
+    """What programs with so many threads were seen to miss, what takes most time first.
+
+    Also how many problems were missed with other numbers of threads. What dispatch has a tuned row
+    for by now is left out.
+
+    Raises:
+        OSError: the file of missed problems cannot be read.
+        ValueError: JAXWIN_MAX_ISA is no instruction set.
+    """
+    isa, table = _registry.isa(), _tuning.read_table(_tuning.files())  # without warnings
+    tasks, others = [], collections.Counter[int]()
+    for (problem, count_threads), count in _record.misses().items():
+        if table.exact(problem, isa, count_threads) is not None:
+            continue
+        if count_threads == threads:
+            tasks.append(Task(str(problem), problem, count))
+        else:
+            others[count_threads] += 1
+    return sorted(tasks, key=lambda task: -_weight(task, isa, threads)), dict(others)
 
 
 def tune(

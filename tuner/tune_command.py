@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import jax
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from jaxwin import _record, _registry, _settings
 from jaxwin.tuner import database_commands, options, problems, tune
 from jaxwin.tuner.search import EFFORTS, Outcome, duration
 
@@ -40,25 +41,29 @@ thread by the CPU time of the process, with more by the clock on the wall. The f
 compared with the default plan once more, in a new process. A new winner must be faster by 1 % and
 by more than the samples' noise.
 
+With --family any the winner is then compared with XLA. Where XLA is faster, programs with
+JAXWIN_FAMILY=any or `jaxwin.conv(algorithm="any")` take it. Its numbers differ in the last bits, so
+that is for who does not need the same bits everywhere.
+
 Results go to the tuning database at once: after Ctrl-C another run goes on where this one stopped.
 What is in the database for this machine, these kernels and this number of threads is not measured
 again without --again.
 
-FILE holds one JSON object per line, such as {{"count": 3, "problem": {{...}}}}; "problem" has the
-fields of `jaxwin.Problem.key`.
+FILE is what `jaxwin-tune record` or `jaxwin.record` wrote: one JSON object per line, such as
+{{"count": 3, "problem": {{...}}}}; "problem" has the fields of `jaxwin.Problem.key`. A SHAPE that
+ends with .jsonl is a FILE, too.
 
-\b
-Exit codes:
-  0    done
-  1    a convolution could not be tuned: its default plan did not run
-  2    wrong usage
-  3    none of the convolutions has a native kernel
-  4    the tuning database cannot be used
-  5    done, but the machine was too busy to tell which plan is the fastest; try again
-  130  stopped by Ctrl-C
+With no convolution at all it tunes what your programs were seen to miss: problems that they
+compiled and that have no measurement of their own. What takes most time (how often it was compiled,
+times the cost model's time) comes first. jaxwin remembers them, shapes only, in missed.jsonl beside
+the user's database, unless JAXWIN_MISSES=0 or JAXWIN_MODE=off is set.
+
+Exits with 1 where the default plan of a convolution did not run, with 3 where none of them has a
+native kernel, and with 5 where the machine was too busy.
 
 \b
 Example:
+  jaxwin-tune run
   jaxwin-tune run --preset resnet50 --batch 8
   jaxwin-tune run --preset paper --threads 1 --effort quick --json > tuned.json
   jaxwin-tune run "n8 56x56 c64 k128 w3 s2 p1" --direction fwd,dx,dw --effort full
@@ -145,12 +150,14 @@ def _print(result: tune.Result) -> None:
 def _tasks(
     shapes: tuple[str, ...],
     presets: tuple[str, ...],
-    files: tuple[IO[str], ...],
+    files: tuple[str, ...],
     directions: tuple[str, ...],
     layout: str,
     defaults: dict[str, Any],
 ) -> list[tune.Task]:
     found = []
+    files = (*files, *(shape for shape in shapes if options.is_file(shape)))
+    shapes = tuple(shape for shape in shapes if not options.is_file(shape))
     if shapes or presets or not files:
         for conv in options.convolutions(shapes, presets, **defaults):
             for direction in directions:
@@ -159,18 +166,38 @@ def _tasks(
                     problem = conv.problem(direction, layout)
                 found.append(tune.Task(name, problem, conv.count))
     for file in files:
-        try:
-            recorded = tune.recorded(file, file.name)
-        except UnicodeDecodeError as error:
-            raise click.UsageError(f"--from {file.name}: not a text file") from error
-        except ValueError as error:
-            raise click.UsageError(f"--from {error}") from error
-        except OSError as error:
-            raise click.UsageError(f"--from {file.name}: {error.strerror}") from error
-        if not recorded:
-            raise click.UsageError(f"--from {file.name}: holds no convolution")
-        found += recorded
+        found += options.recorded(file)
     return tune.merged(found)
+
+
+def _missed(threads: int) -> list[tune.Task]:
+    """What programs were seen to miss; says so where there is nothing."""
+    path = _record.misses_file()
+    try:
+        tasks, others = tune.missed(threads)
+    except OSError as error:
+        raise click.UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    for count, number in sorted(others.items()):
+        click.echo(f"{number} more with {count} threads: `--threads {count}` tunes them", err=True)
+    if not tasks:
+        click.echo(
+            f"nothing to tune: no program with {threads} threads was seen to miss a tuned plan "
+            f'({path}); give --preset NAME, a SHAPE such as "56x56 c64 k64 w3", or --from FILE',
+            err=True,
+        )
+    return tasks
+
+
+def _forget(result: tune.Result) -> None:
+    """What has been tuned is missed no more."""
+    settled = ("tuned", "default", "known", "unsupported")
+    done = [task for task, outcome in result.outcomes if outcome.status in settled]
+    try:
+        _record.forget((task.problem, result.threads) for task in done)
+    except OSError as error:
+        click.echo(f"{_record.misses_file()}: cannot be written ({error.strerror})", err=True)
 
 
 @click.command(cls=database_commands.Command, help=_HELP)
@@ -188,7 +215,6 @@ def _tasks(
     "files",
     multiple=True,
     metavar="FILE",
-    type=click.File("r", encoding="utf-8"),
     help="Recorded problems; may be given several times. - is standard input.",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
@@ -234,6 +260,11 @@ def _tasks(
     show_default=True,
     help="Seconds that a candidate may be silent before it counts as hanging.",
 )
+@click.option(
+    "--family",
+    type=click.Choice(_settings.FAMILIES),
+    help="`any` compares winners with XLA, too.  [default: JAXWIN_FAMILY, else canonical]",
+)
 @click.option("--again", is_flag=True, help="Measure also what is in the database.")
 @click.option(
     "--storage",
@@ -255,7 +286,7 @@ def _tasks(
 def run(
     shapes: tuple[str, ...],
     presets: tuple[str, ...],
-    files: tuple[IO[str], ...],
+    files: tuple[str, ...],
     batch: int,
     padding: str,
     directions: tuple[str, ...],
@@ -265,6 +296,7 @@ def run(
     effort: str,
     budget: float | None,
     timeout: float,
+    family: str | None,
     again: bool,
     storage: str | None,
     database: Path | None,
@@ -274,7 +306,11 @@ def run(
     quiet: bool,
 ) -> None:
     defaults = {"batch": batch, "padding": padding, "dtype": dtype}
-    tasks = _tasks(shapes, presets, files, directions, layout, defaults)
+    asked = bool(shapes or presets or files)
+    if asked:
+        tasks = _tasks(shapes, presets, files, directions, layout, defaults)
+    else:
+        tasks = _missed(_registry.threads() if threads is None else threads)
     if dry_run:
         for task in tasks:
             times = f", {task.count} times" if task.count > 1 else ""
@@ -290,8 +326,11 @@ def run(
             storage=storage,
             database=database,
             seed=seed,
+            family=family,
         )
-        if quiet:
+        if not tasks:
+            result = tune.nothing(settings)
+        elif quiet:
             result = tune.run(tasks, settings)
         elif sys.stderr.isatty():
             with _Bar() as bar:
@@ -300,9 +339,11 @@ def run(
             result = tune.run(tasks, settings, _Lines())
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if not asked:
+        _forget(result)
     if as_json:
         click.echo(json.dumps(result.to_json()))
-    else:
+    elif tasks:
         _print(result)
     for warning in result.warnings():
         click.echo(f"WARNING: {warning}", err=True)

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from jaxwin import _registry
+import jaxwin
+from jaxwin import _record, _registry, _settings
+from jaxwin.tuner import exits
 from jaxwin.tuner.cli import main
 
 
@@ -91,6 +96,63 @@ def test_doctor_where_jax_cannot_start() -> None:
     assert result.returncode == 1
     assert "problem: Unable to initialize backend 'nonsense'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_doctor_says_what_moves_times_and_where_it_looks() -> None:
+    facts = json.loads(_run("doctor", "--json").output)["facts"]
+    for name in ("CPUs", "governor", "transparent huge pages", "just now", "kernels", "family"):
+        assert facts[name], name
+    tiers = [entry["tier"] for entry in facts["tuning databases"]]
+    assert tiers[-1] == "package" and "site" in tiers
+    assert all(entry["state"] for entry in facts["tuning databases"])
+    assert "missed problems" in facts
+
+
+def test_exit_codes_are_in_one_table() -> None:
+    text = _run("--help").output
+    for code, meaning in exits.MEANINGS.items():
+        assert str(code) in text and " ".join(meaning.split()[:4]) in text
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    for code, meaning in exits.MEANINGS.items():
+        assert f"| {code} | {meaning} |" in readme, code
+
+
+def test_every_variable_is_in_the_readme() -> None:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    for name in _settings.VARIABLES:
+        assert f"| `{name}=" in readme, name
+
+
+def test_explain_takes_shapes_presets_and_files(tmp_path: Path) -> None:
+    shape = "n2 12x13 c8 k16 w3 p1"
+    rows = json.loads(_run("explain", shape, "--direction", "fwd,dx,dw", "--json").output)
+    assert next(jaxwin.Problem(**_tuples(row["problem"])).direction for row in rows) == "fwd"
+    assert len(rows) == 3 and all(row["tier"] and row["rejected"] for row in rows)
+    preset = json.loads(_run("explain", "--preset", "paper", "--json").output)
+    assert len(preset) == 12
+    recorded = tmp_path / "shapes.jsonl"
+    recorded.write_text(_record.line(jaxwin.Problem(**_tuples(rows[1]["problem"]))))
+    assert json.loads(_run("explain", str(recorded), "--json").output) == [rows[1]]
+    for wrong in ((shape, "--input", "1,2,2,1"), (shape, "--padding", "3"), ("nonsense",), ()):
+        assert _run("explain", *wrong).exit_code == 2, wrong
+
+
+def _tuples(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _tuples(value) for name, value in values.items()}
+    return tuple(map(_tuples, values)) if isinstance(values, list) else values
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("no bash")
+    result = _run("completion", shell)
+    assert result.exit_code == 0 and "_JAXWIN_TUNE_COMPLETE" in result.output
+    words = {"COMP_WORDS": "jaxwin-tune r", "COMP_CWORD": "1"}
+    variables = {"_JAXWIN_TUNE_COMPLETE": "bash_complete"} | words
+    completed = _run(env=variables, prog_name="jaxwin-tune")
+    assert {line.split(",")[1] for line in completed.output.split()} == {"record", "report", "run"}
 
 
 def test_import_jaxwin_is_light() -> None:

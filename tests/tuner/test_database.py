@@ -380,3 +380,15 @@ def test_an_abi_is_filled_in() -> None:
     assert row.abi == _registry.abi(row.algorithm)
     with pytest.raises(KeyError):
         tuning.measurement(algorithm="abacus")
+
+
+def test_winners_alone_are_merged(path: Path, tmp_path: Path) -> None:
+    slow = tuning.measurement(ns_median=5000.0)
+    fast = tuning.measurement(ns_median=900.0, confirmed=True)
+    stale = tuning.measurement(tuning.problems.make(1, 8, 16, (5, 5), (3, 3)), abi="of-yesterday")
+    with Database(path) as db:
+        db.add([slow, fast, stale])
+    small = tmp_path / "small.db"
+    with Database(small) as db:
+        assert db.merge(path, winners=True) == (1, 1)
+        assert list(db.measurements()) == [fast]

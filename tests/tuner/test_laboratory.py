@@ -150,7 +150,7 @@ def test_the_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> No
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         assert json.loads(process.stdout.readline()) == {"ready": True}
-        fields = {"plans": [dataclasses.asdict(plan)], "threads": 1, "seed": 0}
+        fields = {"plans": [plan._asdict()], "threads": 1, "seed": 0}
         for request in ({"problem": DENSE.key, "seed": 0}, fields | FAST):
             process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
@@ -212,3 +212,20 @@ def test_joined_samples() -> None:
     assert one.joined(two) == Finding("ok", "", (1.0, 2.0, 3.0), 5)
     bad = Finding("wrong", "made up")
     assert one.joined(bad) == bad and bad.joined(one) == bad
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        DENSE,
+        problems.make(1, 4, 8, (5, 5), (4, 4), lhs_dilation=(2, 2), reversal=(True, True)),
+        dataclasses.replace(DENSE, bias=True, residual=True, activation="relu"),
+    ],
+    ids=str,
+)
+def test_xla_beside_a_plan(calm: Laboratory, problem: Problem) -> None:
+    space = Space(problem, ISA, 1, 2**30)
+    default = _plan(space.incumbent(), space)
+    found = calm.compare(problem, [default, Plan("xla", ISA, 1, (), 0)], **FAST)
+    assert [finding.status for finding in found] == ["ok", "ok"], found[1].error
+    assert all(len(finding.ns) == 2 for finding in found)

@@ -12,6 +12,7 @@ from pathlib import Path
 import problems
 import pytest
 
+import jaxwin
 from jaxwin import _dispatch, _registry, _tuning
 from jaxwin._machine import this_machine
 from jaxwin._plan import Plan
@@ -33,6 +34,7 @@ GOAL = next(
     for step in SPACE.neighbours(DEFAULT)
     for c in SPACE.neighbours(step)
     if sum(a != b for a, b in zip(c.params, DEFAULT.params, strict=True)) == 2
+    if SPACE.normal(c) == c and SPACE.normal(step) == step
 )
 
 
@@ -88,7 +90,8 @@ def _towards(goal: Candidate, gain: float = 0.3) -> Callable[[Candidate], float]
     def distance(candidate: Candidate) -> float:
         if candidate.algorithm != goal.algorithm:
             return 5.0
-        return sum(a != b for a, b in zip(candidate.params, goal.params, strict=True))
+        mine, theirs = SPACE.normal(candidate).params, SPACE.normal(goal).params
+        return sum(a != b for a, b in zip(mine, theirs, strict=True))
 
     most = distance(DEFAULT)
     return lambda candidate: 1 - gain * (1 - distance(candidate) / most)
@@ -322,7 +325,7 @@ def test_machines_share_a_storage(path: Path, tmp_path: Path) -> None:
     *searched, _, final = second.comparisons
     repeated = {c for comparison in searched for c in comparison} & first.seen
     assert repeated <= {DEFAULT}, "what the first measured is not measured again"
-    assert GOAL in final and outcome.winner == GOAL
+    assert SPACE.normal(outcome.winner) == GOAL and outcome.winner in final
     import optuna
 
     names = optuna.get_all_study_names(url)
@@ -434,3 +437,81 @@ def test_recorded_lines() -> None:
     }.items():
         with pytest.raises(ValueError, match=f"shapes.jsonl:2: .*{blame}"):
             tune.recorded([line, wrong], "shapes.jsonl")
+
+
+# --- XLA ---------------------------------------------------------------------------------------
+
+
+def _with_xla(ratio: float) -> Callable[[Candidate], float]:
+    ours = _towards(GOAL)
+    return lambda candidate: ratio if candidate.algorithm == "xla" else ours(candidate)
+
+
+def test_xla_takes_part_only_where_it_may(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(_with_xla(0.1))
+    _run(fake)
+    assert "xla" not in {candidate.algorithm for candidate in fake.seen}
+    assert _dispatch.decide(DENSE, algorithm="any").plan is not None, "not measured"
+    late = Fake(_with_xla(0.1))
+    ((_, outcome),) = _run(late, family="any").outcomes
+    assert outcome.status == "known" and outcome.xla_ratio == pytest.approx(0.1 / 0.7, rel=0.01)
+    assert [c.algorithm for c in late.comparisons[0]] == [GOAL.algorithm, "xla"]
+    assert _dispatch.decide(DENSE).plan is not None, "canonical is canonical"
+    for options in ({"algorithm": "any"}, {}):
+        if not options:
+            monkeypatch.setenv("JAXWIN_FAMILY", "any")
+        decision = _dispatch.decide(DENSE, **options)
+        assert (decision.tier, decision.plan) == ("tuned", None)
+        assert decision.reason == "XLA was measured to be faster"
+    (row,) = jaxwin.explain(DENSE)
+    assert (row.tier, row.algorithm) == ("tuned", "xla") and str(path) in row.measured
+    again = Fake(_with_xla(0.1))
+    _run(again, family="any")
+    assert not again.comparisons, "it is known"
+    _run(Fake(_with_xla(0.9)), family="any", again=True)
+    assert _dispatch.decide(DENSE).plan is not None, "the last comparison counts"
+
+
+@pytest.mark.parametrize("fate", ["wrong", "crashed", "timeout", "error"])
+def test_xla_that_goes_wrong(path: Path, fate: str) -> None:
+    xla = Candidate("xla", ())
+    ((_, outcome),) = _run(Fake(_with_xla(0.1), {xla: fate}), family="any").outcomes
+    assert outcome.status == "tuned" and outcome.xla_ratio is None
+    assert _dispatch.decide(DENSE, algorithm="any").plan is not None
+
+
+def test_a_family_that_is_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXWIN_FAMILY", "kin")
+    with pytest.raises(ValueError, match="JAXWIN_FAMILY: 'kin' is not one of canonical, any"):
+        _dispatch.decide(DENSE)
+
+
+def test_an_algorithm_by_name_takes_its_own_tuned_parameters(path: Path) -> None:
+    other = next(a for a in SPACE.defaults if a != GOAL.algorithm)
+    best = SPACE.neighbours(SPACE.defaults[other])[-1]
+    rows = [
+        Measurement(
+            DENSE, candidate.algorithm, candidate.parameters, ISA, THREADS, "ok", ns, ns, 0.0, 1,
+            confirmed=confirmed,
+        )
+        for candidate, ns, confirmed in (
+            (GOAL, 1e3, True),
+            (SPACE.defaults[other], 9e3, False),
+            (best, 8e3, False),
+        )
+    ]  # fmt: skip
+    with Database(path) as database:
+        database.add(rows)
+    _tuning.reload()
+    assert _candidate(_dispatch.decide(DENSE).plan) == GOAL
+    decision = _dispatch.decide(DENSE, algorithm=other)
+    assert decision.tier == "requested" and _candidate(decision.plan) == best
+    assert decision.row.nanoseconds == 8e3
+    assert _dispatch.decide(LARGER, algorithm=other).row is None
+
+
+def test_what_does_the_same_is_measured_once(path: Path) -> None:
+    fake = Fake(_towards(GOAL))
+    _run(fake)
+    normal = [SPACE.normal(candidate) for candidate in fake.seen]
+    assert len(set(normal)) == len(normal)

@@ -83,3 +83,27 @@ def test_everything_or_nothing() -> None:
     assert space.everything(len(everything)) in (everything, None)
     assert space.everything(len(everything) - 1) is None
     assert set(space.defaults.values()) <= set(everything)
+
+
+def test_blocks_as_large_as_the_whole_are_the_whole() -> None:
+    problem = problems.make(1, 8, 16, (6, 7), (3, 3))  # 4x5 outputs, reductions of 72
+    space = Space(problem, ISA, 1, 2**30)
+    names = list(_registry.parameter_names("im2win"))
+    default = space.defaults["im2win"]
+
+    def changed(**values: int) -> Candidate:
+        params = dict(zip(names, default.params, strict=True)) | values
+        return Candidate("im2win", tuple(params.values()))
+
+    whole = space.normal(changed(kc=0, rows=0, cols=0))
+    assert space.normal(changed(kc=512, rows=16, cols=448)) == whole
+    assert space.normal(changed(kc=0, rows=2, cols=0)) != whole
+    assert space.normal(changed(mr=1, kc=0, rows=0, cols=0)) != whole
+    everything = space.everything(10**6)
+    if everything is not None:
+        normal = [space.normal(candidate) for candidate in everything]
+        assert len(set(normal)) == len(normal)
+    # What counts as the same does the same: the native core needs the same memory for it.
+    for candidate in space.ranked():
+        plan, same = space.plan(candidate), space.plan(space.normal(candidate))
+        assert same is None or plan.workspace_bytes == same.workspace_bytes, candidate

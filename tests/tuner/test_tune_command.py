@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import jaxwin
-from jaxwin import _registry, _tuning
+from jaxwin import _record, _registry, _tuning
 from jaxwin.tuner import search
 from jaxwin.tuner.cli import main
 from jaxwin.tuner.database import Database
@@ -97,12 +97,11 @@ def test_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "blame"),
     [
-        ((), "nothing to do"),
         (("nonsense",), "nonsense"),
         ((TINY, "--threads", "10000"), "threads"),
         ((TINY, "--budget", "0"), "--budget"),
         ((TINY, "--direction", "up"), "--direction"),
-        (("--from", "/does/not/exist"), "--from"),
+        (("--from", "/does/not/exist"), "/does/not/exist"),
         (("--preset", "nobody"), "--preset"),
         ((TINY, "--storage", "abacus://"), "storage"),
     ],
@@ -137,9 +136,27 @@ def test_exit_codes_of_what_cannot_be_tuned(path: Path) -> None:
     assert unusable.exit_code == 4 and "Error: " in unusable.output
 
 
+def test_without_arguments_what_was_missed_is_tuned(path: Path) -> None:
+    nothing = _run("--threads", "1")
+    assert nothing.exit_code == 0 and "nothing to tune: no program with 1 threads" in nothing.stderr
+    assert json.loads(_run("--threads", "1", "--json").stdout)["rows"] == []
+    small, large, other = (problems.make(1, 4, 8, (n, 7), (3, 3)) for n in (6, 60, 8))
+    for problem, threads in ((small, 1), (small, 1), (large, 1), (other, 77)):
+        _record.miss(problem, threads)
+    listed = _run("--threads", "1", "--dry-run")
+    assert [line.split(":")[0] for line in listed.stdout.splitlines()] == [str(large), str(small)]
+    assert "1 more with 77 threads: `--threads 77` tunes them" in listed.stderr
+    done = _run("--threads", "1", "--effort", "quick", "--json")
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["text"] for row in rows] == [str(large), str(small)]
+    settled = {row["text"] for row in rows if row["status"] != "undecided"}
+    left = {str(problem) for problem, _ in _record.misses()}
+    assert left == {str(small), str(large), str(other)} - settled
+
+
 def test_help_names_exit_codes_and_efforts() -> None:
     text = _run("--help").output
-    for word in ("130", "quick", "normal", "full", "jaxwin-tune run --preset resnet50"):
+    for word in ("Exits with 1", "quick", "normal", "full", "jaxwin-tune run --preset resnet50"):
         assert word in text
 
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the environment variables say, as they are now."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+# Every variable that is read, and what it does; the README and `jaxwin-tune doctor` tell them.
+VARIABLES = {
+    "JAXWIN_DISABLE": "every convolution is computed by `jax.lax`",
+    "JAXWIN_MODE": "which use is made of tuning databases",
+    "JAXWIN_FAMILY": "which numbers are good enough",
+    "JAXWIN_MAX_ISA": "use no newer instructions than these",
+    "JAXWIN_VERBOSE": "print one line on standard error for each convolution that is compiled",
+    "JAXWIN_RECORD": "a file to which every problem that is compiled is added",
+    "JAXWIN_MISSES": "whether problems without a tuned row are remembered",
+    "JAXWIN_TUNING_DB": "tuning databases to read before all others",
+    "NPROC": "how many threads XLA's pool has",
+}
+MODES = ("off", "cached", "require")
+FAMILIES = ("canonical", "any")
+_FALSE = ("", "0", "false", "off", "no")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The variables, parsed. `mode` and `family` are not checked: `mode()` and `family()` do."""
+
+    disable: bool
+    mode: str
+    family: str
+    max_isa: str
+    verbose: bool
+    record: str
+    misses: bool
+    tuning_db: str
+    threads: int | None
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(*values: bytes | None) -> Settings:
+    texts = [os.fsdecode(value or b"") for value in values]
+    disable, mode, family, max_isa, verbose, record, misses, tuning_db, threads = texts
+    return Settings(
+        disable=disable.lower() not in _FALSE,
+        mode=mode or "cached",
+        family=family or "canonical",
+        max_isa=max_isa,
+        verbose=verbose.lower() not in _FALSE,
+        record=record,
+        misses=(misses or "1").lower() not in _FALSE,
+        tuning_db=tuning_db,
+        threads=int(threads) if threads.isdecimal() and int(threads) > 0 else None,
+    )
+
+
+# The dictionary behind os.environ: looking at a variable that is not set takes a twentieth of the
+# time. It is private, so do without where it is not what it was.
+_RAW: Any = getattr(os.environ, "_data", None)
+_KEYS = tuple(os.fsencode(name) for name in VARIABLES)
+_GET = _RAW.get if type(_RAW) is dict and {*map(type, _RAW)} == {bytes} else os.environb.get
+
+
+def settings() -> Settings:
+    """The settings as they are now; a look takes about a microsecond."""
+    return _parse(*map(_GET, _KEYS))
+
+
+def mode() -> str:
+    """What `JAXWIN_MODE` says: "off", "cached" (the default) or "require".
+
+    Raises:
+        ValueError: it says something else.
+    """
+    text = settings().mode
+    if text not in MODES:
+        raise ValueError(f"JAXWIN_MODE: {text!r} is not one of {', '.join(MODES)}")
+    return text
+
+
+def family() -> str:
+    """What `JAXWIN_FAMILY` says: "canonical" (the default) or "any".
+
+    Raises:
+        ValueError: it says something else.
+    """
+    text = settings().family
+    if text not in FAMILIES:
+        raise ValueError(f"JAXWIN_FAMILY: {text!r} is not one of {', '.join(FAMILIES)}")
+    return text
