@@ -175,6 +175,9 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
                 ),
                 packed=params.get("packed"),
             )
+            bare = dataclasses.replace(problem, bias=False, residual=False, activation=None)
+            if _dispatch.unsupported(problem) and not _dispatch.unsupported(bare):
+                problem = bare  # XLA computes the epilogue behind it
             native = primitive is not _compat.lax_conv_p or _install.is_installed()
             options = tuple(
                 (name, params[name]) for name in ("algorithm", "max_workspace") if name in params

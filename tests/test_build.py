@@ -141,6 +141,10 @@ def test_no_vector_spills_in_the_tiles(target: str) -> None:
     tiles = {(*key[:3], key[3].split("::")[-1]): code for key, code in tiles.items()}
     for element in ("Pair",) if target == "avx512vnni" else ("float", "double", "Pair"):
         present = {key[:2] for key in tiles if key[3] == element}
+        if element == "Pair":  # products before they are added take one register more
+            registers = 16 if target == "avx2" else 32
+            fit = ((int(mr), int(nv)) for mr, nv in largest)
+            largest = {(str(min(mr, (registers - nv - 2) // nv)), str(nv)) for mr, nv in fit}
         assert largest <= present, f"tiles of the registry that the object lacks for {element}"
     for (mr, nv, form, element), code in tiles.items():
         steps = int(mr) * int(nv)

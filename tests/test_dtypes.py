@@ -81,6 +81,17 @@ def test_float64_under_vmap_install_and_conv() -> None:
         np.testing.assert_array_equal(fused(x, w), np.where(z > 0, z, 0.01 * z))
 
 
+def test_float64_with_an_activation_that_xla_computes() -> None:
+    with jax.enable_x64(True):
+        x, w = _operands("float64")
+        tanh = lambda x, w: jaxwin.conv(x, w, activation="tanh")  # noqa: E731
+        _native(tanh, x, w)
+        text = jax.jit(tanh).lower(x, w).as_text()
+        assert "jaxwin_conv" in text and "tanh" in text
+        z = jax.jit(jaxwin.conv)(x, w)
+        np.testing.assert_allclose(jax.jit(tanh)(x, w), np.tanh(z), rtol=1e-14)
+
+
 def test_float64_does_not_depend_on_the_instruction_set(monkeypatch) -> None:
     with jax.enable_x64(True):
         x, w = _operands("float64")

@@ -243,7 +243,7 @@ def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], N
         threads=request["threads"],
         rounds=request["rounds"],
         min_seconds=request["min_seconds"],
-        budget_seconds=math.inf,
+        budget_seconds=request["budget_seconds"],
         slower_than=request["slower_than"],
         keep=("0",),  # what the others are compared with
         rng=random.Random(request["seed"]),

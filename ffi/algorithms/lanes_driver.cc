@@ -668,8 +668,13 @@ double lanes_cost(const Problem& p, const Target& t, const Params&) {
   const double vectors = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width));
   const double taps = static_cast<double>(p.n * p.pixels()) * static_cast<double>(p.reduction());
   // One load per fma; several channels per group are copied into lanes first.
-  const double channels = static_cast<double>(p.chunk_rows > 0 ? p.n : p.c);
-  return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
+  if (p.chunk_rows > 0) {
+    const double channels = static_cast<double>(p.n);
+    return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
+  }
+  if (p.c == 1) return vectors * taps * 0.9;
+  const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
+  return vectors * (taps * 1.3 + read * 3.2);
 }
 
 std::vector<ParamSpec> lanes_param_specs() {

@@ -61,8 +61,11 @@ template <typename T, int kTileTarget, int NV, int MR>
 constexpr void fill_if_ours(Kernels& k) {
   if constexpr (kTileTarget == JAXWIN_PASTE(target_, JAXWIN_TARGET)) {
     static_assert(NV <= kMaxNv && MR <= kMaxMr);
-    k.max_mr[NV] = MR;
-    fill_tile<T, NV, MR>(k);
+    // The products of pairs need one register more, unless they are added at once.
+    constexpr int kFit = (kRegisters - NV - 2) / NV;
+    constexpr int kRows = std::is_same_v<T, Pair> && kFit < MR ? kFit : MR;
+    k.max_mr[NV] = kRows;
+    fill_tile<T, NV, kRows>(k);
   }
 }
 
