@@ -34,7 +34,16 @@ std::vector<int64_t> shape(const ffi::AnyBuffer& buffer) {
   return {buffer.dimensions().begin(), buffer.dimensions().end()};
 }
 
-bool is_f32(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::DataType::F32; }
+// Of a buffer's elements; false where there are no kernels for them.
+bool get_dtype(const ffi::AnyBuffer& buffer, Dtype* dtype) {
+  constexpr std::array<ffi::DataType, kDtypes> kTypes{
+      ffi::DataType::F32, ffi::DataType::F64, ffi::DataType::BF16, ffi::DataType::F16,
+      ffi::DataType::S8,  ffi::DataType::U8,  ffi::DataType::S16,  ffi::DataType::U16,
+      ffi::DataType::S32, ffi::DataType::U32};
+  const auto* const found = std::find(kTypes.begin(), kTypes.end(), buffer.element_type());
+  *dtype = static_cast<Dtype>(found - kTypes.begin());
+  return found != kTypes.end();
+}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -87,17 +96,22 @@ bool same_shape(const ffi::AnyBuffer& buffer, const std::vector<int64_t>& shape)
 }
 
 // Problem and plan for these buffers; `wrong` says why there is none.
-std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::AnyBuffer& lhs,
+std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype, Dtype out_dtype,
+                                                  const ffi::AnyBuffer& lhs,
                                                   const ffi::AnyBuffer& rhs,
                                                   const ffi::AnyBuffer& out, std::string* wrong) {
   const std::lock_guard<std::mutex> lock(site->mutex);
-  if (site->prepared != nullptr && same_shape(lhs, site->prepared->params.lhs_shape) &&
+  if (site->prepared != nullptr && site->prepared->params.dtype == dtype &&
+      site->prepared->params.out_dtype == out_dtype &&
+      same_shape(lhs, site->prepared->params.lhs_shape) &&
       same_shape(rhs, site->prepared->rhs_shape) &&
       same_shape(out, site->prepared->params.out_shape)) {
     return site->prepared;
   }
   auto fresh = std::make_shared<CallSite::Prepared>();
   fresh->params = site->params;
+  fresh->params.dtype = dtype;
+  fresh->params.out_dtype = out_dtype;
   fresh->params.lhs_shape = shape(lhs);
   fresh->rhs_shape = shape(rhs);
   fresh->params.rhs_shape = site->params.rhs_panel == 0 ? fresh->rhs_shape : site->rhs_shape;
@@ -117,6 +131,12 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, const ffi::Any
     request.params.clear();
     *wrong = make_plan(fresh->problem, request, &fresh->plan);
   }
+  const bool epilogue =
+      site->has_bias || site->has_residual || site->activation != Activation::kNone;
+  if (wrong->empty() && epilogue &&
+      !has_activation(*fresh->plan.target.kernels, site->activation)) {
+    *wrong = std::string("activation: the kernels for ") + kDtypeRows[dtype].name + " lack it";
+  }
   if (!wrong->empty()) return nullptr;
   const Algorithm& a = *fresh->plan.algorithm;
   if (a.prepare != nullptr) {
@@ -133,23 +153,31 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
     return invalid("expected " + std::to_string(operands) + " operands and one or two results");
   }
   constexpr size_t kMostOperands = 4;
-  std::array<const float*, kMostOperands> data{};
+  std::array<ConstPtr, kMostOperands> data{};
+  Dtype dtype = kF32;
   for (size_t i = 0; i < operands; ++i) {
     const auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
-    if (!is_f32(*buffer)) return invalid("operands must be float32");
-    data[i] = static_cast<const float*>(buffer->untyped_data());
+    Dtype own = kF32;
+    if (!get_dtype(*buffer, &own)) return invalid("operands: no kernels for their element type");
+    if (i == 0) dtype = own;
+    if (own != dtype) return invalid("operands: must have one element type");
+    data[i] = {static_cast<const char*>(buffer->untyped_data()), kDtypeRows[dtype].size};
   }
   const auto lhs = args.get<ffi::AnyBuffer>(0);
   const auto rhs = args.get<ffi::AnyBuffer>(1);
   auto out = rets.get<ffi::AnyBuffer>(0);
   if (!out.has_value()) return out.error();
-  if (!is_f32(**out)) return invalid("the result must be float32");
+  Dtype out_dtype = kF32;
+  if (!get_dtype(**out, &out_dtype) || !has_kernels(dtype, out_dtype)) {
+    return invalid(std::string("no kernels from ") + kDtypeRows[dtype].name +
+                   " operands to a result of this element type");
+  }
 
   std::string wrong;
   std::shared_ptr<const CallSite::Prepared> prepared;
   try {
-    prepared = prepare(site, *lhs, *rhs, **out, &wrong);
+    prepared = prepare(site, dtype, out_dtype, *lhs, *rhs, **out, &wrong);
   } catch (const std::bad_alloc&) {
     return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
   }
@@ -160,7 +188,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   Operands o{};
   o.x = data[0];
   o.w = data[1] + problem.w_first;
-  o.y = static_cast<float*>((*out)->untyped_data());
+  o.y = {static_cast<char*>((*out)->untyped_data()), kDtypeRows[out_dtype].size};
   o.activation = site->activation;
   size_t next = 2;
   if (site->has_bias) {
@@ -177,17 +205,18 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
     o.residual = data[next];
   }
 
-  float* workspace = nullptr;
+  const int64_t size = plan.target.kernels->size;
+  char* workspace = nullptr;
   int64_t available = 0;
   if (rets.size() == 2) {
     auto buffer = rets.get<ffi::AnyBuffer>(1);
     if (!buffer.has_value()) return buffer.error();
-    workspace = static_cast<float*>((*buffer)->untyped_data());
+    workspace = static_cast<char*>((*buffer)->untyped_data());
     available = static_cast<int64_t>((*buffer)->size_bytes());
   }
   std::unique_ptr<void, Free> own;
   if (available < plan.workspace_bytes ||
-      reinterpret_cast<uintptr_t>(workspace) % alignof(float) != 0) {
+      reinterpret_cast<uintptr_t>(workspace) % static_cast<uintptr_t>(size) != 0) {
     constexpr int64_t kAlignment = 64;
     own.reset(std::aligned_alloc(kAlignment,
                                  static_cast<size_t>(round_up(plan.workspace_bytes, kAlignment))));
@@ -196,7 +225,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
                                                       std::to_string(plan.workspace_bytes) +
                                                       " bytes"};
     }
-    workspace = static_cast<float*>(own.get());
+    workspace = static_cast<char*>(own.get());
   }
 
   const int64_t threads = std::min<int64_t>(plan.target.threads, thread_pool.num_threads() + 1);
@@ -205,7 +234,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
       threads);
   try {
     plan.algorithm->run(problem, plan.params, o,
-                        {plan.target, &pool, workspace, prepared->by_algorithm.get()});
+                        {plan.target, &pool, {workspace, size}, prepared->by_algorithm.get()});
   } catch (const std::bad_alloc&) {
     return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
   }

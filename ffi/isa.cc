@@ -2,42 +2,54 @@
 
 #include "isa.h"
 
-#include <algorithm>
+#include <cpuid.h>
 
 namespace jaxwin {
+namespace {
 
-const std::vector<const Kernels*>& compiled_kernels() {
-  static const std::vector<const Kernels*> list{baseline::kernels(), avx2::kernels(),
-                                                avx512::kernels()};
-  return list;
+// __builtin_cpu_supports knows it since GCC 11.
+bool has_f16c() {
+  unsigned int a = 0;
+  unsigned int b = 0;
+  unsigned int c = 0;
+  unsigned int d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
 
-const std::vector<const Kernels*>& all_kernels() {
-  static const std::vector<const Kernels*> list = [] {
+const Kernels* avx512_kernels(Word word) {
+  static const bool vnni = __builtin_cpu_supports("avx512vnni");
+  return word == kPair && vnni ? avx512vnni::kernels(word) : avx512::kernels(word);
+}
+
+}  // namespace
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = [] {
     // __builtin_cpu_supports checks the operating system's register state (XGETBV) too.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl");
-    const auto& sets = compiled_kernels();
-    return std::vector<const Kernels*>(sets.begin(),
-                                       sets.begin() + 1 + (avx2 ? 1 : 0) + (avx512 ? 1 : 0));
+    return std::vector<Isa>{{"baseline", baseline::kernels, true},
+                            {"avx2", avx2::kernels, avx2},
+                            {"avx512", avx512_kernels, avx512}};
   }();
   return list;
 }
 
-const Kernels* kernels_by_name(const std::string& name) {
-  for (const Kernels* k : all_kernels()) {
-    if (name == k->isa) return k;
+const Isa* best_isa(const std::string& cap) {
+  const Isa* best = nullptr;
+  for (const Isa& set : isas()) {
+    if (set.runnable) best = &set;
+    if (cap == set.name) return best;
   }
-  return nullptr;
+  return cap.empty() ? best : nullptr;
 }
 
-const Kernels* best_kernels(const std::string& cap) {
-  if (cap.empty()) return all_kernels().back();
-  const auto& sets = compiled_kernels();
-  for (size_t i = 0; i < sets.size(); ++i) {
-    if (cap == sets[i]->isa) return all_kernels()[std::min(i, all_kernels().size() - 1)];
+const Kernels* find_kernels(const std::string& isa, Word word) {
+  if (isa.empty()) return best_isa("")->kernels(word);
+  for (const Isa& set : isas()) {
+    if (set.runnable && isa == set.name) return set.kernels(word);
   }
   return nullptr;
 }

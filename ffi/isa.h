@@ -10,16 +10,19 @@
 
 namespace jaxwin {
 
-// Every instruction set that is compiled in, worst first.
-const std::vector<const Kernels*>& compiled_kernels();
+struct Isa {
+  const char* name;
+  const Kernels* (*kernels)(Word);
+  bool runnable;  // by this CPU and operating system
+};
 
-// Those of them that this CPU and operating system run, in the same order.
-const std::vector<const Kernels*>& all_kernels();
+// Every instruction set that is compiled in, worst first.
+const std::vector<Isa>& isas();
 
 // The best set that does not lie above `cap` ("" for no cap); null where the cap is no known name.
-const Kernels* best_kernels(const std::string& cap);
+const Isa* best_isa(const std::string& cap);
 
-// Null where this CPU does not run it.
-const Kernels* kernels_by_name(const std::string& name);
+// The kernels of a set ("" for the best) for a word; null where this CPU does not run it.
+const Kernels* find_kernels(const std::string& isa, Word word);
 
 }  // namespace jaxwin

@@ -15,6 +15,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "algorithms/registry.h"
@@ -32,6 +33,13 @@ template <typename T>
 T field(const nb::dict& d, const char* name) {
   if (!d.contains(name)) throw nb::key_error(name);
   return nb::cast<T>(d[name]);
+}
+
+Dtype dtype(const std::string& name) {
+  for (int i = 0; i < kDtypes; ++i) {
+    if (name == kDtypeRows[i].name) return static_cast<Dtype>(i);
+  }
+  return kDtypes;  // a problem may still be described
 }
 
 }  // namespace
@@ -55,6 +63,8 @@ ConvParams conv_params(const nb::dict& d) {
   p.rhs_reversal = field<std::vector<int64_t>>(d, "rhs_reversal");
   p.feature_group_count = field<int64_t>(d, "feature_group_count");
   p.batch_group_count = field<int64_t>(d, "batch_group_count");
+  p.dtype = dtype(field<std::string>(d, "dtype"));
+  p.out_dtype = dtype(field<std::string>(d, "out_dtype"));
   p.rhs_panel = field<int64_t>(d, "rhs_panel");
   return p;
 }
@@ -130,7 +140,11 @@ nb::dict describe(const nb::dict& problem, int64_t threads) {
   return d;
 }
 
-using Array = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Array = nb::ndarray<nb::c_contig, nb::device::cpu>;
+
+ConstPtr elements(const Array& array) {
+  return {static_cast<const char*>(array.data()), static_cast<int64_t>(array.itemsize())};
+}
 
 // Runs a plan outside XLA, on its own threads, into the caller's result and workspace: for tests
 // that poison and guard both, and for measurements. Empty, or what is wrong.
@@ -156,15 +170,32 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
   }
   if (bias.has_value() && bias->size() != static_cast<size_t>(p.g * p.k)) return "bias: wrong size";
   if (residual.has_value() && residual->size() != y.size()) return "residual: wrong size";
-  if (workspace.size() * sizeof(float) < static_cast<size_t>(plan.workspace_bytes)) {
+  for (const auto& [array, dtype] :
+       {std::pair{&x, conv.dtype}, {&w, conv.dtype}, {&y, conv.out_dtype}}) {
+    if (static_cast<int64_t>(array->itemsize()) != kDtypeRows[dtype].size) {
+      return "an array has elements of a wrong size";
+    }
+  }
+  for (const auto* array : {&bias, &residual}) {
+    if (array->has_value() &&
+        static_cast<int64_t>((*array)->itemsize()) != kDtypeRows[conv.dtype].size) {
+      return "bias, residual: elements of a wrong size";
+    }
+  }
+  if (workspace.size() * workspace.itemsize() < static_cast<size_t>(plan.workspace_bytes)) {
     return "the workspace is too small";
   }
-  if (activation < 0 || activation >= kActivationCount) return "activation: unknown";
-  const Operands o{x.data(),
-                   w.data() + p.w_first,
-                   bias.has_value() ? bias->data() : nullptr,
-                   residual.has_value() ? residual->data() : nullptr,
-                   y.data(),
+  const bool epilogue = bias.has_value() || residual.has_value() || activation != 0;
+  if (activation < 0 || activation >= kActivationCount ||
+      (epilogue && !has_activation(*plan.target.kernels, static_cast<Activation>(activation)))) {
+    return "activation: unknown, or not one of these kernels";
+  }
+  const int64_t bytes = plan.target.kernels->size;
+  const Operands o{elements(x),
+                   elements(w) + p.w_first,
+                   bias.has_value() ? elements(*bias) : ConstPtr{},
+                   residual.has_value() ? elements(*residual) : ConstPtr{},
+                   {static_cast<char*>(y.data()), kDtypeRows[conv.out_dtype].size},
                    static_cast<Activation>(activation)};
   const nb::gil_scoped_release release;
   std::mutex mutex;
@@ -175,7 +206,8 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
         running.emplace_back(std::move(work));
       },
       threads);
-  plan.algorithm->run(p, plan.params, o, {plan.target, &pool, workspace.data()});
+  plan.algorithm->run(p, plan.params, o,
+                      {plan.target, &pool, {static_cast<char*>(workspace.data()), bytes}});
   for (std::thread& t : running) t.join();
   return {};
 }
@@ -206,20 +238,23 @@ nb::dict registry() {
     row["source"] = a->source;
     row["family"] = "canonical";
     row["abi"] = abi(a->name);
-    row["dtypes"] = nb::make_tuple("float32");
+    nb::list dtypes;
+    for (const Dtype d : a->dtypes) dtypes.append(kDtypeRows[d].name);
+    row["dtypes"] = dtypes;
     row["params"] = params;
     row["takes_packed"] = a->takes_packed;
     algorithm_rows.append(row);
   }
   nb::list isa_rows;
-  for (const Kernels* k : compiled_kernels()) {
+  for (const Isa& set : isas()) {
+    const Kernels* k = set.kernels(kFloat);
     nb::list tiles;
     for (int nv = 1; nv <= kMaxNv; ++nv) {
       if (k->max_mr[nv] > 0) tiles.append(nb::make_tuple(k->max_mr[nv], nv));
     }
     nb::dict row;
     row["name"] = k->isa;
-    row["width"] = k->width;
+    row["width"] = k->width;  // float32 lanes
     row["tiles"] = tiles;
     row["max_pixels"] = k->max_pixels;
     nb::list sweeps;
@@ -231,11 +266,31 @@ nb::dict registry() {
       }
     }
     row["sweeps"] = sweeps;
-    row["runnable"] = kernels_by_name(k->isa) != nullptr;
+    row["runnable"] = set.runnable;
     isa_rows.append(row);
   }
   nb::list activations;
   for (const char* name : kActivationNames) activations.append(name);
+  nb::dict dtype_rows;
+  for (int d = 0; d < kDtypes; ++d) {
+    if (kDtypeRows[d].word == kWords) continue;
+    const Kernels* k = isas()[0].kernels(kDtypeRows[d].word);
+    nb::list fused, results;
+    for (int r = 0; r < kDtypes; ++r) {
+      if (has_kernels(static_cast<Dtype>(d), static_cast<Dtype>(r))) {
+        results.append(kDtypeRows[r].name);
+      }
+    }
+    for (int i = 0; i < kActivationCount; ++i) {
+      if (has_activation(*k, static_cast<Activation>(i))) fused.append(kActivationNames[i]);
+    }
+    nb::dict row;
+    row["word"] = kWordSizes[kDtypeRows[d].word];  // bytes
+    row["results"] = results;
+    row["takes_packed"] = is_plain(static_cast<Dtype>(d), static_cast<Dtype>(d));
+    row["activations"] = fused;
+    dtype_rows[kDtypeRows[d].name] = row;
+  }
   nb::dict cache_sizes;
   cache_sizes["l1"] = caches().l1;
   cache_sizes["l2"] = caches().l2;
@@ -244,6 +299,7 @@ nb::dict registry() {
   result["algorithms"] = algorithm_rows;
   result["isas"] = isa_rows;
   result["activations"] = activations;
+  result["dtypes"] = dtype_rows;
   result["caches"] = cache_sizes;
   result["cuda"] = cuda::registry();
   return result;
@@ -283,7 +339,7 @@ NB_MODULE(_ffi, m) {
   m.def(
       "measure_peak",
       [](const std::string& isa, int64_t iterations) {
-        const jaxwin::Kernels* kernels = jaxwin::kernels_by_name(isa);
+        const jaxwin::Kernels* kernels = jaxwin::find_kernels(isa, jaxwin::kFloat);
         if (kernels == nullptr) throw std::invalid_argument("isa: this CPU does not run it");
         return kernels->peak(iterations);
       },
@@ -291,8 +347,8 @@ NB_MODULE(_ffi, m) {
   m.def(
       "best_isa",
       [](const std::string& cap) {
-        const jaxwin::Kernels* k = jaxwin::best_kernels(cap);
-        return k == nullptr ? std::string() : std::string(k->isa);
+        const jaxwin::Isa* set = jaxwin::best_isa(cap);
+        return set == nullptr ? std::string() : std::string(set->name);
       },
       nb::arg("cap") = "");
 }

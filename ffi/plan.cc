@@ -14,8 +14,9 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
   if (request.threads < 1 || request.threads > kMaxThreads) {
     return "threads: must be from 1 to 4096, got " + std::to_string(request.threads);
   }
+  if (!has_kernels(p.dtype, p.out_dtype)) return "no kernels for these dtypes";
   plan->target.threads = request.threads;
-  plan->target.kernels = request.isa.empty() ? all_kernels().back() : kernels_by_name(request.isa);
+  plan->target.kernels = find_kernels(request.isa, kDtypeRows[p.dtype].word);
   if (plan->target.kernels == nullptr) {
     return "isa: this CPU does not run '" + request.isa + "'";
   }
@@ -40,8 +41,7 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
   }
   const std::string wrong = a.check(p, plan->target, plan->params);
   if (!wrong.empty()) return "params: " + std::string(a.name) + ": " + wrong;
-  plan->workspace_bytes =
-      a.workspace(p, plan->target, plan->params) * static_cast<int64_t>(sizeof(float));
+  plan->workspace_bytes = a.workspace(p, plan->target, plan->params) * plan->target.kernels->size;
   if (request.max_workspace >= 0 && plan->workspace_bytes > request.max_workspace) {
     return "max_workspace: " + std::string(a.name) + " needs " +
            std::to_string(plan->workspace_bytes) + " bytes, allowed are " +

@@ -115,6 +115,8 @@ std::string make_problem(const ConvParams& a, Problem* p) {
   }
 
   *p = Problem{};
+  p->dtype = a.dtype;
+  p->out_dtype = a.out_dtype;
   p->n = batch / bg;
   p->g = groups;
   p->c = filter_channels;

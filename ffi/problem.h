@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "dtypes.h"
+
 namespace jaxwin {
 
 // Spatial triples are ordered z, y, x; missing leading dimensions have size 1.
@@ -23,7 +25,9 @@ struct ConvParams {
   std::vector<int64_t> rhs_reversal;  // 1: the window runs backwards along this dimension
   int64_t feature_group_count = 1;
   int64_t batch_group_count = 1;
-  int64_t rhs_panel = 0;  // 0: rhs lies as its shape and specification say; else see packed_shape
+  Dtype dtype = kF32;      // of both operands, bias and residual
+  Dtype out_dtype = kF32;  // of the result
+  int64_t rhs_panel = 0;   // 0: rhs lies as its shape and specification say; else see packed_shape
 };
 
 // The shape in which packed filters lie: groups, panels of `rhs_panel` features (the last one
@@ -31,6 +35,8 @@ struct ConvParams {
 std::vector<int64_t> packed_shape(const ConvParams& params);
 
 struct Problem {
+  Dtype dtype = kF32;  // of both operands, bias and residual
+  Dtype out_dtype = kF32;
   int64_t n = 1;  // images per batch group
   int64_t g = 1;  // groups
   int64_t c = 1;  // input channels per group
@@ -58,6 +64,7 @@ struct Problem {
   int64_t window() const { return win[0] * win[1] * win[2]; }
   int64_t pixels() const { return out[0] * out[1] * out[2]; }
   int64_t reduction() const { return c * window(); }
+  bool plain() const { return is_plain(dtype, out_dtype); }
   double flops() const;
 
   // The order of the reduction (README.md, "What the numbers promise"), set by make_problem from

@@ -7,6 +7,7 @@ native core's heuristic, XLA. Nothing here runs when a compiled program does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from typing import Any
@@ -174,9 +175,27 @@ def _make_plan(
 def unsupported(problem: Problem) -> str:
     """Why the native core cannot take a problem, as far as Python knows; else empty."""
     plain = problem.lhs_dtype == problem.rhs_dtype == problem.out_dtype == "float32"
-    if not plain and not problem.widened:
-        dtypes = {problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype}
-        return f"no kernels for {', '.join(sorted(dtypes))}"
+    if not plain and (wrong := _no_kernels(problem)):
+        return wrong
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"
+    return ""
+
+
+def without_epilogue(problem: Problem) -> Problem:
+    """The problem, or that without its epilogue if only this has no kernel (XLA has)."""
+    bare = dataclasses.replace(problem, bias=False, residual=False, activation=None)
+    return bare if unsupported(problem) and not unsupported(bare) else problem
+
+
+def _no_kernels(problem: Problem) -> str:
+    """What the registry lacks for a problem's dtypes and epilogue; else empty."""
+    operands, out = {problem.lhs_dtype, problem.rhs_dtype}, problem.out_dtype
+    native = problem.native()["dtype"]
+    known = _registry.registry()["dtypes"].get(native)
+    if not problem.widened and (len(operands) > 1 or known is None or out not in known["results"]):
+        return f"no kernels for {', '.join(sorted({*operands, out}))}"
+    epilogue = problem.bias or problem.residual or problem.activation is not None
+    if known and epilogue and (problem.activation or "none") not in known["activations"]:
+        return f"no {native} kernels with {problem.activation or 'bias or residual'}"
     return ""

@@ -175,6 +175,7 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
                 ),
                 packed=params.get("packed"),
             )
+            problem = _dispatch.without_epilogue(problem)
             native = primitive is not _compat.lax_conv_p or _install.is_installed()
             options = tuple(
                 (name, params[name]) for name in ("algorithm", "max_workspace") if name in params

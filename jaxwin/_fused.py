@@ -384,6 +384,8 @@ def _lower(platform: str, ctx: Any, x: Any, w: Any, *epilogue: Any, **params: An
     if _compat.placement(ctx) == "local" and _compat.is_static(ctx, params):
         try:
             return _lowering.lower_conv(ctx, x, w, *epilogue, platform=platform, **params)
+        except _lowering.NoEpilogueError:
+            pass  # XLA computes that
         except NotImplementedError:
             # There is an epilogue and no kernel, for example because of the dtype; or XLA was
             # measured to be faster, which then computes all of it.

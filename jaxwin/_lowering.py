@@ -25,6 +25,10 @@ TARGET = FFI_TARGETS[0]
 _cuda.register(TARGET)
 
 
+class NoEpilogueError(NotImplementedError):
+    """There are kernels for a convolution, but not for its epilogue."""
+
+
 def lower_conv(
     ctx: mlir.LoweringRuleContext,
     lhs: Any,
@@ -71,6 +75,8 @@ def lower_conv(
     )
     if decision.plan is not None:
         return _custom_call(ctx, problem, decision.plan, lhs, unreversed, *epilogue)
+    if _dispatch.without_epilogue(problem) != problem:
+        raise NoEpilogueError(decision.reason)
     if epilogue or activation is not None or packed is not None:
         raise NotImplementedError(decision.reason)
     return _compat.lower_through_lax(ctx, lhs, rhs, platform=platform, **conv_params)
@@ -137,10 +143,10 @@ def _custom_call(
     if plan.workspace_bytes > 0:
         results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
     call = attributes(problem, plan)
-    on_cuda = plan.isa == _cuda.ISA
-    if not problem.widened or (
-        on_cuda and _cuda.operand_dtype(problem, plan.algorithm) == problem.lhs_dtype
-    ):
+    as_it_is = not problem.widened
+    if plan.isa == _cuda.ISA:
+        as_it_is = _cuda.operand_dtype(problem, plan.algorithm) == problem.lhs_dtype
+    if as_it_is:
         return _call(ctx, list(ctx.avals_in), results, operands, call)
     narrow: Sequence[Any] = ctx.avals_in
     wide: list[Any] = [jax.core.ShapedArray(a.shape, np.dtype(np.float32)) for a in narrow]

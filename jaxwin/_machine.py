@@ -46,7 +46,7 @@ class Machine:
 
     def __str__(self) -> str:
         name = self.brand or f"{self.vendor} {self.family}/{self.model}"
-        return f"{name}, {self.usable_cores} cores"
+        return f"{name}, {self.usable_cores} core{'s' * (self.usable_cores != 1)}"
 
     def likeness(self, other: Machine) -> str:
         """How far measurements of `other` hold here: "same", "related" or "other".

@@ -96,10 +96,11 @@ def pack_for(w: jax.Array, groups: int, problem: Problem) -> PackedWeights:
 def _panel(problem: Problem, groups: int) -> int:
     """The features of a panel, or 0 where no kernel for the problem reads any."""
     plan = _dispatch.decide(problem, enforce=False).plan
-    if plan is None or not _registry.takes_packed(plan.algorithm):
+    dtype = problem.native()["dtype"]
+    if plan is None or not _registry.takes_packed(plan.algorithm, dtype):
         return 0
     names = _registry.parameter_names(plan.algorithm) or ()
-    return plan.params[names.index("nv")] * _registry.width(plan.isa)
+    return plan.params[names.index("nv")] * _registry.width(plan.isa, dtype)
 
 
 def pack_array(w: jax.Array, packing: Packing) -> jax.Array:

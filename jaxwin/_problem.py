@@ -58,6 +58,9 @@ class Problem:
 
     def native(self) -> dict[str, Any]:
         """The fields that the native core reads."""
+        return self._native(self.widened)
+
+    def _native(self, widened: bool) -> dict[str, Any]:
         return {
             "lhs_shape": self.lhs_shape,
             "rhs_shape": self.rhs_shape,
@@ -72,17 +75,24 @@ class Problem:
             "rhs_reversal": [int(v) for v in self.rhs_reversal] or [0] * self.spatial_rank,
             "feature_group_count": self.feature_group_count,
             "batch_group_count": self.batch_group_count,
+            "dtype": "float32" if widened else self.lhs_dtype,
+            "out_dtype": "float32" if widened else self.out_dtype,
             "rhs_panel": self.rhs_panel,
         }
 
-    @property
+    @functools.cached_property
     def widened(self) -> bool:
         """Whether float32 kernels compute it between exact conversions and one rounding.
 
         XLA converts the operands (every value of these dtypes is a float32), and rounds the result.
+        Only where no kernel reads the operands themselves.
         """
         inputs, out = {self.lhs_dtype, self.rhs_dtype}, self.out_dtype
-        return inputs <= {"float32", *_NARROW} and out in _ROUNDED and {*inputs, out} != {"float32"}
+        if not (inputs <= {"float32", *_NARROW} and out in _ROUNDED):
+            return False
+        if {*inputs, out} == {"float32"}:
+            return False
+        return all("rejected" in row for row in _ffi.candidates(self._native(False)).values())
 
     @functools.cached_property
     def _described(self) -> dict[str, Any]:

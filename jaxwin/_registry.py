@@ -49,22 +49,24 @@ def parameter_names(algorithm: str, isa: str = "") -> tuple[str, ...] | None:
 
 
 @functools.cache
-def takes_packed(algorithm: str) -> bool:
-    """Whether an algorithm reads filters that were packed before the call."""
+def takes_packed(algorithm: str, dtype: str) -> bool:
+    """Whether an algorithm reads filters of this dtype that were packed before the call."""
     rows = registry()["algorithms"]
-    return any(row["name"] == algorithm and row["takes_packed"] for row in rows)
+    return registry()["dtypes"][dtype]["takes_packed"] and any(
+        row["name"] == algorithm and row["takes_packed"] for row in rows
+    )
 
 
 @functools.cache
-def width(isa: str) -> int:
-    """Lanes of an instruction set's vectors.
+def width(isa: str, dtype: str) -> int:
+    """Lanes of an instruction set's vectors where operands are of this dtype.
 
     Raises:
-        KeyError: there is no such instruction set.
+        KeyError: there is no such instruction set, or there are no kernels for the dtype.
     """
     for row in registry()["isas"]:
         if row["name"] == isa:
-            return int(row["width"])
+            return int(row["width"]) * 4 // int(registry()["dtypes"][dtype]["word"])
     raise KeyError(isa)
 
 

@@ -41,6 +41,8 @@ def make(
     reversal: tuple[bool, ...] = (),
     layout: tuple[str, str] | None = None,
     out_layout: str | None = None,
+    dtype: str = "float32",
+    out_dtype: str = "",
 ) -> Problem | None:
     """The problem, or None where its result would be empty. c: of lhs; k: of rhs."""
     rank = len(size)
@@ -82,10 +84,18 @@ def make(
         feature_group_count=groups,
         batch_group_count=batch_groups,
         rhs_reversal=reversal,
+        lhs_dtype=dtype,
+        rhs_dtype=dtype,
+        out_dtype=out_dtype or dtype,
     )
 
 
-def draw(rng: np.random.Generator, kind: str | None = None) -> Problem:
+def draw(
+    rng: np.random.Generator,
+    kind: str | None = None,
+    dtype: str = "float32",
+    out_dtype: str = "",
+) -> Problem:
     """A small random problem. kind: "any", or one that a certain algorithm is made for."""
     while True:
         rank = int(rng.choice([1, 2, 2, 2, 3]))
@@ -136,6 +146,8 @@ def draw(rng: np.random.Generator, kind: str | None = None) -> Problem:
             reversal=tuple(bool(v) for v in ints(0, 1)) if rng.random() < 0.2 else (),
             layout=(lhs, rhs),
             out_layout=out if rng.random() < 0.3 else lhs,
+            dtype=dtype,
+            out_dtype=out_dtype,
         )
         if problem is not None and 0 < problem.flops < 4e6:
             return problem
@@ -144,38 +156,52 @@ def draw(rng: np.random.Generator, kind: str | None = None) -> Problem:
 def operands(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Random operands of a problem."""
     return (
-        rng.standard_normal(problem.lhs_shape, np.float32),
-        rng.standard_normal(problem.rhs_shape, np.float32),
+        values(rng, problem.lhs_shape, problem.lhs_dtype),
+        values(rng, problem.rhs_shape, problem.rhs_dtype),
     )
 
 
-_GUARD = 64
-_CANARY = np.float32(1.2345e30)
+def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Random values: normal, or all integers that the dtype holds."""
+    if np.dtype(dtype).kind in "iu":
+        limits = np.iinfo(dtype)
+        return rng.integers(limits.min, limits.max, shape, dtype, endpoint=True)
+    return rng.standard_normal(shape).astype(dtype)
 
-# Memory for so many floats, and a question whether what lies around it is still as it was.
+
+_GUARD = 256
+_CANARY = 0xA5
+
+
+def _bits(array: np.ndarray) -> np.dtype:
+    """What stands for an array's dtype where nobody knows bfloat16."""
+    return np.dtype(f"uint{8 * array.itemsize}")
+
+
+# So many bytes of memory, and a question whether what lies around them is still as it was.
 _Guarded = tuple[np.ndarray, Callable[[], bool]]
 
 
 def _between_canaries(count: int) -> _Guarded:
-    whole = np.full(count + 2 * _GUARD, _CANARY)
+    whole = np.full(count + 2 * _GUARD, _CANARY, np.uint8)
     ends = whole[:_GUARD], whole[_GUARD + count :]
     return whole[_GUARD : _GUARD + count], lambda: all((end == _CANARY).all() for end in ends)
 
 
 def _on_the_heap(count: int) -> _Guarded:
     """For AddressSanitizer, whose own guards are at both ends."""
-    return np.empty(count, np.float32), lambda: True
+    return np.empty(count, np.uint8), lambda: True
 
 
 def _before_a_closed_page(count: int) -> _Guarded:
     """A step behind the end is a fault. AddressSanitizer does not see those of masked vectors."""
-    size = -(-4 * count // mmap.PAGESIZE) * mmap.PAGESIZE
-    whole = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.float32)
+    size = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
     closed = ctypes.c_void_p(whole.ctypes.data + size)
     assert ctypes.CDLL(None).mprotect(closed, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    slack = size // 4 - count
+    slack = size - count
     whole[:slack] = _CANARY
-    return whole[slack : size // 4], lambda: bool((whole[:slack] == _CANARY).all())
+    return whole[slack:size], lambda: bool((whole[:slack] == _CANARY).all())
 
 
 _MEMORIES = (
@@ -198,7 +224,7 @@ def run(
     residual: np.ndarray | None = None,
     activation: str = "none",
 ) -> np.ndarray:
-    """Runs a plan outside XLA, all arrays guarded; result and workspace begin as NaN."""
+    """Runs a plan outside XLA, all arrays guarded; result and workspace begin as NaN (all ones)."""
     answer = _ffi.make_plan(
         problem.native(), algorithm=algorithm, isa=isa, threads=threads, params=list(params)
     )
@@ -208,25 +234,28 @@ def run(
     def run_in(memory: Callable[[int], _Guarded]) -> np.ndarray:
         guards = []
 
-        def guarded(shape: tuple[int, ...], values: np.ndarray | float) -> np.ndarray:
-            array, intact = memory(int(np.prod(shape)))
-            array[:] = np.ravel(values)
+        def poisoned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+            memory_, intact = memory(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            memory_[:] = 0xFF
             guards.append(intact)
-            return array.reshape(shape)
+            return memory_.view(dtype).reshape(shape)
 
-        y = guarded(problem.out_shape, np.nan)
+        def guarded(values: np.ndarray) -> np.ndarray:
+            array = poisoned(values.shape, values.dtype)
+            array[...] = values
+            return array
+
+        y = poisoned(problem.out_shape, problem.out_dtype)
         wrong = _ffi.run(
             problem.native(),
             plan["algorithm"],
             plan["isa"],
             threads,
             plan["params"],
-            guarded(lhs.shape, lhs),
-            guarded(rhs.shape, rhs),
-            y,
-            guarded((plan["workspace_bytes"] // 4,), np.nan),
-            None if bias is None else guarded(bias.shape, bias),
-            None if residual is None else guarded(residual.shape, residual),
+            *(guarded(operand).view(_bits(operand)) for operand in (lhs, rhs)),
+            y.view(_bits(y)),
+            poisoned((plan["workspace_bytes"],), "uint8"),
+            *(v if v is None else guarded(v).view(_bits(v)) for v in (bias, residual)),
             _registry.registry()["activations"].index(activation),
         )
         assert not wrong, wrong

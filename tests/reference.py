@@ -11,21 +11,49 @@ from jaxwin._problem import Problem
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c in float32 with one rounding, elementwise.
+    """a * b + c in float32 or float64 with one rounding, elementwise.
 
-    The product is exact in float64; the sum is rounded to odd there, so that the conversion to
-    float32 rounds right (Boldo and Melquiond, 2008).
+    Float32: the product is exact in float64; the sum is rounded to odd there, so that the
+    conversion to float32 rounds right. Float64: the product is two floats, and of the sum of three
+    the lower two are rounded to odd (Boldo and Melquiond, 2008, sections 3 and 5). That needs
+    values of usual size: no infinities, nothing near the ends of the exponents.
     """
-    product = a.astype(np.float64) * b.astype(np.float64)
-    addend = c.astype(np.float64)
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
+    if a.dtype == np.float32:
+        odd = _add_to_odd(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
+        return odd.astype(np.float32)
+    high, low = _two_product(a, b)
+    upper, lowest = _two_sum(c, low)
+    upper, middle = _two_sum(high, upper)
+    return upper + _add_to_odd(lowest, middle)
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
+def _add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b in float64, rounded to odd."""
+    total, error = _two_sum(a, b)
     bits = total.view(np.int64)
     inexact = np.isfinite(total) & (error != 0) & ((bits & 1) == 0)
     step = np.where((error > 0) == (total > 0), 1, -1)
-    odd = np.where(inexact, bits + step, bits)
-    return odd.view(np.float64).astype(np.float32)
+    return np.where(inexact, bits + step, bits).view(np.float64)
+
+
+def _two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a * b as the sum of two floats (Dekker, Veltkamp)."""
+
+    def split(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scaled = 134217729.0 * v
+        high = scaled - (scaled - v)
+        return high, v - high
+
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    return product, error
 
 
 def _canonical(problem: Problem, lhs: np.ndarray, rhs: np.ndarray):
@@ -68,8 +96,14 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
 
     Order: window x, window y, window z, input channel; or, where problem.chunk_rows is not 0,
     chunks of so many (channel, z, y) rows of the window, each row along x, the chunks' sums added
-    in order. Positions on padding multiply by zero; inserted zeros are no operands.
+    in order. Positions on padding multiply by zero; inserted zeros are no operands. Integers: the
+    exact sum, of which the result has the low bits.
     """
+    if lhs.dtype.kind in "iu":
+        return _exact(problem, lhs, rhs)
+    if lhs.dtype.itemsize < 4:  # widened exactly, rounded once
+        wide = chain(problem, lhs.astype(np.float32), rhs.astype(np.float32))
+        return wide.astype(problem.out_dtype)
     x, w, stride, low, ldil, rdil, out = _canonical(problem, lhs, rhs)
     n, g, c = x.shape[:3]
     k = w.shape[1]
@@ -93,7 +127,7 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
         acc[at] = fma(np.broadcast_to(taken, shape), np.broadcast_to(weight, shape), acc[at])
         return acc
 
-    zeros = np.zeros((n, g, k, *out), np.float32)
+    zeros = np.zeros((n, g, k, *out), lhs.dtype)
     if problem.chunk_rows == 0:
         acc = zeros.copy()
         for v, u, z in itertools.product(range(window[2]), range(window[1]), range(window[0])):
@@ -113,25 +147,32 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
 
 def float64(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The convolution in float64, and the same of the absolute values (for error bounds)."""
+    magnitudes = (np.abs(v.astype(np.float64)) for v in (lhs, rhs))
+    return _sums(problem, lhs, rhs, np.float64), _sums(problem, *magnitudes, np.float64)
+
+
+def _exact(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    return _sums(problem, lhs, rhs, np.int64).astype(problem.out_dtype)
+
+
+def _sums(problem: Problem, lhs: np.ndarray, rhs: np.ndarray, dtype: type) -> np.ndarray:
+    """The convolution in a wide type, in numpy's order."""
     x, w, stride, low, ldil, rdil, out = _canonical(problem, lhs, rhs)
     n, g = x.shape[:2]
     k = w.shape[1]
     size = x.shape[3:]
-    results = []
-    for a, b in ((x, w), (np.abs(x), np.abs(w))):
-        y = np.zeros((n, g, k, *out), np.float64)
-        for tap in itertools.product(*(range(s) for s in w.shape[3:])):
-            selectors, sources = [], []
-            for d in range(3):
-                q = np.arange(out[d]) * stride[d] - low[d] + tap[d] * rdil[d]
-                real = (q >= 0) & (q % ldil[d] == 0) & (q // ldil[d] < size[d])
-                selectors.append(np.flatnonzero(real))
-                sources.append(q[real] // ldil[d])
-            if any(len(s) == 0 for s in selectors):
-                continue
-            taken = a.astype(np.float64)[np.ix_(range(n), range(g), range(x.shape[2]), *sources)]
-            y[np.ix_(range(n), range(g), range(k), *selectors)] += np.einsum(
-                "ngczyx,gkc->ngkzyx", taken, b.astype(np.float64)[(..., *tap)]
-            )
-        results.append(_to_output(problem, y))
-    return results[0], results[1]
+    y = np.zeros((n, g, k, *out), dtype)
+    for tap in itertools.product(*(range(s) for s in w.shape[3:])):
+        selectors, sources = [], []
+        for d in range(3):
+            q = np.arange(out[d]) * stride[d] - low[d] + tap[d] * rdil[d]
+            real = (q >= 0) & (q % ldil[d] == 0) & (q // ldil[d] < size[d])
+            selectors.append(np.flatnonzero(real))
+            sources.append(q[real] // ldil[d])
+        if any(len(s) == 0 for s in selectors):
+            continue
+        taken = x.astype(dtype)[np.ix_(range(n), range(g), range(x.shape[2]), *sources)]
+        y[np.ix_(range(n), range(g), range(k), *selectors)] += np.einsum(
+            "ngczyx,gkc->ngkzyx", taken, w.astype(dtype)[(..., *tap)]
+        )
+    return _to_output(problem, y)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import native
 import numpy as np
+import problems
 import pytest
 from emulator import Emulator, bochs, guarded
 
@@ -25,10 +27,22 @@ except ImportError as error:
 
 REGISTRY = _registry.registry()
 ISAS = {row["name"]: row for row in REGISTRY["isas"]}
-WIDTH = ISAS["avx512"]["width"]
+# The words of ffi/dtypes.h, and all its element types, by their numbers.
+DTYPES = {"float32": 0, "float64": 1}
+PAIRS = "int32"
+WORDS = DTYPES | {PAIRS: 2}
+ELEMENTS = [
+    *("float32", "float64", "bfloat16", "float16", "int8", "uint8"),
+    *("int16", "uint16", "int32", "uint32"),
+]
 TILES = [(mr, nv) for most, nv in ISAS["avx512"]["tiles"] for mr in range(1, most + 1)]
 REFERENCES = [name for name in ("baseline", "avx2") if ISAS[name]["runnable"]]
-_CANARY = np.float32(1.2345e30)
+_CANARY = 1.2345e30
+
+
+def _width(isa: str, dtype: str) -> int:
+    return ISAS[isa]["width"] * 4 // np.dtype(dtype).itemsize
+
 
 _POINTERS = ("a", "b", "c", "runs")
 _NUMBERS = (
@@ -93,6 +107,7 @@ class EpilogueArgs(ctypes.Structure):
         ("residual", ctypes.c_void_p),
         ("residual_row", ctypes.c_int64),
         ("activation", ctypes.c_int64),
+        ("residual_col", ctypes.c_int64),
     ]
 
 
@@ -104,26 +119,31 @@ class Kernels:
     emulator: Emulator
     reached: set[str] = field(default_factory=set)
 
-    def native(self, isa: str, name: str, *arguments: np.ndarray | int) -> None:
+    def native(self, isa: str, name: str, dtype: str, *arguments: np.ndarray | int) -> None:
         """Calls a kernel on this CPU."""
         function = getattr(self.library, f"jaxwin_test_{name}_{isa}")
         function.restype = None
         function(
+            ctypes.c_int64(WORDS[dtype]),
             *(
                 ctypes.c_void_p(a.ctypes.data)
                 if isinstance(a, np.ndarray)
                 else ctypes.c_int64(int(a))
                 for a in arguments
-            )
+            ),
         )
 
     def emulated(
-        self, name: str, *arguments: np.ndarray | int, buffers: tuple[np.ndarray, ...] = ()
+        self,
+        name: str,
+        dtype: str,
+        *arguments: np.ndarray | int,
+        buffers: tuple[np.ndarray, ...] = (),
     ) -> None:
         """Calls an AVX-512 kernel on the emulated CPU."""
         self.reached.add(name)
         function = getattr(self.library, f"jaxwin_test_{name}_avx512")
-        self.emulator.call(function, *arguments, buffers=buffers)
+        self.emulator.call(function, WORDS[dtype], *arguments, buffers=buffers)
 
 
 @pytest.fixture(scope="module")
@@ -147,33 +167,37 @@ def _gemm_args(
     return _words(GemmArgs(**{k: v.ctypes.data for k, v in pointers.items()}, **values))
 
 
-def _matrix(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return guarded(rng.standard_normal(shape, np.float32))
+def _matrix(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
+    return guarded(problems.values(rng, shape, dtype))
 
 
 def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
-    np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32), what)
+    np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8), what)
 
 
+@pytest.mark.parametrize("dtype", WORDS)
 @pytest.mark.parametrize("strided", [0, 1])
 @pytest.mark.parametrize(("mr", "nv"), TILES)
-def test_gemm(kernels: Kernels, mr: int, nv: int, strided: int) -> None:
+def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> None:
+    full = _width("avx512", dtype)
+    if dtype == PAIRS and strided:
+        pytest.skip("integers are packed always")
     rng = np.random.default_rng([mr, nv, strided])
     # Runs of odd lengths, out of order; rows of A overlap, as windows do.
     lengths = [5, 1, 7]
     steps = sum(lengths)
     a_row, a_step = 3, 2 if strided else 1
-    for cols in {(nv - 1) * WIDTH + 1, nv * WIDTH - 3, nv * WIDTH}:
-        b_step = cols + 2 if strided else nv * WIDTH
+    for cols in {(nv - 1) * full + 1, nv * full - 3, nv * full}:
+        b_step = cols + 2 if strided else nv * full
         runs = guarded(
             np.array(
                 [(6, 6 * b_step, 5), (0, 5 * b_step, 1), (1, 0, 5), (12, 11 * b_step, 2)], np.int64
             )
         )
-        a = _matrix(rng, (mr - 1) * a_row + 12 + a_step + 1)
-        b = _matrix(rng, (steps - 1) * b_step + (cols if strided else nv * WIDTH))
+        a = _matrix(rng, dtype, (mr - 1) * a_row + 12 + a_step + 1)
+        b = _matrix(rng, dtype, (steps - 1) * b_step + (cols if strided else nv * full))
         c_row = cols + 5
-        start = rng.standard_normal((mr - 1) * c_row + cols).astype(np.float32)
+        start = problems.values(rng, ((mr - 1) * c_row + cols,), dtype)
         for load, add in ((0, 0), (1, 0), (0, 1)):
             numbers = {
                 "a_row": a_row,
@@ -185,9 +209,9 @@ def test_gemm(kernels: Kernels, mr: int, nv: int, strided: int) -> None:
             }
             c = guarded(start)
             arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
-            kernels.emulated("gemm", mr, nv, strided, arguments, buffers=(a, b, c, runs))
+            kernels.emulated("gemm", dtype, mr, nv, strided, arguments, buffers=(a, b, c, runs))
             for isa in REFERENCES:
-                width = ISAS[isa]["width"]
+                width = _width(isa, dtype)
                 expected = start.copy()
                 for row in range(mr):
                     for j in range(0, cols, width):
@@ -200,53 +224,57 @@ def test_gemm(kernels: Kernels, mr: int, nv: int, strided: int) -> None:
                             **numbers,
                         )
                         # the strided form, which reads no column beyond
-                        kernels.native(isa, "gemm", 1, 1, 1, piece)
+                        kernels.native(isa, "gemm", dtype, 1, 1, int(dtype != PAIRS), piece)
                 _same(c, expected, f"{isa} cols {cols} load {load} add {add}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pixels", range(1, ISAS["avx512"]["max_pixels"] + 1))
-def test_lanes(kernels: Kernels, pixels: int) -> None:
+def test_lanes(kernels: Kernels, dtype: str, pixels: int) -> None:
+    full = _width("avx512", dtype)
     rng = np.random.default_rng(pixels)
-    for cols in (1, WIDTH - 3, WIDTH, 2 * WIDTH + 5):
-        runs = guarded(np.array([(7, 2 * WIDTH, 1), (0, 0, 1), (3, WIDTH, 1)], np.int64))
+    for cols in (1, full - 3, full, 2 * full + 5):
+        runs = guarded(np.array([(7, 2 * full, 1), (0, 0, 1), (3, full, 1)], np.int64))
         a_row, c_row = cols + 1, cols + 2
-        blocks, b_block = -(-cols // WIDTH), 3 * WIDTH + 2
-        a = _matrix(rng, (pixels - 1) * a_row + 7 + cols)
-        b = _matrix(rng, blocks * b_block - 2)
-        start = np.full((pixels - 1) * c_row + cols, _CANARY)
+        blocks, b_block = -(-cols // full), 3 * full + 2
+        a = _matrix(rng, dtype, (pixels - 1) * a_row + 7 + cols)
+        b = _matrix(rng, dtype, blocks * b_block - 2)
+        start = np.full((pixels - 1) * c_row + cols, _CANARY, dtype)
         c = guarded(start)
         numbers = {"a_row": a_row, "c_row": c_row, "blocks": blocks, "b_block": b_block}
         arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
-        kernels.emulated("lanes", pixels, arguments, buffers=(a, b, c, runs))
+        kernels.emulated("lanes", dtype, pixels, arguments, buffers=(a, b, c, runs))
         for isa in REFERENCES:
-            width = ISAS[isa]["width"]
+            width = _width(isa, dtype)
             expected = start.copy()
             for p in range(pixels):
                 for j in range(0, cols, width):
                     piece = _gemm_args(
                         a[p * a_row + j :],
-                        b[j // WIDTH * b_block + j % WIDTH :],
+                        b[j // full * b_block + j % full :],
                         expected[p * c_row + j :],
                         runs,
                         cols=min(width, cols - j),
                         blocks=1,
                     )
-                    kernels.native(isa, "lanes", 1, piece)
+                    kernels.native(isa, "lanes", dtype, 1, piece)
             _same(c, expected, f"{isa} cols {cols}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("mr", "nv"), TILES)
-def test_gemm_past_the_caches(kernels: Kernels, mr: int, nv: int) -> None:
+def test_gemm_past_the_caches(kernels: Kernels, dtype: str, mr: int, nv: int) -> None:
+    full = _width("avx512", dtype)
     rng = np.random.default_rng([mr, nv])
-    cols = c_row = nv * WIDTH
+    cols = c_row = nv * full
     runs = guarded(np.array([(0, 0, 3)], np.int64))
-    a, b = _matrix(rng, (mr - 1) * 2 + 3), _matrix(rng, 3 * cols)
+    a, b = _matrix(rng, dtype, (mr - 1) * 2 + 3), _matrix(rng, dtype, 3 * cols)
     results = []
     for stream in (0, 1):
-        c = guarded(np.full(mr * c_row, _CANARY))
+        c = guarded(np.full(mr * c_row, _CANARY, dtype))
         numbers = {"a_row": 2, "a_step": 1, "b_step": cols, "c_row": c_row, "stream": stream}
         arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
-        kernels.emulated("gemm", mr, nv, 0, arguments, buffers=(a, b, c, runs))
+        kernels.emulated("gemm", dtype, mr, nv, 0, arguments, buffers=(a, b, c, runs))
         results.append(c)
     _same(results[1], results[0], "stream")
 
@@ -254,22 +282,24 @@ def test_gemm_past_the_caches(kernels: Kernels, mr: int, nv: int) -> None:
 @pytest.mark.parametrize(("window", "stride", "most"), ISAS["avx512"]["sweeps"])
 def test_sweep(kernels: Kernels, window: int, stride: int, most: int) -> None:
     """Against the tiles of pixels, one pixel and one vector at a time."""
+    dtype = "float32"
+    full = _width("avx512", dtype)
     rng = np.random.default_rng([window, stride])
     n, wide = 5, window + 3
     for rows in range(1, most + 1):
-        for cols in (WIDTH - 3, 2 * WIDTH + 5):
+        for cols in (full - 3, 2 * full + 5):
             # A column that is skipped at both ends, except where there is but one output.
             q_begin, q_end = 1, (n - 1) * stride + window - 1
             x_col, taps = cols + 2, 2
             x_row = (q_end + 3) * x_col
-            runs = guarded(np.array([(x_row + 1, WIDTH, 1), (0, 0, 1)], np.int64))
-            x = _matrix(rng, (rows + 1) * x_row + cols)
-            w_col = taps * WIDTH + 1
+            runs = guarded(np.array([(x_row + 1, full, 1), (0, 0, 1)], np.int64))
+            x = _matrix(rng, dtype, (rows + 1) * x_row + cols)
+            w_col = taps * full + 1
             w_block = window * w_col + wide
-            blocks = -(-cols // WIDTH)
-            w = _matrix(rng, blocks * w_block)
+            blocks = -(-cols // full)
+            w = _matrix(rng, dtype, blocks * w_block)
             y_col, y_row = cols + 1, n * (cols + 1) + 3
-            start = np.full((rows - 1) * y_row + (n - 1) * y_col + cols, _CANARY)
+            start = np.full((rows - 1) * y_row + (n - 1) * y_col + cols, _CANARY, dtype)
             y = guarded(start)
             arguments = _words(
                 SweepArgs(
@@ -278,9 +308,11 @@ def test_sweep(kernels: Kernels, window: int, stride: int, most: int) -> None:
                     *(w_col, w_block, y_row, y_col),
                 )
             )
-            kernels.emulated("sweep", window, stride, rows, arguments, buffers=(x, w, y, runs))
+            kernels.emulated(
+                "sweep", dtype, window, stride, rows, arguments, buffers=(x, w, y, runs)
+            )
             for isa in REFERENCES:
-                width = ISAS[isa]["width"]
+                width = _width(isa, dtype)
                 expected = start.copy()
                 for r, o, j in itertools.product(range(rows), range(n), range(0, cols, width)):
                     seen = [
@@ -291,35 +323,37 @@ def test_sweep(kernels: Kernels, window: int, stride: int, most: int) -> None:
                     ]
                     piece = _gemm_args(
                         x[r * x_row + j :],
-                        w[j // WIDTH * w_block + j % WIDTH :],
+                        w[j // full * w_block + j % full :],
                         expected[r * y_row + o * y_col + j :],
                         np.array(seen, np.int64),
                         cols=min(width, cols - j),
                         blocks=1,
                     )
-                    kernels.native(isa, "lanes", 1, piece)
+                    kernels.native(isa, "lanes", dtype, 1, piece)
                 _same(y, expected, f"{isa} rows {rows} cols {cols}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", range(1, ISAS["avx512"]["max_pixels"] + 1))
-def test_lanes_grad(kernels: Kernels, count: int) -> None:
+def test_lanes_grad(kernels: Kernels, dtype: str, count: int) -> None:
+    full = _width("avx512", dtype)
     rng = np.random.default_rng(count)
-    for cols in (1, WIDTH - 3, WIDTH):
+    for cols in (1, full - 3, full):
         a_step, b_step, c_row = cols + 3, cols + 1, cols + 2
         runs = guarded(np.array([(4, 3 * b_step, 2), (0, 0, 3)], np.int64))
         offsets = guarded(rng.permutation(count).astype(np.int64))
-        a = _matrix(rng, 4 + a_step + count - 1 + max(cols, a_step + cols - 4))
-        b = _matrix(rng, 4 * b_step + cols)
-        start = rng.standard_normal((count - 1) * c_row + cols).astype(np.float32)
+        a = _matrix(rng, dtype, 4 + a_step + count - 1 + max(cols, a_step + cols - 4))
+        b = _matrix(rng, dtype, 4 * b_step + cols)
+        start = rng.standard_normal((count - 1) * c_row + cols).astype(dtype)
         for load in (0, 1):
             c = guarded(start)
             numbers = {"a_step": a_step, "b_step": b_step, "load": load}
             arguments = _gemm_args(a, b, c, runs, c_row=c_row, cols=cols, **numbers)
             kernels.emulated(
-                "lanes_grad", count, arguments, offsets, buffers=(a, b, c, runs, offsets)
+                "lanes_grad", dtype, count, arguments, offsets, buffers=(a, b, c, runs, offsets)
             )
             for isa in REFERENCES:
-                width = ISAS[isa]["width"]
+                width = _width(isa, dtype)
                 expected = start.copy()
                 for q in range(count):
                     for j in range(0, cols, width):
@@ -331,24 +365,31 @@ def test_lanes_grad(kernels: Kernels, count: int) -> None:
                             cols=min(width, cols - j),
                             **numbers,
                         )
-                        kernels.native(isa, "lanes_grad", 1, piece, offsets[q : q + 1].copy())
+                        kernels.native(
+                            isa, "lanes_grad", dtype, 1, piece, offsets[q : q + 1].copy()
+                        )
                 _same(c, expected, f"{isa} cols {cols} load {load}")
 
 
 _SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30, -1e-30, 88.5, -103.5], np.float32)
 
 
-@pytest.mark.parametrize("activation", range(len(REGISTRY["activations"])))
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [(d, a) for d in DTYPES for a in REGISTRY["dtypes"][d]["activations"]],
+)
 @pytest.mark.parametrize("bias", ["none", "by column", "by row"])
-def test_epilogue(kernels: Kernels, activation: int, bias: str) -> None:
-    rng = np.random.default_rng(activation)
+def test_epilogue(kernels: Kernels, dtype: str, activation: str, bias: str) -> None:
+    full = _width("avx512", dtype)
+    number = REGISTRY["activations"].index(activation)
+    rng = np.random.default_rng(number)
     rows = 3
-    for cols in (1, WIDTH + 1, 2 * WIDTH, 3 * WIDTH - 1):
+    for cols in (1, full + 1, 2 * full, 3 * full - 1):
         c_row, residual_row = cols + 4, cols + 1
-        start = (8 * rng.standard_normal((rows - 1) * c_row + cols)).astype(np.float32)
+        start = (8 * rng.standard_normal((rows - 1) * c_row + cols)).astype(dtype)
         start[: len(_SPECIAL)] = _SPECIAL[: len(start)]
-        residual = _matrix(rng, (rows - 1) * residual_row + cols)
-        values = _matrix(rng, cols if bias == "by column" else rows)
+        residual = _matrix(rng, dtype, (rows - 1) * residual_row + cols)
+        values = _matrix(rng, dtype, cols if bias == "by column" else rows)
 
         def arguments(c: np.ndarray) -> np.ndarray:
             return _words(
@@ -362,23 +403,25 @@ def test_epilogue(kernels: Kernels, activation: int, bias: str) -> None:
                     bias_col=1 if bias == "by column" else 0,
                     residual=None if bias == "none" else residual.ctypes.data,  # noqa: B023
                     residual_row=residual_row,  # noqa: B023
-                    activation=activation,
+                    activation=number,
+                    residual_col=1,
                 )
             )
 
         c = guarded(start)
-        kernels.emulated("epilogue", arguments(c), buffers=(c, values, residual))
+        kernels.emulated("epilogue", dtype, arguments(c), buffers=(c, values, residual))
         for isa in REFERENCES:
             expected = start.copy()
-            kernels.native(isa, "epilogue", arguments(expected))
+            kernels.native(isa, "epilogue", dtype, arguments(expected))
             np.testing.assert_array_equal(np.isnan(c), np.isnan(expected))
             finite = ~np.isnan(expected)  # the sign and payload of a NaN are nobody's
             _same(c[finite], expected[finite], f"{isa} cols {cols}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("source", ["pixels", "planes", "neither"])
 @pytest.mark.parametrize("count", [1, 3, 8, 15, 16, 17, 37])
-def test_copy(kernels: Kernels, source: str, count: int) -> None:
+def test_copy(kernels: Kernels, dtype: str, source: str, count: int) -> None:
     rng = np.random.default_rng(count)
     for n in (1, 7, 8, 19):
         src_ld, src_step = {
@@ -387,29 +430,39 @@ def test_copy(kernels: Kernels, source: str, count: int) -> None:
             "neither": (2, 2 * n + 1),
         }[source]
         dst_ld = count + 1
-        src = _matrix(rng, (n - 1) * src_ld + (count - 1) * src_step + 1)
-        expected = np.full((n - 1) * dst_ld + count, _CANARY)
+        src = _matrix(rng, dtype, (n - 1) * src_ld + (count - 1) * src_step + 1)
+        expected = np.full((n - 1) * dst_ld + count, _CANARY, dtype)
         dst = guarded(expected)
         for j in range(n):
             for k in range(count):
                 expected[j * dst_ld + k] = src[j * src_ld + k * src_step]
-        kernels.emulated("copy", dst, dst_ld, src, src_ld, src_step, n, count)
+        kernels.emulated("copy", dtype, dst, dst_ld, src, src_ld, src_step, n, count)
         _same(dst, expected, f"n {n}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("n_rows", [1, 3, 5])
-def test_interleave(kernels: Kernels, n_rows: int, count: int) -> None:
+def test_interleave(kernels: Kernels, dtype: str, n_rows: int, count: int) -> None:
     rng = np.random.default_rng([n_rows, count])
     for n in (1, 2, 9):
         for src_ld, dst_ld in ((count, n_rows * count), (count + 3, n_rows * count + 2)):
-            rows = [_matrix(rng, (n - 1) * src_ld + count) for _ in range(n_rows)]
+            rows = [_matrix(rng, dtype, (n - 1) * src_ld + count) for _ in range(n_rows)]
             table = np.array([row.ctypes.data for row in rows], np.uint64)
             table[n_rows // 2 :: 3] = 0  # rows on padding
             size = (n - 1) * dst_ld + n_rows * count
-            dst = guarded(np.full(size, _CANARY))
+            dst = guarded(np.full(size, _CANARY, dtype))
             kernels.emulated(
-                "interleave", dst, dst_ld, table, n_rows, src_ld, n, count, buffers=tuple(rows)
+                "interleave",
+                dtype,
+                dst,
+                dst_ld,
+                table,
+                n_rows,
+                src_ld,
+                n,
+                count,
+                buffers=tuple(rows),
             )
             for i in range(n):
                 for r in range(n_rows):
@@ -418,22 +471,99 @@ def test_interleave(kernels: Kernels, n_rows: int, count: int) -> None:
                     np.testing.assert_array_equal(dst[at : at + count], values)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("multiplicity", [1, 3])
-@pytest.mark.parametrize("span", [0, 1, 5, WIDTH])
-def test_expand(kernels: Kernels, span: int, multiplicity: int) -> None:
+@pytest.mark.parametrize("span", [0, 1, 5, "vector"])
+def test_expand(kernels: Kernels, dtype: str, span: Any, multiplicity: int) -> None:
+    full = _width("avx512", dtype)
+    span = full if span == "vector" else span
     rng = np.random.default_rng([span, multiplicity])
-    for n, lanes in ((1, 1), (4, WIDTH - 3), (5, WIDTH)):
+    for n, lanes in ((1, 1), (4, full - 3), (5, full)):
         source = span or 40
-        table = guarded(rng.integers(0, source, (multiplicity, WIDTH)))
-        src_ld, dst_ld = source + 1, multiplicity * WIDTH + 1
-        src = _matrix(rng, (n - 1) * src_ld + source)
-        dst = guarded(np.full((n - 1) * dst_ld + multiplicity * WIDTH, _CANARY))
-        kernels.emulated("expand", dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span)
+        table = guarded(rng.integers(0, source, (multiplicity, full)))
+        src_ld, dst_ld = source + 1, multiplicity * full + 1
+        src = _matrix(rng, dtype, (n - 1) * src_ld + source)
+        dst = guarded(np.full((n - 1) * dst_ld + multiplicity * full, _CANARY, dtype))
+        kernels.emulated(
+            "expand", dtype, dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span
+        )
         for i in range(n):
             for m in range(multiplicity):
-                at = i * dst_ld + m * WIDTH
+                at = i * dst_ld + m * full
                 expected = src[i * src_ld + table[m, :lanes]]
                 np.testing.assert_array_equal(dst[at : at + lanes], expected)
+
+
+_CONVERTED = [
+    *(("float32", kind, d) for kind in (0, 1, 2) for d in ("bfloat16", "float16")),
+    *((PAIRS, kind, d) for kind in (0, 1) for d in ("int8", "uint8", "int16")),
+    *((PAIRS, 2, d) for d in ("int8", "uint8", "int16", "uint16", "int32", "uint32")),
+]
+
+
+@pytest.mark.parametrize(("word", "kind", "element"), _CONVERTED)
+def test_convert(kernels: Kernels, word: str, kind: int, element: str) -> None:
+    """Read (0), pack (1) and write (2): the same bits as the baseline's."""
+    rng = np.random.default_rng([kind, ELEMENTS.index(element)])
+    source, target = (word, element) if kind == 2 else (element, word)
+    channels = 2 if word == PAIRS and kind < 2 else 1
+    for n, count in ((1, 1), (3, 7), (16, 5), (19, 33)):
+        for src_ld, src_step in ((count + 2, 1), (1, n + 3), (2, 2 * n + 1)):
+            values = problems.values(rng, ((n - 1) * src_ld + (count - 1) * src_step + 1,), source)
+            if source in DTYPES or source in ("bfloat16", "float16"):
+                special = np.array([*_SPECIAL, 65519.0, 65520.0, 6e-8, 2.9e-8, 1e-40], np.float32)
+                values[: len(special)] = special[: len(values)].astype(source)
+            rows, columns = (n, -(-count // channels)) if kind != 1 else (-(-n // channels), count)
+            dst_ld = columns + 1
+            src = guarded(values)
+            dst = guarded(np.full((rows - 1) * dst_ld + columns, 77, np.float32).astype(target))
+            expected = dst.copy()
+            arguments = (kind, ELEMENTS.index(element))
+            sizes = (src_ld, src_step, n, count)
+            kernels.emulated("convert", word, *arguments, dst, dst_ld, src, *sizes)
+            kernels.native("baseline", "convert", word, *arguments, expected, dst_ld, src, *sizes)
+            _same(dst, expected, f"n {n} count {count} {src_ld} {src_step}")
+
+
+@pytest.mark.parametrize("element", ["bfloat16", "float16"])
+@pytest.mark.parametrize("across", [False, True])
+def test_narrow_epilogue(kernels: Kernels, element: str, across: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows = 3
+    for cols in (1, 15, 33):
+        c_row = cols + 2
+        start = _matrix(rng, "float32", (rows - 1) * c_row + cols)
+        bias = _matrix(rng, element, rows if across else cols)
+        residual_row, residual_col = (1, rows + 1) if across else (cols + 1, 1)
+        size = (rows - 1) * residual_row + (cols - 1) * residual_col + 1
+        residual = _matrix(rng, element, size)
+
+        def arguments(c: np.ndarray) -> np.ndarray:
+            return _words(
+                EpilogueArgs(
+                    *(c.ctypes.data, c_row, rows, cols),  # noqa: B023
+                    *(bias.ctypes.data, int(across), int(not across)),  # noqa: B023
+                    *(residual.ctypes.data, residual_row, 1, residual_col),  # noqa: B023
+                )
+            )
+
+        c, expected = guarded(start), start.copy()
+        number = ELEMENTS.index(element)
+        kernels.emulated(
+            "narrow_epilogue", "float32", number, arguments(c), buffers=(c, bias, residual)
+        )
+        kernels.native("baseline", "narrow_epilogue", "float32", number, arguments(expected))
+        _same(c, expected, f"cols {cols}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulate(kernels: Kernels, dtype: str) -> None:
+    for n in (1, 7, 16, 37):
+        rng = np.random.default_rng(n)
+        src, dst = _matrix(rng, dtype, n), _matrix(rng, dtype, n)
+        expected = dst + src
+        kernels.emulated("accumulate", dtype, dst, src, n)
+        _same(dst, expected, f"n {n}")
 
 
 def test_every_plain_symbol_was_emulated(kernels: Kernels, request: pytest.FixtureRequest) -> None:

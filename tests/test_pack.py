@@ -79,7 +79,7 @@ def test_the_bits_of_the_contract() -> None:
 @pytest.mark.parametrize("algorithm", ["rows", "im2win", "im2col"])
 @pytest.mark.parametrize("panel", [16, 32, 48, 64])
 def test_every_algorithm_and_panel(algorithm: str, panel: int) -> None:
-    if panel % _registry.width(_registry.isa()):
+    if panel % _registry.width(_registry.isa(), "float32"):
         pytest.skip("not of this instruction set")
     x, w, _ = _draw("few pixels")
     packing = _pack.Packing(w.shape, 1, panel)
@@ -95,7 +95,7 @@ def test_every_algorithm_and_panel(algorithm: str, panel: int) -> None:
         if row["name"] == _registry.isa()
         for _, nv in row["tiles"]
     )
-    if panel // _registry.width(_registry.isa()) <= widest:
+    if panel // _registry.width(_registry.isa(), "float32") <= widest:
         assert _plan(f, x, packed).parameters["pack"] == 3
     np.testing.assert_array_equal(f(x, packed), f(x, w))
 

@@ -48,13 +48,14 @@ def _python(code: str, cpus: set[int] | None = None, **environment: str) -> list
     unset = ("NPROC", "XLA_FLAGS")
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"JAX_PLATFORMS": "cpu", "JAXWIN_MODE": "off", **environment}
+    # Not by preexec_fn: a process with JAX's threads had better not fork.
+    confine = "" if cpus is None else f"import os\nos.sched_setaffinity(0, {sorted(cpus)})\n"
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code],
+        [sys.executable, "-c", confine + PRELUDE + code],
         capture_output=True,
         text=True,
         timeout=240,  # a deadlock
         env=env,
-        preexec_fn=None if cpus is None else lambda: os.sched_setaffinity(0, cpus),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import select
 import signal
@@ -115,10 +116,12 @@ class Laboratory:
         rounds: int,
         min_seconds: float,
         slower_than: float,
+        budget_seconds: float = math.inf,
     ) -> list[Finding]:
         """Checks plans against the first one's bits and times those that are right, interleaved.
 
-        A plan that kills or blocks the process is left out, and the others are compared again.
+        A plan that kills or blocks the process is left out, and the others are compared again. One
+        that has had `budget_seconds` gets no further samples, but at least one.
 
         Raises:
             LaboratoryError: the process does not start, or the first plan does not run in it.
@@ -135,6 +138,7 @@ class Laboratory:
                 "rounds": rounds,
                 "min_seconds": min_seconds,
                 "slower_than": slower_than,
+                "budget_seconds": budget_seconds,
                 "seed": self._seed + self._comparisons,
             }
             answers, culprit, finding = self._ask(request, problem)

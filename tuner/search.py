@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ MAX_WORKSPACE = 2**30  # bytes; no candidate needs more
 LEAST_GAIN = 0.01  # what a new winner must gain at least
 NOISY = 0.1  # spread of the default plan's samples that deserves a warning
 _UNDECIDED_GAIN = 0.05  # where a candidate may be that much faster for all we know, ask again
+_FEW_ERROR = 0.02  # standard error of one or two samples, which say nothing of their spread
 _SURE = 2.0  # standard errors that a new winner must be faster
 _EXTRA_COMPARISONS = 2  # of finalists, where the samples do not tell
 _SLOWER_THAN = 2.0  # a candidate that much slower than the fastest is dropped early
@@ -80,6 +82,7 @@ class Measurer(Protocol):
         rounds: int,
         min_seconds: float,
         slower_than: float,
+        budget_seconds: float = math.inf,
     ) -> list[Finding]:
         """One finding per plan; the first plan must run."""
 
@@ -420,6 +423,7 @@ class _Search:
             rounds=effort.rounds,
             min_seconds=effort.min_seconds,
             slower_than=_SLOWER_THAN,
+            budget_seconds=effort.seconds / 4,
         )
         self._default_ns += findings[0].ns
         self._store(candidates, findings)
@@ -548,6 +552,7 @@ class _Search:
             rounds=context.effort.final_rounds,
             min_seconds=context.effort.min_seconds,
             slower_than=_SLOWER_THAN,
+            budget_seconds=context.effort.seconds / 2,
         )
         ok = theirs.status == "ok"
         faster = ok and Paired.of(theirs, ours).faster()
@@ -579,6 +584,7 @@ class _Search:
             rounds=effort.final_rounds,
             min_seconds=effort.min_seconds,
             slower_than=_SLOWER_THAN,
+            budget_seconds=effort.seconds / 2,
         )
         return dict(zip(candidates, findings, strict=True))
 
@@ -601,9 +607,10 @@ class Paired:
         """How much time `one` takes relative to `other`."""
         ratios = one.ratios(other)
         spread = 1.4826 * measure.mad(ratios)
+        error = 1.2533 * spread / len(ratios) ** 0.5
         return cls(
             statistics.median(ratios),
-            1.2533 * spread / len(ratios) ** 0.5,
+            error if len(ratios) > 2 else max(error, _FEW_ERROR),
             one.median_ns / other.median_ns,
             min(one.ns) / min(other.ns),
         )

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -349,10 +348,7 @@ def missed(threads: int) -> tuple[list[Task], dict[int, int]]:
         OSError: the file of missed problems cannot be read.
         ValueError: JAXWIN_MAX_ISA is no instruction set.
     """
-    isa = _registry.isa()
-    with warnings.catch_warnings():  # the tuner is about to write the file that is not there yet
-        warnings.simplefilter("ignore", RuntimeWarning)
-        table = _tuning.table()
+    isa, table = _registry.isa(), _tuning.read_table(_tuning.files())  # without warnings
     tasks, others = [], collections.Counter[int]()
     for (problem, count_threads), count in _record.misses().items():
         if table.exact(problem, isa, count_threads) is not None:

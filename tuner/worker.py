@@ -39,27 +39,32 @@ from jaxwin.tuner import machine, measure
 # such as "crash direct 4,3,0,0,0,1,0". "late-crash" crashes when timed, the others when checked.
 FAULTS = "JAXWIN_TUNER_FAULTS"
 
-_GUARD = 64  # floats on both sides of a result or workspace
-_FILLING = np.float32(-1.25e30)
+_GUARD = 256  # bytes on both sides of a result or workspace
+_FILLING = 0xA5
 _XLA_ERROR = 1e-4  # of the largest value: what other orders of summation may make
 
 
 class _Guarded:
-    """An array of floats, aligned as XLA aligns, between two guards."""
+    """So many bytes, aligned as XLA aligns, between two guards."""
 
     def __init__(self, size: int) -> None:
-        raw = np.empty(size + 2 * _GUARD + 16, np.float32)
-        shift = -(raw.ctypes.data // 4) % 16
+        raw = np.empty(size + 2 * _GUARD + 64, np.uint8)
+        shift = -raw.ctypes.data % 64
         self._whole = raw[shift : shift + size + 2 * _GUARD]
         self.inside = self._whole[_GUARD : _GUARD + size]
 
     def poison(self) -> None:
         self._whole.fill(_FILLING)
-        self.inside.fill(np.nan)
+        self.inside.fill(0xFF)  # NaN, in every floating-point type
 
     def intact(self) -> bool:
         guards = (self._whole[:_GUARD], self._whole[-_GUARD:])
         return all(bool((guard == _FILLING).all()) for guard in guards)
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    """The array as unsigned integers: the native core is not told of numpy's dtypes."""
+    return array.view(np.dtype(f"uint{8 * array.itemsize}"))
 
 
 class _Problem:
@@ -69,14 +74,23 @@ class _Problem:
         self.problem = problem = Problem.from_key(key)
         rng = np.random.default_rng(seed)
 
-        def draw(*shape: int) -> NDArray[np.float32]:
-            return rng.standard_normal(shape, np.float32)
+        # Of the operands and results that kernels see.
+        native = problem.native()
+        self.dtype, self.out_dtype = np.dtype(native["dtype"]), np.dtype(native["out_dtype"])
+        if self.dtype == np.float64:
+            jax.config.update("jax_enable_x64", True)
+
+        def draw(*shape: int) -> NDArray[Any]:
+            if self.dtype.kind in "iu":
+                limits = np.iinfo(self.dtype)
+                return rng.integers(limits.min, limits.max, shape, self.dtype, endpoint=True)
+            return rng.standard_normal(shape, np.float32).astype(self.dtype)
 
         self.x, self.w = draw(*problem.lhs_shape), draw(*problem.rhs_shape)
         features = problem.out_shape[problem.out_spec[1]]
         self.bias = draw(features) if problem.bias else None
         self.residual = draw(*problem.out_shape) if problem.residual else None
-        self.reference: NDArray[np.float32] | None = None
+        self.reference: NDArray[Any] | None = None
         given = (self.x, self.w, self.bias, self.residual)
         self.operands = [jax.device_put(array) for array in given if array is not None]
         self.held: Any = None  # the buffer that all compiled programs pass on
@@ -89,11 +103,11 @@ class _Problem:
         problem = self.problem
         if plan.algorithm == _registry.XLA:
             return "ok", ""
-        y = _Guarded(math.prod(problem.out_shape))
-        workspace = _Guarded(plan.workspace_bytes // 4 + 1)
+        y = _Guarded(math.prod(problem.out_shape) * self.out_dtype.itemsize)
+        workspace = _Guarded(plan.workspace_bytes)
         y.poison()
         workspace.poison()
-        result = y.inside.reshape(problem.out_shape)
+        result = y.inside.view(self.out_dtype).reshape(problem.out_shape)
         activations = _registry.registry()["activations"]
         refused = _ffi.run(
             problem.native(),
@@ -101,12 +115,12 @@ class _Problem:
             plan.isa,
             plan.threads,
             plan.params,
-            self.x,
-            self.w,
-            result,
+            _bits(self.x),
+            _bits(self.w),
+            _bits(result),
             workspace.inside,
-            self.bias,
-            self.residual,
+            None if self.bias is None else _bits(self.bias),
+            None if self.residual is None else _bits(self.residual),
             activations.index(problem.activation or "none"),
         )
         if refused:
@@ -115,17 +129,17 @@ class _Problem:
         if not y.intact() or not workspace.intact():
             return "wrong", "writes outside of its result or workspace"
         if self.reference is None:
-            if not np.isfinite(result).all():
+            if self.out_dtype.kind not in "iu" and not np.isfinite(result).all():
                 return "wrong", "leaves a part of its result unwritten"
             self.reference = result
             return "ok", ""
         return self._compare(result)
 
-    def _compare(self, result: NDArray[np.float32], exact: bool = True) -> tuple[str, str]:
+    def _compare(self, result: NDArray[Any], exact: bool = True) -> tuple[str, str]:
         assert self.reference is not None
         if not exact:
             # Standard normal operands: sums of n terms are about sqrt(n), their rounding less.
-            error = float(np.abs(result - self.reference).max(initial=0.0))
+            error = float(np.abs(result - self.reference).astype(np.float64).max(initial=0.0))
             limit = _XLA_ERROR * max(1.0, float(np.abs(self.reference).max(initial=0.0)))
             near = error <= limit and result.shape == self.reference.shape
             return (
@@ -140,7 +154,7 @@ class _Problem:
         """A call of the compiled program, and the status of its first result."""
         problem = self.problem
         struct: Any = jax.ShapeDtypeStruct
-        out = struct(problem.out_shape, np.float32)
+        out = struct(problem.out_shape, self.out_dtype)
         results = [out]
         if plan.workspace_bytes > 0:
             results.append(struct((plan.workspace_bytes,), np.uint8))
@@ -229,7 +243,7 @@ def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], N
         threads=request["threads"],
         rounds=request["rounds"],
         min_seconds=request["min_seconds"],
-        budget_seconds=math.inf,
+        budget_seconds=request["budget_seconds"],
         slower_than=request["slower_than"],
         keep=("0",),  # what the others are compared with
         rng=random.Random(request["seed"]),

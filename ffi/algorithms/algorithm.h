@@ -5,8 +5,10 @@
 // documentation learn of it from there.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -17,20 +19,45 @@
 
 namespace jaxwin {
 
+// A place in an array whose elements have a size that is known at run time: the algorithms move
+// elements about and leave their values to the kernels.
+struct ConstPtr {
+  const char* at = nullptr;
+  int64_t size = 0;  // of an element, in bytes
+
+  ConstPtr operator+(int64_t elements) const { return {at + elements * size, size}; }
+  ConstPtr operator-(int64_t elements) const { return *this + -elements; }
+  // NOLINTNEXTLINE(google-explicit-constructor): what a kernel takes
+  operator const void*() const { return at; }
+};
+struct Ptr {
+  char* at = nullptr;
+  int64_t size = 0;
+
+  Ptr operator+(int64_t elements) const { return {at + elements * size, size}; }
+  Ptr& operator+=(int64_t elements) { return *this = *this + elements; }
+  void zero(int64_t elements) const { std::memset(at, 0, elements * size); }
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  operator void*() const { return at; }
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  operator ConstPtr() const { return {at, size}; }
+};
+
 struct Operands {
-  const float* x;
-  const float* w;
-  const float* bias;      // k per group, all groups; may be null
-  const float* residual;  // the layout of y; may be null
-  float* y;
+  ConstPtr x;
+  ConstPtr w;
+  ConstPtr bias;      // k per group, all groups; may be null
+  ConstPtr residual;  // the layout of y; may be null
+  Ptr y;
   Activation activation = Activation::kNone;
 
   bool has_epilogue() const {
-    return bias != nullptr || residual != nullptr || activation != Activation::kNone;
+    return bias.at != nullptr || residual.at != nullptr || activation != Activation::kNone;
   }
 };
 
-// What a plan was made for: it fixes the workspace.
+// What a plan was made for: it fixes the workspace. The kernels are those of
+// the problem's words.
 struct Target {
   const Kernels* kernels;
   int64_t threads;
@@ -39,7 +66,7 @@ struct Target {
 struct Execution {
   Target target;
   const Threads* pool;
-  float* workspace;
+  Ptr workspace;
   const void* prepared = nullptr;  // what Algorithm::prepare made for this plan, or null
 };
 
@@ -56,7 +83,8 @@ struct ParamSpec {
 struct Algorithm {
   const char* name;
   const char* summary;
-  const char* source;  // paper and section
+  const char* source;         // paper and section
+  std::vector<Dtype> dtypes;  // of operands
   std::vector<ParamSpec> params;
   // Empty where the algorithm can compute the problem, else why not. Constant time.
   std::string (*rejects)(const Problem&);
@@ -64,7 +92,7 @@ struct Algorithm {
   Params (*defaults)(const Problem&, const Target&);
   // Empty where the parameters are valid: they may come from anywhere.
   std::string (*check)(const Problem&, const Target&, const Params&);
-  // Workspace in floats.
+  // Workspace in words.
   int64_t (*workspace)(const Problem&, const Target&, const Params&);
   void (*run)(const Problem&, const Params&, const Operands&, const Execution&);
   // Lower is better: the analytic order of preference, in modelled cycles.
@@ -76,7 +104,11 @@ struct Algorithm {
 
   // `rejects`, and what it need not know about.
   std::string refuses(const Problem& p) const {
+    if (std::find(dtypes.begin(), dtypes.end(), p.dtype) == dtypes.end()) {
+      return std::string("no ") + kDtypeRows[p.dtype].name + " kernels";
+    }
     if (p.panel > 0 && !takes_packed) return "the filters are packed for other algorithms";
+    if (p.panel > 0 && !p.plain()) return "packed filters must be float32 or float64";
     return rejects(p);
   }
 };
@@ -91,7 +123,7 @@ const Caches& caches();
 int64_t useful_threads(const Problem& p, int64_t threads);
 
 // Stores of whole vectors of features may pass the caches by: they are aligned in y.
-bool streamable(const Problem& p, const Kernels& k, const float* y);
+bool streamable(const Problem& p, const Kernels& k, ConstPtr y);
 // Makes such stores of this thread visible to the others.
 void publish_streams();
 

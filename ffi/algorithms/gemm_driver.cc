@@ -11,7 +11,9 @@
 namespace jaxwin {
 namespace {
 
-constexpr int64_t kStripLimit = (1 << 20) / sizeof(float);  // per thread
+constexpr int64_t kStripBytes = 1 << 20;  // per thread
+
+int64_t strip_limit(const Kernels& k) { return kStripBytes / k.size; }
 
 // Values of the parameter `pack`.
 enum Pack {
@@ -22,12 +24,13 @@ enum Pack {
 };
 
 // As much of B as leaves most of the second-level cache to A and C.
-int64_t panel_floats() { return caches().l2 / static_cast<int64_t>(sizeof(float)) / 4; }
+int64_t panel_floats(const Kernels& k) { return caches().l2 / k.size / 4; }
 
 // Everything that follows from problem, parameters and machine: computed the same way when the
 // workspace is declared and when the convolution runs.
 struct Layout {
-  Problem p;  // collapsed
+  Problem p;         // collapsed; its channels are words of them, its strides those of the operands
+  int64_t channels;  // of the operands, per group
   Lowering lowering;
   int64_t mr, nv, kc, pack, full;
   int64_t width;       // vector lanes
@@ -69,10 +72,17 @@ int64_t padded_floats(const Problem& p, int64_t rows, int64_t cols) {
   return planes * rows_read(p, std::min(rows, p.out[1])) * strip_columns(p, false, cols) * p.c;
 }
 
+Problem words_of(const Problem& problem, const Kernels& k) {
+  Problem p = collapse(problem);
+  p.c = ceil_div(p.c, k.channels);
+  return p;
+}
+
 Layout make_layout(const Problem& problem, const Target& t, const Params& params,
                    Lowering lowering) {
   Layout l;
-  l.p = collapse(problem);
+  l.p = words_of(problem, *t.kernels);
+  l.channels = problem.c;
   const Problem& p = l.p;
   l.lowering = lowering;
   l.mr = params[kMr];
@@ -117,7 +127,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.pixel_stride = l.full != 0 ? l.reduction : l.kc;
     l.strip_row = l.cols * l.pixel_stride;
   }
-  l.buffered = p.y.k != 1;
+  l.buffered = p.y.k != 1 || !is_sum(p.out_dtype);
   // The blocked patch matrix is made once per kc steps, for all features.
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const int64_t blocks = p.g * l.row_blocks * l.col_blocks;
@@ -127,8 +137,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
               : std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, blocks)), 1, l.panels);
   l.group = columns             ? l.panels
             : l.pack == kShared ? 1
-                                : std::clamp<int64_t>(panel_floats() / (l.kc * l.panel), 1,
-                                                      ceil_div(l.panels, l.panel_split));
+                                : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
+                                                      1, ceil_div(l.panels, l.panel_split));
   l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
   const int64_t strip = round_up(lowering == Lowering::kRows ? padded_floats(p, l.rows, l.cols)
                                  : l.full != 0               ? l.strip_row * p.g * l.all_rows
@@ -160,43 +170,43 @@ Range inside(int64_t j0, int64_t j1, int64_t s, int64_t offset, int64_t size) {
 }
 
 // The input row that window row (z, y) of output row r reads, or null on padding.
-const float* input_row(const Problem& p, const float* x, int64_t r, int64_t z, int64_t y) {
+ConstPtr input_row(const Problem& p, ConstPtr x, int64_t r, int64_t z, int64_t y) {
   const int64_t iz = (r / p.out[1]) * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
   const int64_t iy = (r % p.out[1]) * p.stride[1] - p.pad[1] + y * p.rhs_dilation[1];
-  if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) return nullptr;
+  if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) return {};
   return x + iz * p.x.sp[0] + iy * p.x.sp[1];
 }
 
-void zero_columns(float* dst, int64_t ld, int64_t n, int64_t count) {
-  for (int64_t i = 0; i < n; ++i) std::memset(dst + i * ld, 0, count * sizeof(float));
+void zero_columns(Ptr dst, int64_t ld, int64_t n, int64_t count) {
+  for (int64_t i = 0; i < n; ++i) (dst + i * ld).zero(count);
 }
 
 // The strip of output row r, pixels [j0, j1): dst[column][window y][window z][channel], where a
 // column is an input column (or, for disjoint windows, pixel and window x).
-void fill_window_order(const Layout& l, const Kernels& k, const float* x, int64_t r, int64_t j0,
-                       int64_t j1, float* dst) {
+void fill_window_order(const Layout& l, const Kernels& k, ConstPtr x, int64_t r, int64_t j0,
+                       int64_t j1, Ptr dst) {
   const Problem& p = l.p;
   const int64_t taps = p.win[0] * p.win[1];
-  if (!l.disjoint && p.c <= 4 && p.x.c == 1 && taps <= 64) {
-    const float* rows[64];
+  if (!l.disjoint && p.c <= 4 && p.x.c == 1 && taps <= 64 && p.plain()) {
+    const void* rows[64];
     const int64_t columns = strip_columns(p, false, j1 - j0);
     const int64_t offset = j0 * p.stride[2] - p.pad[2];
     const Range in = inside(0, columns, 1, offset, p.in[2]);
     for (int64_t y = 0, slot = 0; y < p.win[1]; ++y) {
       for (int64_t z = 0; z < p.win[0]; ++z, ++slot) {
-        const float* row = input_row(p, x, r, z, y);
-        rows[slot] = row == nullptr ? nullptr : row + (in.begin + offset) * p.x.sp[2];
+        ConstPtr row = input_row(p, x, r, z, y);
+        rows[slot] = (row == nullptr ? row : row + (in.begin + offset) * p.x.sp[2]).at;
       }
     }
-    std::memset(dst, 0, in.begin * l.unit * sizeof(float));
+    dst.zero(in.begin * l.unit);
     k.interleave(dst + in.begin * l.unit, l.unit, rows, taps, p.x.sp[2], in.end - in.begin, p.c);
-    std::memset(dst + in.end * l.unit, 0, (columns - in.end) * l.unit * sizeof(float));
+    (dst + in.end * l.unit).zero((columns - in.end) * l.unit);
     return;
   }
   for (int64_t y = 0, slot = 0; y < p.win[1]; ++y) {
     for (int64_t z = 0; z < p.win[0]; ++z, ++slot) {
-      const float* row = input_row(p, x, r, z, y);
-      float* at = dst + slot * p.c;
+      ConstPtr row = input_row(p, x, r, z, y);
+      Ptr at = dst + slot * p.c;
       if (!l.disjoint) {
         const int64_t columns = strip_columns(p, false, j1 - j0);
         const int64_t offset = j0 * p.stride[2] - p.pad[2];
@@ -204,22 +214,22 @@ void fill_window_order(const Layout& l, const Kernels& k, const float* x, int64_
             row == nullptr ? Range{columns, columns} : inside(0, columns, 1, offset, p.in[2]);
         zero_columns(at, l.unit, in.begin, p.c);
         if (in.end > in.begin) {
-          k.copy(at + in.begin * l.unit, l.unit, row + (in.begin + offset) * p.x.sp[2], p.x.sp[2],
-                 p.x.c, in.end - in.begin, p.c);
+          k.read[p.dtype](at + in.begin * l.unit, l.unit, row + (in.begin + offset) * p.x.sp[2],
+                          p.x.sp[2], p.x.c, in.end - in.begin, l.channels);
         }
         zero_columns(at + in.end * l.unit, l.unit, columns - in.end, p.c);
         continue;
       }
       for (int64_t v = 0; v < p.win[2]; ++v) {
-        float* to = at + v * l.unit;
+        Ptr to = at + v * l.unit;
         const int64_t offset = v * p.rhs_dilation[2] - p.pad[2];
         const Range in =
             row == nullptr ? Range{j1, j1} : inside(j0, j1, p.stride[2], offset, p.in[2]);
         zero_columns(to, l.pixel_stride, in.begin - j0, p.c);
         if (in.end > in.begin) {
-          k.copy(to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
-                 row + (in.begin * p.stride[2] + offset) * p.x.sp[2], p.stride[2] * p.x.sp[2],
-                 p.x.c, in.end - in.begin, p.c);
+          k.read[p.dtype](to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
+                          row + (in.begin * p.stride[2] + offset) * p.x.sp[2],
+                          p.stride[2] * p.x.sp[2], p.x.c, in.end - in.begin, l.channels);
         }
         zero_columns(to + (in.end - j0) * l.pixel_stride, l.pixel_stride, j1 - in.end, p.c);
       }
@@ -229,12 +239,13 @@ void fill_window_order(const Layout& l, const Kernels& k, const float* x, int64_
 
 // The input rows under output rows [r0, r1), with their padding along x, channels innermost:
 // dst[image and z][window z][input row][column][channel]. Rows that are all padding are left out.
-void fill_rows(const Layout& l, const Kernels& k, const Problem& p, const float* x, int64_t r0,
-               int64_t r1, int64_t j0, int64_t j1, float* dst) {
+void fill_rows(const Layout& l, const Kernels& k, const Problem& p, ConstPtr x, int64_t r0,
+               int64_t r1, int64_t j0, int64_t j1, Ptr dst) {
   const int64_t columns = strip_columns(p, false, j1 - j0);
   const int64_t offset = j0 * p.stride[2] - p.pad[2];
   const Range in = inside(0, columns, 1, offset, p.in[2]);
-  const bool contiguous = p.x.c == 1 && p.x.sp[2] == p.c;
+  // No word has channels of two pixels.
+  const bool contiguous = p.x.c == 1 && p.x.sp[2] == l.channels && l.channels % k.channels == 0;
   for (int64_t r = r0; r < r1;) {  // one (image, z) after another
     const int64_t part = r / p.out[1];
     const int64_t end = std::min(r1, (part + 1) * p.out[1]);
@@ -244,17 +255,20 @@ void fill_rows(const Layout& l, const Kernels& k, const Problem& p, const float*
     for (int64_t z = 0; z < p.win[0]; ++z, dst += l.plane_rows * l.input_row) {
       const int64_t iz = part % p.out[0] * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
       if (iz < 0 || iz >= p.in[0]) continue;
-      const float* plane = x + part / p.out[0] * p.x.n + iz * p.x.sp[0];
+      ConstPtr plane = x + part / p.out[0] * p.x.n + iz * p.x.sp[0];
       for (int64_t y = y0; y < y1; ++y) {
-        float* to = dst + (y - y0) * l.input_row;
-        const float* from = plane + y * p.x.sp[1] + (in.begin + offset) * p.x.sp[2];
-        std::memset(to, 0, in.begin * p.c * sizeof(float));
-        if (contiguous) {
-          std::memcpy(to + in.begin * p.c, from, (in.end - in.begin) * p.c * sizeof(float));
+        Ptr to = dst + (y - y0) * l.input_row;
+        ConstPtr from = plane + y * p.x.sp[1] + (in.begin + offset) * p.x.sp[2];
+        to.zero(in.begin * p.c);
+        if (contiguous && p.plain()) {
+          std::memcpy(to + in.begin * p.c, from, (in.end - in.begin) * p.c * k.size);
+        } else if (contiguous) {
+          k.read[p.dtype](to + in.begin * p.c, 0, from, 0, 1, 1, (in.end - in.begin) * l.channels);
         } else if (in.end > in.begin) {
-          k.copy(to + in.begin * p.c, p.c, from, p.x.sp[2], p.x.c, in.end - in.begin, p.c);
+          k.read[p.dtype](to + in.begin * p.c, p.c, from, p.x.sp[2], p.x.c, in.end - in.begin,
+                          l.channels);
         }
-        std::memset(to + in.end * p.c, 0, (columns - in.end) * p.c * sizeof(float));
+        (to + in.end * p.c).zero((columns - in.end) * p.c);
       }
     }
     r = end;
@@ -262,8 +276,8 @@ void fill_rows(const Layout& l, const Kernels& k, const Problem& p, const float*
 }
 
 // Rows [k0, k1) of the patch matrix's reduction for pixels [j0, j1) of output row r.
-void fill_columns(const Layout& l, const Kernels& k, const float* x, int64_t r, int64_t j0,
-                  int64_t j1, int64_t k0, int64_t k1, float* dst) {
+void fill_columns(const Layout& l, const Kernels& k, ConstPtr x, int64_t r, int64_t j0, int64_t j1,
+                  int64_t k0, int64_t k1, Ptr dst) {
   const Problem& p = l.p;
   for (int64_t at = k0; at < k1;) {
     const int64_t tap = at / p.c;
@@ -272,15 +286,17 @@ void fill_columns(const Layout& l, const Kernels& k, const float* x, int64_t r, 
     const int64_t z = tap % p.win[0];
     const int64_t y = (tap / p.win[0]) % p.win[1];
     const int64_t v = tap / (p.win[0] * p.win[1]);
-    const float* row = input_row(p, x, r, z, y);
-    float* to = dst + (at - k0);
+    ConstPtr row = input_row(p, x, r, z, y);
+    Ptr to = dst + (at - k0);
     const int64_t offset = v * p.rhs_dilation[2] - p.pad[2];
     const Range in = row == nullptr ? Range{j1, j1} : inside(j0, j1, p.stride[2], offset, p.in[2]);
     zero_columns(to, l.pixel_stride, in.begin - j0, count);
     if (in.end > in.begin) {
-      k.copy(to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
-             row + (in.begin * p.stride[2] + offset) * p.x.sp[2] + c0 * p.x.c,
-             p.stride[2] * p.x.sp[2], p.x.c, in.end - in.begin, count);
+      const int64_t channel = c0 * k.channels;
+      k.read[p.dtype](to + (in.begin - j0) * l.pixel_stride, l.pixel_stride,
+                      row + (in.begin * p.stride[2] + offset) * p.x.sp[2] + channel * p.x.c,
+                      p.stride[2] * p.x.sp[2], p.x.c, in.end - in.begin,
+                      std::min(count * k.channels, l.channels - channel));
     }
     zero_columns(to + (in.end - j0) * l.pixel_stride, l.pixel_stride, j1 - in.end, count);
     at += count;
@@ -401,7 +417,7 @@ RowKinds make_row_kinds(const Layout& l) {
 }
 
 struct Block {  // one block of A rows, ready for the micro-kernel
-  const float* a;
+  ConstPtr a;
   int64_t row_stride;  // between output rows
   int64_t rows, cols;
   int64_t first_row;  // in [0, all_rows)
@@ -409,8 +425,8 @@ struct Block {  // one block of A rows, ready for the micro-kernel
 };
 
 // One panel of features against a block: rows x cols pixels, block kb of the reduction.
-void multiply(const Layout& l, const Kernels& k, const Block& block, const float* b,
-              const RowKinds& kinds, int64_t kb, int64_t features, float* c, const int64_t* c_rows,
+void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
+              const RowKinds& kinds, int64_t kb, int64_t features, Ptr c, const int64_t* c_rows,
               int64_t c_pixel) {
   const int64_t nv = ceil_div(features, l.width);
   // The strided kernel also masks what it reads of B: in place, nothing may follow the features.
@@ -443,15 +459,44 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, const float
 
 }  // namespace
 
-void finish_rows(const Problem& p, const Kernels& k, const Operands& o, const float* c, int64_t ld,
+void finish_words(const Problem& p, const Kernels& k, const Operands& o, EpilogueArgs words,
+                  int64_t y_offset, int64_t y_row, int64_t y_col) {
+  if (o.has_epilogue()) {
+    if (o.residual != nullptr) words.residual = o.residual + y_offset;
+    words.residual_row = y_row;
+    words.residual_col = y_col;
+    k.narrow_epilogue[p.dtype](&words);
+  }
+  const CopyFn write = k.write[p.out_dtype];
+  const Ptr c{static_cast<char*>(words.c), k.size};
+  const Ptr y = o.y + y_offset;
+  if (c.at == y.at) return;
+  if (y_col == 1) {
+    write(y, y_row, c, words.c_row, 1, words.rows, words.cols);
+  } else if (y_row == 1) {
+    write(y, y_col, c, 1, words.c_row, words.cols, words.rows);
+  } else {
+    for (int64_t r = 0; r < words.rows; ++r) {
+      write(y + r * y_row, y_col, c + r * words.c_row, 1, 0, words.cols, 1);
+    }
+  }
+}
+
+void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset) {
   // y_offset addresses (pixel, feature k0).
-  float* y = o.y + y_offset;
-  const bool in_place = c == y;
+  if (!p.plain()) {
+    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
+    const EpilogueArgs words{c, ld, rows, cols, bias, 0, 1, nullptr, 0, o.activation};
+    finish_words(p, k, o, words, y_offset, p.y.sp[2], p.y.k);
+    return;
+  }
+  Ptr y = o.y + y_offset;
+  const bool in_place = c.at == y.at;
   EpilogueArgs e{};
   e.activation = o.activation;
-  const float* bias = o.bias == nullptr ? nullptr : o.bias + g * p.k + k0;
-  const float* residual = o.residual == nullptr ? nullptr : o.residual + y_offset;
+  ConstPtr bias = o.bias == nullptr ? ConstPtr{} : o.bias + g * p.k + k0;
+  ConstPtr residual = o.residual == nullptr ? ConstPtr{} : o.residual + y_offset;
   if (p.y.k == 1) {
     if (!in_place) k.copy(y, p.y.sp[2], c, ld, 1, rows, cols);
     if (!o.has_epilogue()) return;
@@ -467,18 +512,17 @@ void finish_rows(const Problem& p, const Kernels& k, const Operands& o, const fl
     return;
   }
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < cols; ++j) {
+    k.copy(y + r * p.y.sp[2], p.y.k, c + r * ld, 1, 0, cols, 1);
+    for (int64_t j = 0; j < cols && o.has_epilogue(); ++j) {
       const int64_t at = r * p.y.sp[2] + j * p.y.k;
-      y[at] = c[r * ld + j];
-      if (!o.has_epilogue()) continue;
       e = {y + at,
            0,
            1,
            1,
-           bias == nullptr ? nullptr : bias + j,
+           bias == nullptr ? ConstPtr{} : bias + j,
            0,
            0,
-           residual == nullptr ? nullptr : residual + at,
+           residual == nullptr ? ConstPtr{} : residual + at,
            0,
            o.activation};
       k.epilogue(&e);
@@ -490,25 +534,27 @@ namespace {
 
 // Packs rows [r0, r1) of the reduction, panels [panel0, panel1) of group g: panel after panel
 // (stride `ld` in dst), each [r - r0][feature], features beyond k zero.
-void pack_panels(const Layout& l, const Kernels& k, const float* w, int64_t g, int64_t panel0,
-                 int64_t panel1, int64_t r0, int64_t r1, float* dst, int64_t ld) {
+void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64_t panel0,
+                 int64_t panel1, int64_t r0, int64_t r1, Ptr dst, int64_t ld) {
   const Problem& p = l.p;
   const int64_t taps = p.window();
-  const float* base = w + g * p.w.g;
+  ConstPtr base = w + g * p.w.g;
   const auto features = [&](int64_t panel) { return std::min(l.panel, p.k - panel * l.panel); };
   if (features(panel1 - 1) < l.panel) {
-    std::memset(dst + (panel1 - 1 - panel0) * ld, 0, (r1 - r0) * l.panel * sizeof(float));
+    (dst + (panel1 - 1 - panel0) * ld).zero((r1 - r0) * l.panel);
   }
   // Filters stored with the window innermost (OIHW): walk each filter's memory in order.
-  if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1 && r0 == 0 && r1 == l.reduction) {
+  if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1 && r0 == 0 && r1 == l.reduction &&
+      k.channels == 1) {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
-      float* to = dst + (panel - panel0) * ld;
+      Ptr to = dst + (panel - panel0) * ld;
       for (int64_t c = 0; c < p.c; ++c) {
         for (int64_t z = 0; z < p.win[0]; ++z) {
           for (int64_t y = 0; y < p.win[1]; ++y) {
-            k.copy(to + ((y * p.win[0] + z) * p.c + c) * l.panel, l.unit * l.panel,
-                   base + panel * l.panel * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1], 1,
-                   p.w.k, p.win[2], features(panel));
+            k.pack[p.dtype](
+                to + ((y * p.win[0] + z) * p.c + c) * l.panel, l.unit * l.panel,
+                base + panel * l.panel * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1], 1,
+                p.w.k, p.win[2], features(panel));
           }
         }
       }
@@ -521,12 +567,13 @@ void pack_panels(const Layout& l, const Kernels& k, const float* w, int64_t g, i
     const int64_t tap = r / p.c;
     const int64_t c = r % p.c;
     const int64_t rows = std::min({p.c - c, r1 - r, p.w.k == 1 ? int64_t{16} : r1 - r});
-    const float* from = base + c * p.w.c + tap % p.win[0] * p.w.sp[0] +
-                        tap / p.win[0] % p.win[1] * p.w.sp[1] +
-                        tap / (p.win[0] * p.win[1]) * p.w.sp[2];
+    const int64_t channel = c * k.channels;
+    ConstPtr from = base + channel * p.w.c + tap % p.win[0] * p.w.sp[0] +
+                    tap / p.win[0] % p.win[1] * p.w.sp[1] + tap / (p.win[0] * p.win[1]) * p.w.sp[2];
     for (int64_t panel = panel0; panel < panel1; ++panel) {
-      k.copy(dst + (panel - panel0) * ld + (r - r0) * l.panel, l.panel,
-             from + panel * l.panel * p.w.k, p.w.c, p.w.k, rows, features(panel));
+      k.pack[p.dtype](dst + (panel - panel0) * ld + (r - r0) * l.panel, l.panel,
+                      from + panel * l.panel * p.w.k, p.w.c, p.w.k,
+                      std::min(rows * k.channels, l.channels - channel), features(panel));
     }
     r += rows;
   }
@@ -592,9 +639,9 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const Kernels& k = *e.target.kernels;
   const int64_t n_blocks = ceil_div(l.reduction, l.kc);
   std::atomic<bool> suspicious{!kinds.covers};
-  const float* packed = l.pack == kBefore ? o.w : e.workspace;
-  float* full = e.workspace + l.packed_floats;
-  float* scratch = full + l.full_floats;
+  const ConstPtr packed = l.pack == kBefore ? o.w : e.workspace;
+  Ptr full = e.workspace + l.packed_floats;
+  Ptr scratch = full + l.full_floats;
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
@@ -620,8 +667,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       return;
     }
     const int64_t row = (task - packs) % l.all_rows;
-    const float* x = input((task - packs) / l.all_rows, row);
-    float* to = full + (task - packs) * l.strip_row;
+    ConstPtr x = input((task - packs) / l.all_rows, row);
+    Ptr to = full + (task - packs) * l.strip_row;
     if (lowering == Lowering::kWindow) {
       fill_window_order(l, k, x, row % l.out_rows, 0, p.out[2], to);
     } else {
@@ -643,9 +690,9 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
     const int64_t j0 = cb * l.cols;
     const int64_t j1 = std::min(j0 + l.cols, p.out[2]);
-    float* strip = scratch + worker * l.thread_floats();
-    float* local = strip + l.strip_floats;
-    float* buffer = local + l.local_floats;
+    Ptr strip = scratch + worker * l.thread_floats();
+    Ptr local = strip + l.strip_floats;
+    Ptr buffer = local + l.local_floats;
     const int64_t buffer_ld = l.group * l.panel;
 
     Block block{};
@@ -663,8 +710,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
 
     // Where each output row begins in A, if not at equal distances.
-    Room<const float*> a_rows_room(block.rows);
-    const float** a_rows = a_rows_room.data();
+    Room<ConstPtr> a_rows_room(block.rows);
+    ConstPtr* a_rows = a_rows_room.data();
     const bool apart = lowering == Lowering::kRows || lowering == Lowering::kDirect;
     if (lowering == Lowering::kRows) fill_rows(l, k, p, input(g, 0), r0, r1, j0, j1, strip);
     for (int64_t r = r0; r < r1 && apart; ++r) {
@@ -690,10 +737,10 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     }
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-      const float* b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
-                       : l.pack == kLocal ? local + (panel - first) * l.panel * l.kc
-                                          : packed + (g * l.panels + panel) * l.panel * l.reduction;
-      float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
+      ConstPtr b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
+                   : l.pack == kLocal ? local + (panel - first) * l.panel * l.kc
+                                      : packed + (g * l.panels + panel) * l.panel * l.reduction;
+      Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
       if (!apart) {
         multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel);
@@ -714,13 +761,13 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       for (size_t i = 0; kinds.skips && j0 == 0 && i < kinds.first_row.size(); ++i) {
         const int64_t r = kinds.first_row[i];
         if (r < r0 || r >= r1) continue;
-        const float* c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
+        ConstPtr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
         if (k.all_finite(c + c_rows[r - r0], features) == 0) suspicious = true;
       }
       if (!l.buffered && !o.has_epilogue()) return;
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t at = output(g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
-        const float* from =
+        const Ptr from =
             l.buffered ? buffer + (panel - first) * l.panel + c_rows[r - r0] : o.y + at;
         finish_rows(p, k, o, from, l.buffered ? buffer_ld : p.y.sp[2], block.cols, features, g,
                     panel * l.panel, at);
@@ -763,7 +810,7 @@ double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv) {
   // does not reach 5x4.
   const double m = static_cast<double>(mr);
   const double v = static_cast<double>(nv);
-  const double b_bytes = v * static_cast<double>(k.width) * sizeof(float);
+  const double b_bytes = v * static_cast<double>(k.width * k.size);
   return std::max({m * v / 2.0, b_bytes / 28.0, 5.0}) + 0.45 * m + 0.6 * v;
 }
 
@@ -798,8 +845,8 @@ std::string gemm_rejects(const Problem& p, Lowering lowering) {
 }
 
 Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering) {
-  const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
+  const Problem p = words_of(problem, k);
   Params params{};
   Tile tile = best_tile(k, p.out[2], p.k);
   if (p.panel > 0) {
@@ -810,7 +857,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   params[kMr] = tile.mr;
   params[kNv] = tile.nv;
   const int64_t panel = tile.nv * k.width;
-  const int64_t kc_limit = std::max<int64_t>(256, panel_floats() / panel);
+  const int64_t kc_limit = std::max<int64_t>(256, panel_floats(k) / panel);
   params[kKc] = p.reduction() <= kc_limit
                     ? 0
                     : round_up(ceil_div(p.reduction(), ceil_div(p.reduction(), kc_limit)), 8);
@@ -823,17 +870,21 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
     const int64_t unit = p.win[0] * p.win[1] * p.c;
     row_floats = strip_columns(p, disjoint, p.out[2]) * unit;
-    if (row_floats > kStripLimit) {
-      const int64_t per_pixel = (disjoint ? p.win[2] : p.stride[2]) * unit;
+    // What is not plain is copied even where the window is a single pixel, and its results are too:
+    // both copies stay in a quarter of the second-level cache.
+    const int64_t limit = p.plain() ? strip_limit(k) : std::min(strip_limit(k), panel_floats(k));
+    if (row_floats > limit) {
+      const int64_t per_pixel =
+          (disjoint ? p.win[2] : p.stride[2]) * unit + (p.plain() ? 0 : panel);
       const int64_t fixed = strip_columns(p, disjoint, 1) * unit;
-      const int64_t pixels = 1 + std::max<int64_t>(0, (kStripLimit - fixed) / per_pixel);
+      const int64_t pixels = 1 + std::max<int64_t>(0, (limit - fixed) / per_pixel);
       params[kCols] = std::max<int64_t>(1, pixels / tile.mr * tile.mr);
       if (pixels < tile.mr) params[kCols] = pixels;
       row_floats = strip_columns(p, disjoint, params[kCols]) * unit;
     }
   } else if (lowering == Lowering::kRows) {
     int64_t cols = p.out[2];
-    while (padded_floats(p, 1, cols) > kStripLimit && cols > tile.mr) {
+    while (padded_floats(p, 1, cols) > strip_limit(k) && cols > tile.mr) {
       cols = round_up(ceil_div(cols, 2), tile.mr);
     }
     if (cols < p.out[2]) params[kCols] = cols;
@@ -849,11 +900,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   // itself: as they lie if the pixels are few, else packed a piece at a time, which stays in the
   // second-level cache where the copy of all of them would not.
   const int64_t pixels = p.n * p.pixels();
-  int64_t fitting = std::max<int64_t>(1, kStripLimit / std::max<int64_t>(1, row_floats));
+  int64_t fitting = std::max<int64_t>(1, strip_limit(k) / std::max<int64_t>(1, row_floats));
   if (lowering == Lowering::kRows) {
     const int64_t cols = params[kCols] == 0 ? p.out[2] : params[kCols];
     if (fitting >= p.out[1]) fitting = fitting / p.out[1] * p.out[1];
-    while (fitting > 1 && padded_floats(p, fitting, cols) > kStripLimit) {
+    while (fitting > 1 && padded_floats(p, fitting, cols) > strip_limit(k)) {
       fitting = fitting > p.out[1] ? fitting - p.out[1] : ceil_div(fitting, 2);
     }
   }
@@ -861,18 +912,19 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
                           p.k > panel;
-  if (few_blocks && p.panel == 0 && p.w.k == 1 && pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
+  if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
+      pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats() * 4 / 5 / p.k / 8 * 8, 128, 512);
-  } else if (few_blocks && p.k * p.reduction() > panel_floats()) {
+    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.k / 8 * 8, 128, 512);
+  } else if (few_blocks && p.k * p.reduction() > panel_floats(k)) {
     params[kPack] = kLocal;
-    params[kKc] = std::max<int64_t>(128, panel_floats() / (2 * panel) / 8 * 8);
+    params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.w.k == 1 && p.k <= 2 * panel ? kInPlace : kShared;
+    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel ? kInPlace : kShared;
     // One row of many pixels: as many of them at a time as the first-level cache holds, for all
     // features.
     if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {
-      const int64_t fit = caches().l1 / static_cast<int64_t>(sizeof(float)) / p.c;
+      const int64_t fit = caches().l1 / k.size / p.c;
       const int64_t cols = round_up(std::clamp<int64_t>(fit, 48, 192), tile.mr);
       if (2 * cols < p.out[2]) params[kCols] = cols;
     }
@@ -886,7 +938,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   } else {
     // Enough pixels to use a panel of B many times, a strip that stays in half the second-level
     // cache, and a block for every thread.
-    rows = std::clamp<int64_t>(2 * panel_floats() / std::max<int64_t>(1, row_floats), 1, 8);
+    rows = std::clamp<int64_t>(2 * panel_floats(k) / std::max<int64_t>(1, row_floats), 1, 8);
     rows = std::min({rows, fitting, all_rows});
     if (p.g < 2 * threads && all_rows > 1 && threads > 1) {
       const int64_t blocks = round_up(std::max(ceil_div(all_rows, rows), threads), threads);
@@ -895,15 +947,17 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   }
   params[kRows] = std::max<int64_t>(1, rows);
   // Results that would not stay in the caches until they are read.
-  const int64_t bytes = p.g * p.n * p.k * p.pixels() * static_cast<int64_t>(sizeof(float));
-  params[kStream] = p.y.k == 1 && bytes >= std::max(caches().l3 / 2, 4 * caches().l2) ? 1 : 0;
+  const int64_t bytes = p.g * p.n * p.k * p.pixels() * k.size;
+  params[kStream] =
+      p.y.k == 1 && is_sum(p.out_dtype) && bytes >= std::max(caches().l3 / 2, 4 * caches().l2) ? 1
+                                                                                               : 0;
   return params;
 }
 
 std::string gemm_check(const Problem& problem, const Target& t, const Params& params,
                        Lowering lowering) {
-  const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
+  const Problem p = words_of(problem, k);
   const int64_t nv = params[kNv];
   if (nv < 1 || nv > kMaxNv || k.max_mr[nv] == 0) return "nv: no such tile";
   if (params[kMr] < 1 || params[kMr] > k.max_mr[nv]) return "mr: no such tile";
@@ -915,6 +969,9 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
     return "pack: 3 is for filters that are packed already, and for no others";
   }
   if (p.panel > 0 && p.panel != nv * k.width) return "nv: the filters are packed in other panels";
+  if (params[kPack] == kInPlace && !p.plain()) {
+    return std::string("pack: filters of ") + kDtypeRows[p.dtype].name + " are not read in place";
+  }
   if (params[kPack] == kInPlace && p.w.k != 1) {
     return "pack: reading the filters in place needs contiguous features";
   }
@@ -929,15 +986,15 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   if (params[kFull] != 0 && floats > 1e12) return "full: too large";
   const Layout l = make_layout(problem, t, params, lowering);
   const int64_t least = lowering == Lowering::kRows ? padded_floats(p, 1, l.cols) : l.strip_row;
-  if (l.strip_floats > kStripLimit + least) {
+  if (l.strip_floats > strip_limit(k) + least) {
     return "rows, cols: the strip is larger than its limit";
   }
   return {};
 }
 
 double gemm_cost(const Problem& problem, const Target& t, const Params& params, Lowering lowering) {
-  const Problem p = collapse(problem);
   const Kernels& k = *t.kernels;
+  const Problem p = words_of(problem, k);
   const double mr = static_cast<double>(params[kMr]);
   const double nv = static_cast<double>(params[kNv]);
   const double panels = static_cast<double>(ceil_div(p.k, params[kNv] * k.width));
@@ -973,6 +1030,11 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     if (p.x.c != 1) cost *= 1.3;
   }
   return cost;
+}
+
+std::vector<Dtype> gemm_dtypes(Lowering lowering) {
+  if (lowering == Lowering::kDirect) return {kF32, kF64};
+  return {kF32, kF64, kBF16, kF16, kS8, kU8, kS16};
 }
 
 std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {

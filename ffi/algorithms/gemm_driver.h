@@ -19,6 +19,7 @@ enum class Lowering {
 // Positions in Params.
 enum GemmParam { kMr, kNv, kKc, kRows, kCols, kPack, kFull, kStream, kGemmParams };
 
+std::vector<Dtype> gemm_dtypes(Lowering lowering);
 std::vector<ParamSpec> gemm_param_specs(Lowering lowering);
 std::string gemm_rejects(const Problem& p, Lowering lowering);
 Params gemm_defaults(const Problem& p, const Target& t, Lowering lowering);
@@ -36,6 +37,7 @@ Algorithm gemm_algorithm(const char* name, const char* summary, const char* sour
   return {name,
           summary,
           source,
+          gemm_dtypes(kLowering),
           gemm_param_specs(kLowering),
           [](const Problem& p) { return gemm_rejects(p, kLowering); },
           [](const Problem& p, const Target& t) { return gemm_defaults(p, t, kLowering); },
@@ -64,10 +66,15 @@ struct Tile {
 double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
 Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
 
+// Applies the epilogue to `words` (all set but the residual) and writes them to y as its
+// elements, where those are not words: element [r][j] to y_offset + r * y_row + j * y_col.
+void finish_words(const Problem& p, const Kernels& k, const Operands& o, EpilogueArgs words,
+                  int64_t y_offset, int64_t y_row, int64_t y_col);
+
 // Writes `rows x cols` finished results (leading dimension ld) to y and applies the epilogue.
-// Row r is output pixel x = j0 + r of the output row at `y_offset` (from o.y), columns are
-// features k0... of group g.
-void finish_rows(const Problem& p, const Kernels& k, const Operands& o, const float* c, int64_t ld,
+// What is not plain is changed in c on its way. Row r is output pixel x = j0 + r of the output row
+// at `y_offset` (from o.y), columns are features k0... of group g.
+void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset);
 
 }  // namespace jaxwin

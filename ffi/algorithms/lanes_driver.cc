@@ -57,17 +57,17 @@ Lanes make_lanes(const Problem& p, int64_t width, int64_t block, int64_t multipl
 }
 
 // n columns of one input row: dst[i][m][l], ld floats per column. `temporary`: n * channels floats.
-void fill_lanes(const Kernels& k, const Lanes& s, const float* row, int64_t src_ld, int64_t n,
-                float* dst, int64_t ld, float* temporary) {
-  const float* src = row + s.base;
+void fill_lanes(const Problem& p, const Kernels& k, const Lanes& s, ConstPtr row, int64_t src_ld,
+                int64_t n, Ptr dst, int64_t ld, Ptr temporary) {
+  ConstPtr src = row + s.base;
   if (s.identity) {
-    k.copy(dst, ld, src, src_ld, s.step, n, s.lanes);
+    k.read[p.dtype](dst, ld, src, src_ld, s.step, n, s.lanes);
   } else if (!s.uniform) {
     k.expand(dst, ld, src, src_ld, n, s.table.data(), s.multiples, s.lanes, 0);
-  } else if (s.step == 1) {
+  } else if (s.step == 1 && p.plain()) {
     k.expand(dst, ld, src, src_ld, n, s.table.data(), s.multiples, s.lanes, s.channels);
   } else {
-    k.copy(temporary, s.channels, src, src_ld, s.step, n, s.channels);
+    k.read[p.dtype](temporary, s.channels, src, src_ld, s.step, n, s.channels);
     k.expand(dst, ld, temporary, s.channels, n, s.table.data(), s.multiples, s.lanes, s.channels);
   }
 }
@@ -90,7 +90,10 @@ struct Forward {
 };
 
 // The lanes of a block lie side by side in the input.
-bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1; }
+bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1 && p.plain(); }
+
+// The micro-kernel stores to y.
+bool writes_in_place(const Problem& p) { return p.y.k == 1 && is_sum(p.out_dtype); }
 
 Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   Forward f{};
@@ -110,14 +113,15 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
   }
-  f.buffer_floats =
-      p.y.k == 1 ? 0 : round_up((f.strip ? std::max(f.rows, f.cols) : f.pixels) * f.width, 16);
+  f.buffer_floats = writes_in_place(p)
+                        ? 0
+                        : round_up((f.strip ? std::max(f.rows, f.cols) : f.pixels) * f.width, 16);
   return f;
 }
 
 // packed[block][tap][channel][lane]
-void pack_filters(const Problem& p, const Forward& f, const Kernels& k, const float* w,
-                  const Threads& pool, float* packed) {
+void pack_filters(const Problem& p, const Forward& f, const Kernels& k, ConstPtr w,
+                  const Threads& pool, Ptr packed) {
   const int64_t reduction = p.reduction();
   const int64_t features = p.g * p.k;
   const int64_t tasks = std::min(f.blocks, pool.count());
@@ -131,15 +135,14 @@ void pack_filters(const Problem& p, const Forward& f, const Kernels& k, const fl
       const int64_t z = tap % p.win[0];
       const int64_t y = tap / p.win[0] % p.win[1];
       const int64_t v = tap / p.win[0] / p.win[1];
-      const float* from = w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
+      ConstPtr from = w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
       const int64_t ld = reduction * f.width;
-      k.copy(packed + b0 * ld + r * f.width, ld, from + b0 * f.width * p.w.k, f.width * p.w.k,
-             p.w.k, whole, f.width);
+      k.pack[p.dtype](packed + b0 * ld + r * f.width, ld, from + b0 * f.width * p.w.k,
+                      f.width * p.w.k, p.w.k, whole, f.width);
       if (lanes >= f.width) continue;
-      float* dst = packed + (b1 - 1) * ld + r * f.width;
-      for (int64_t l = 0; l < f.width; ++l) {
-        dst[l] = l < lanes ? from[((b1 - 1) * f.width + l) * p.w.k] : 0.0F;
-      }
+      Ptr dst = packed + (b1 - 1) * ld + r * f.width;
+      k.pack[p.dtype](dst, 0, from + (b1 - 1) * f.width * p.w.k, 0, p.w.k, 1, lanes);
+      (dst + lanes).zero(f.width - lanes);
     }
   });
 }
@@ -153,8 +156,8 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
   Problem flat_along_y = flat;  // output lines that run along y
   flat_along_y.y.sp[2] = p.y.sp[1];
   const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
-  float* packed = e.workspace;
-  float* scratch = packed + round_up(f.w_floats, 16);
+  Ptr packed = e.workspace;
+  Ptr scratch = packed + round_up(f.w_floats, 16);
   pack_filters(p, f, k, o.w, pool, packed);
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
@@ -162,7 +165,7 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
     const int64_t oz = task / f.row_blocks % p.out[0];
     const int64_t n = task / f.row_blocks / p.out[0];
     const int64_t r1 = std::min((rblock + 1) * f.rows, p.out[1]);
-    float* buffer = scratch + worker * f.thread_floats();
+    Ptr buffer = scratch + worker * f.thread_floats();
     const Progression z = window_positions(p, 0, oz);
     std::vector<Run> runs;
     const auto make_runs = [&](const Progression& y, const Progression& v) {
@@ -180,9 +183,9 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
     };
     // `pixels` outputs from (r, j) on, along y or x, all channels, by `runs`.
     const auto compute = [&](int64_t r, int64_t j, int64_t pixels, bool along_y) {
-      const float* a = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
-                       (r * p.stride[1] - p.pad[1]) * p.x.sp[1] +
-                       (j * p.stride[2] - p.pad[2]) * p.x.sp[2];
+      ConstPtr a = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+                   (r * p.stride[1] - p.pad[1]) * p.x.sp[1] +
+                   (j * p.stride[2] - p.pad[2]) * p.x.sp[2];
       const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2];
       const Problem& line = along_y ? flat_along_y : flat;
       GemmArgs args{};
@@ -202,12 +205,13 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
           args.a = a + i0 * args.a_row + k0;
           args.b = packed + k0 * p.window();
           args.b_block = p.window() * f.width;
-          args.c = p.y.k == 1 ? o.y + y_at : buffer;
+          const Ptr c = p.y.k == 1 ? o.y + y_at : buffer;
+          args.c = c;
           args.blocks = blocks;
           args.cols = std::min(blocks * f.width, flat.k - k0);
           k.lanes[count](&args);
           if (p.y.k != 1 || o.has_epilogue()) {
-            finish_rows(line, k, o, args.c, args.c_row, count, args.cols, 0, k0, y_at);
+            finish_rows(line, k, o, c, args.c_row, count, args.cols, 0, k0, y_at);
           }
         }
       }
@@ -259,7 +263,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   const Kernels& k = *e.target.kernels;
   const Problem flat = flatten_groups(p);
   const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
-  float* packed = e.workspace;
+  Ptr packed = e.workspace;
   pack_filters(p, f, k, o.w, pool, packed);
   const int64_t most = params[kLanesSweep];
   const int64_t dilation = p.rhs_dilation[2];
@@ -333,8 +337,8 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
   flat_along_y.y.sp[2] = p.y.sp[1];
   const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
   const int64_t reduction = p.reduction();
-  float* packed = e.workspace;
-  float* scratch = packed + round_up(f.w_floats, 16);
+  Ptr packed = e.workspace;
+  Ptr scratch = packed + round_up(f.w_floats, 16);
   pack_filters(p, f, k, o.w, pool, packed);
 
   // The window's positions in a strip.
@@ -362,27 +366,28 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
     const int64_t r1 = std::min(r0 + f.rows, p.out[1]);
     const int64_t j0 = cb * f.cols;
     const int64_t j1 = std::min(j0 + f.cols, p.out[2]);
-    float* strip = scratch + worker * f.thread_floats();
-    float* buffer = strip + f.strip_floats + f.temporary;
-    const float* x = o.x + n * p.x.n;
+    Ptr strip = scratch + worker * f.thread_floats();
+    Ptr buffer = strip + f.strip_floats + f.temporary;
+    ConstPtr x = o.x + n * p.x.n;
     const int64_t lanes = std::min(f.width, flat.k - block * f.width);
 
     const Lanes s = make_lanes(p, f.width, block, p.c, p.x.c);
-    const float* weights = packed + block * reduction * f.width;
+    ConstPtr weights = packed + block * reduction * f.width;
 
     // `pixels` outputs from (r, j) along y or x, from A rows at `a`, a_row floats apart.
-    const auto compute = [&](int64_t r, int64_t j, int64_t pixels, bool along_y, const float* a,
+    const auto compute = [&](int64_t r, int64_t j, int64_t pixels, bool along_y, ConstPtr a,
                              int64_t a_row) {
       const int64_t at =
           n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] + block * f.width * p.y.k;
       const Problem& line = along_y ? flat_along_y : flat;
-      float* c = p.y.k == 1 ? o.y + at : buffer;
+      const bool in_place = writes_in_place(p);
+      Ptr c = in_place ? o.y + at : buffer;
       GemmArgs args{};
       args.b = weights;
       args.runs = runs.data();
       args.n_runs = reduction;
       args.a_row = a_row;
-      args.c_row = p.y.k == 1 ? line.y.sp[2] : f.width;
+      args.c_row = in_place ? line.y.sp[2] : f.width;
       args.cols = lanes;
       args.blocks = 1;
       const int64_t tiles = ceil_div(pixels, f.pixels);
@@ -393,7 +398,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
         args.c = c + i0 * args.c_row;
         k.lanes[i1 - i0](&args);
       }
-      if (p.y.k != 1 || o.has_epilogue()) {
+      if (!in_place || o.has_epilogue()) {
         finish_rows(line, k, o, c, args.c_row, pixels, lanes, 0, block * f.width, at);
       }
     };
@@ -408,18 +413,18 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       const int64_t iz = oz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t iy = r0 * p.stride[1] - p.pad[1] + r;
-        float* to = strip + (z * f.in_rows + r) * f.in_cols * f.column;
+        Ptr to = strip + (z * f.in_rows + r) * f.in_cols * f.column;
         if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) {
-          std::memset(to, 0, columns * f.column * sizeof(float));
+          to.zero(columns * f.column);
           continue;
         }
-        std::memset(to, 0, left * f.column * sizeof(float));
+        to.zero(left * f.column);
         if (right > left) {
-          const float* row = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (ix0 + left) * p.x.sp[2];
-          fill_lanes(k, s, row, p.x.sp[2], right - left, to + left * f.column, f.column,
+          ConstPtr row = x + iz * p.x.sp[0] + iy * p.x.sp[1] + (ix0 + left) * p.x.sp[2];
+          fill_lanes(p, k, s, row, p.x.sp[2], right - left, to + left * f.column, f.column,
                      strip + f.strip_floats);
         }
-        std::memset(to + right * f.column, 0, (columns - right) * f.column * sizeof(float));
+        (to + right * f.column).zero((columns - right) * f.column);
       }
     }
     const int64_t down = p.stride[1] * f.in_cols * f.column;
@@ -485,11 +490,11 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
     const int64_t u0 = out_rows * (task % f.split) / f.split;
     const int64_t u1 = out_rows * (task % f.split + 1) / f.split;
     const Lanes s = make_lanes(p, f.width, block, p.n, p.x.n);
-    float* ring = e.workspace + worker * f.thread_floats();
-    float* temporary = ring + f.ring_floats;
-    float* w_row = temporary + f.temporary;
-    float* partial = w_row + f.w_floats;
-    float* sum = partial + f.sum_floats;
+    Ptr ring = e.workspace + worker * f.thread_floats();
+    Ptr temporary = ring + f.ring_floats;
+    Ptr w_row = temporary + f.temporary;
+    Ptr partial = w_row + f.w_floats;
+    Ptr sum = partial + f.sum_floats;
     std::vector<int64_t> tags(p.out[0] * f.ring, -1);
     const int64_t used = (u1 - u0) * f.outputs * f.width;
 
@@ -503,13 +508,13 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
     args.load = 1;
     bool first_chunk = true;
     for (int64_t row0 = 0; row0 < window_rows; row0 += p.chunk_rows) {
-      std::memset(partial, 0, used * sizeof(float));
+      partial.zero(used);
       const int64_t row1 = std::min(row0 + p.chunk_rows, window_rows);
       for (int64_t row = row0; row < row1; ++row) {
         const int64_t y = row % p.win[1];
         const int64_t z = row / p.win[1] % p.win[0];
         const int64_t c = row / p.win[1] / p.win[0];
-        const float* w = o.w + block * f.width * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+        ConstPtr w = o.w + block * f.width * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
         args.b = w;
         args.b_step = p.w.sp[2];
         if (p.w.k != 1) {
@@ -523,23 +528,23 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
           const int64_t iy = (u % p.out[1]) * p.stride[1] - p.pad[1] + y * p.rhs_dilation[1];
           if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) continue;
           const int64_t slot = uz * f.ring + iy % f.ring;
-          float* at = ring + slot * f.columns * f.column;
+          Ptr at = ring + slot * f.columns * f.column;
           const int64_t tag = (c * p.in[0] + iz) * p.in[1] + iy;
           if (tags[slot] != tag) {
             tags[slot] = tag;
             const int64_t left = std::clamp<int64_t>(p.pad[2], 0, f.columns);
             const int64_t right = std::clamp<int64_t>(p.in[2] + p.pad[2], left, f.columns);
-            std::memset(at, 0, left * f.column * sizeof(float));
+            at.zero(left * f.column);
             if (right > left) {
-              const float* from =
+              ConstPtr from =
                   o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + (left - p.pad[2]) * p.x.sp[2];
-              fill_lanes(k, s, from, p.x.sp[2], right - left, at + left * f.column, f.column,
+              fill_lanes(p, k, s, from, p.x.sp[2], right - left, at + left * f.column, f.column,
                          temporary);
             }
-            std::memset(at + right * f.column, 0, (f.columns - right) * f.column * sizeof(float));
+            (at + right * f.column).zero((f.columns - right) * f.column);
           }
           args.a = at;
-          float* to = partial + (u - u0) * f.outputs * f.width;
+          Ptr to = partial + (u - u0) * f.outputs * f.width;
           const int64_t tiles = ceil_div(f.outputs, k.max_pixels);
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t q0 = f.outputs * t / tiles;
@@ -550,9 +555,9 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
         }
       }
       if (first_chunk) {
-        std::memcpy(sum, partial, used * sizeof(float));
+        std::memcpy(sum, partial, used * k.size);
       } else {
-        for (int64_t i = 0; i < used; ++i) sum[i] += partial[i];
+        k.accumulate(sum, partial, used);
       }
       first_chunk = false;
     }
@@ -572,6 +577,8 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
 
 std::string lanes_rejects(const Problem& p) {
   if (p.dilated_input()) return "lhs_dilation > 1";
+  if (!p.plain() && p.chunk_rows > 0) return "weight gradients need float32 or float64";
+  if (!p.plain() && p.c > 1 && p.x.g != p.c * p.x.c) return "the channels of a group lie apart";
   const int64_t multiples = p.chunk_rows > 0 ? p.n : p.c;
   if (p.g == 1 && multiples > 1) return "one group";
   if (multiples > 64) return "more than 64 channels per group";
@@ -602,7 +609,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
     return params;
   }
   // A strip of at most a quarter of the second-level cache, and some tasks for every thread.
-  const int64_t limit = caches().l2 / 4 / static_cast<int64_t>(sizeof(float));
+  const int64_t limit = caches().l2 / 4 / t.kernels->size;
   const int64_t column = p.c * t.kernels->width;
   const int64_t rows1 = p.win[0] * ((p.win[1] - 1) * p.rhs_dilation[1] + 1);
   const int64_t window_cols = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
@@ -661,8 +668,13 @@ double lanes_cost(const Problem& p, const Target& t, const Params&) {
   const double vectors = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width));
   const double taps = static_cast<double>(p.n * p.pixels()) * static_cast<double>(p.reduction());
   // One load per fma; several channels per group are copied into lanes first.
-  const double channels = static_cast<double>(p.chunk_rows > 0 ? p.n : p.c);
-  return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
+  if (p.chunk_rows > 0) {
+    const double channels = static_cast<double>(p.n);
+    return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
+  }
+  if (p.c == 1) return vectors * taps * 0.9;
+  const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
+  return vectors * (taps * 1.3 + read * 3.2);
 }
 
 std::vector<ParamSpec> lanes_param_specs() {
@@ -690,6 +702,7 @@ Algorithm lanes_algorithm(const char* name, const char* summary, bool depthwise)
   return {name,
           summary,
           "lanes_driver.h",
+          {kF32, kF64, kBF16, kF16},
           lanes_param_specs(),
           depthwise ? [](const Problem& p) { return rejects_unless(true, p); }
                     : [](const Problem& p) { return rejects_unless(false, p); },

@@ -20,7 +20,7 @@ namespace {
 
 enum PlanarParam { kPlanarMr, kPlanarNv, kPlanarRows, kPlanarCols, kPlanarParams };
 
-constexpr int64_t kStripLimit = (1 << 20) / sizeof(float);  // per thread
+constexpr int64_t kStripBytes = 1 << 20;  // per thread
 
 // The outputs of one residue of the last dimension. Lane j computes output t = j + shift, from
 // columns j * advance + i * dilation - pad, i < win: the same for every residue.
@@ -94,8 +94,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.row_blocks = ceil_div(p.out[1], l.rows);
   l.col_blocks = ceil_div(l.lanes(), l.cols);
   const Columns all = columns(l, l.lane_begin, l.lane_end);
-  l.in_place =
-      p.x.sp[2] == 1 && l.advance == 1 && all.first >= 0 && all.first + all.count <= p.in[2];
+  l.in_place = p.plain() && p.x.sp[2] == 1 && l.advance == 1 && all.first >= 0 &&
+               all.first + all.count <= p.in[2];
   if (!l.in_place) {
     const Columns block = columns(l, 0, l.cols);
     l.in_rows = strip_rows(p);
@@ -113,18 +113,18 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
 }
 
 // The filters as [group][class][feature][window x of the class][window y][window z][channel].
-void gather_filters(const Layout& l, const float* w, float* dst) {
+void gather_filters(const Layout& l, const Kernels& k, ConstPtr w, Ptr dst) {
   const Problem& p = l.p;
   for (int64_t g = 0; g < p.g; ++g) {
     for (const Class& s : l.classes) {
-      for (int64_t k = 0; k < p.k; ++k, dst += l.filter) {
-        float* to = dst;
+      for (int64_t f = 0; f < p.k; ++f, dst += l.filter) {
+        Ptr to = dst;
         for (int64_t i = 0; i < s.win; ++i) {
           for (int64_t y = 0; y < p.win[1]; ++y) {
             for (int64_t z = 0; z < p.win[0]; ++z, to += p.c) {
-              const float* from = w + g * p.w.g + k * p.w.k + z * p.w.sp[0] + y * p.w.sp[1] +
-                                  (s.first + i * s.step) * p.w.sp[2];
-              for (int64_t c = 0; c < p.c; ++c) to[c] = from[c * p.w.c];
+              ConstPtr from = w + g * p.w.g + f * p.w.k + z * p.w.sp[0] + y * p.w.sp[1] +
+                              (s.first + i * s.step) * p.w.sp[2];
+              k.pack[p.dtype](to, 0, from, 0, p.w.c, 1, p.c);
             }
           }
         }
@@ -134,20 +134,20 @@ void gather_filters(const Layout& l, const float* w, float* dst) {
 }
 
 struct Strip {
-  const float* data;
+  ConstPtr data;
   int64_t plane, row, channel;  // strides: window z, input row, input channel
   int64_t slots;                // input row y lies at y % slots
 };
 
 // Input rows [y0, y1) of the planes that window_positions `z` names, columns from `cols.first` on,
 // each to its slot.
-void fill_strip(const Layout& l, const Kernels& k, const float* x, const Progression& z, int64_t y0,
-                int64_t y1, const Columns& cols, float* strip) {
+void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
+                int64_t y1, const Columns& cols, Ptr strip) {
   const Problem& p = l.p;
   for (int64_t i = 0; i < z.n; ++i) {
     for (int64_t y = y0; y < y1; ++y) {
-      const float* row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1];
-      float* to = strip + (i * l.in_rows + y % l.in_rows) * p.c * l.row;
+      ConstPtr row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1];
+      Ptr to = strip + (i * l.in_rows + y % l.in_rows) * p.c * l.row;
       for (int64_t s = 0; s < l.advance; ++s) {
         // Columns cols.first + s + j * advance, those inside the input for j in [begin, end).
         const int64_t q = cols.first + s;
@@ -156,15 +156,15 @@ void fill_strip(const Layout& l, const Kernels& k, const float* x, const Progres
             std::clamp<int64_t>(ceil_div(-q, l.advance), 0, std::max<int64_t>(0, count));
         const int64_t end =
             std::clamp<int64_t>(ceil_div(p.in[2] - q, l.advance), begin, std::max(begin, count));
-        float* lane = to + s * l.lane;
+        Ptr lane = to + s * l.lane;
         if (end > begin) {
-          k.copy(lane + begin, l.row, row + (q + begin * l.advance) * p.x.sp[2], p.x.c,
-                 p.x.sp[2] * l.advance, p.c, end - begin);
+          k.read[p.dtype](lane + begin, l.row, row + (q + begin * l.advance) * p.x.sp[2], p.x.c,
+                          p.x.sp[2] * l.advance, p.c, end - begin);
         }
         for (int64_t c = 0; c < p.c && (begin > 0 || end < l.lane); ++c) {
-          float* at = lane + c * l.row;
-          std::fill(at, at + begin, 0.0F);
-          std::fill(at + end, at + l.lane, 0.0F);
+          Ptr at = lane + c * l.row;
+          at.zero(begin);
+          (at + end).zero(l.lane - end);
         }
       }
     }
@@ -205,13 +205,19 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
 
 // Pixels [0, n) of features k0 .. k0 + features: c[feature][pixel] goes to y (in place if it is
 // there), then the epilogue. p.y.sp[2] is the distance of two pixels.
-void finish(const Problem& p, const Kernels& k, const Operands& o, const float* c, int64_t ld,
+void finish(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
             int64_t features, int64_t n, int64_t g, int64_t k0, int64_t y_offset) {
-  float* y = o.y + y_offset;
-  const float* bias = o.bias == nullptr ? nullptr : o.bias + g * p.k + k0;
-  const float* residual = o.residual == nullptr ? nullptr : o.residual + y_offset;
+  if (!p.plain()) {
+    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
+    const EpilogueArgs words{c, ld, features, n, bias, 1, 0, nullptr, 0, o.activation};
+    finish_words(p, k, o, words, y_offset, p.y.k, p.y.sp[2]);
+    return;
+  }
+  Ptr y = o.y + y_offset;
+  ConstPtr bias = o.bias == nullptr ? ConstPtr{} : o.bias + g * p.k + k0;
+  ConstPtr residual = o.residual == nullptr ? ConstPtr{} : o.residual + y_offset;
   if (p.y.sp[2] == 1) {
-    if (c != y) k.copy(y, p.y.k, c, ld, 1, features, n);
+    if (c.at != y.at) k.copy(y, p.y.k, c, ld, 1, features, n);
     if (!o.has_epilogue()) return;
     const EpilogueArgs e{y, p.y.k, features, n, bias, 1, 0, residual, p.y.k, o.activation};
     k.epilogue(&e);
@@ -225,18 +231,17 @@ void finish(const Problem& p, const Kernels& k, const Operands& o, const float* 
     return;
   }
   for (int64_t j = 0; j < features; ++j) {
-    for (int64_t i = 0; i < n; ++i) {
+    k.copy(y + j * p.y.k, p.y.sp[2], c + j * ld, 1, 0, n, 1);
+    for (int64_t i = 0; i < n && o.has_epilogue(); ++i) {
       const int64_t at = i * p.y.sp[2] + j * p.y.k;
-      y[at] = c[j * ld + i];
-      if (!o.has_epilogue()) continue;
       const EpilogueArgs e{y + at,
                            0,
                            1,
                            1,
-                           bias == nullptr ? nullptr : bias + j,
+                           bias == nullptr ? ConstPtr{} : bias + j,
                            0,
                            0,
-                           residual == nullptr ? nullptr : residual + at,
+                           residual == nullptr ? ConstPtr{} : residual + at,
                            0,
                            o.activation};
       k.epilogue(&e);
@@ -250,11 +255,11 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const Kernels& k = *e.target.kernels;
   Problem apart = p;  // the outputs of one class
   apart.y.sp[2] *= l.period;
-  const bool direct_store = apart.y.sp[2] == 1;
-  float* w = e.workspace;
-  float* scratch = w + l.w_floats;
+  const bool direct_store = apart.y.sp[2] == 1 && is_sum(p.out_dtype);
+  Ptr w = e.workspace;
+  Ptr scratch = w + l.w_floats;
   const int64_t own = l.strip_floats + l.tile_floats;
-  gather_filters(l, o.w, w);
+  gather_filters(l, k, o.w, w);
 
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);
@@ -269,9 +274,9 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     const int64_t y1 = std::min(y0 + l.rows, p.out[1]);
     const int64_t lane0 = l.lane_begin + cb * l.cols;
     const int64_t lane1 = std::min(lane0 + l.cols, l.lane_end);
-    float* strip_data = scratch + worker * own;
-    float* tile = strip_data + l.strip_floats;
-    const float* x = o.x + n * p.x.n + g * p.x.g;
+    Ptr strip_data = scratch + worker * own;
+    Ptr tile = strip_data + l.strip_floats;
+    ConstPtr x = o.x + n * p.x.n + g * p.x.g;
 
     const Progression z = window_positions(p, 0, oz);
     const Columns cols = columns(l, lane0, lane1);
@@ -316,7 +321,8 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
           args.b = strip.data + from;
           args.b_step = strip.channel;
           args.cols = pixels;
-          args.c = to_y ? o.y + y_at : tile;
+          const Ptr c = to_y ? o.y + y_at : tile;
+          args.c = c;
           args.c_row = to_y ? p.y.k : nv * l.width;
           // Rows of later classes have fewer window positions, the last of them: the others go on.
           int64_t done = 0;
@@ -338,7 +344,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
             const int64_t begin = std::max<int64_t>(0, -t);
             const int64_t end = std::min(pixels, s.out - t);
             if (end > begin) {
-              finish(apart, k, o, args.c + (m - m0) * args.c_row + begin, args.c_row, features,
+              finish(apart, k, o, c + (m - m0) * args.c_row + begin, args.c_row, features,
                      end - begin, g, m % p.k,
                      y_row + s.residue * p.y.sp[2] + (t + begin) * apart.y.sp[2] + m % p.k * p.y.k);
             }
@@ -402,8 +408,7 @@ Params defaults(const Problem& problem, const Target& t) {
     params[kPlanarNv] = nv;
   }
   const auto strip = [&] { return make_layout(problem, t, params).strip_floats; };
-  const int64_t limit =
-      std::min(kStripLimit, caches().l2 / static_cast<int64_t>(sizeof(float)) / 2);
+  const int64_t limit = std::min(kStripBytes, caches().l2 / 2) / k.size;
   const int64_t vector = params[kPlanarNv] * k.width;
   for (int64_t cols = l.lanes(); strip() > limit && cols > vector;) {
     cols = round_up(ceil_div(cols, 2), vector);
@@ -424,7 +429,8 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   if (params[kPlanarRows] < 0 || params[kPlanarCols] < 0) return "rows, cols: negative";
   Params least = params;
   least[kPlanarCols] = nv * t.kernels->width;
-  const int64_t limit = std::max(kStripLimit, make_layout(p, t, least).strip_floats);
+  const int64_t limit =
+      std::max(kStripBytes / t.kernels->size, make_layout(p, t, least).strip_floats);
   if (make_layout(p, t, params).strip_floats > limit) {
     return "cols: the strip is larger than its limit";
   }
@@ -461,6 +467,7 @@ const Algorithm& algorithm_planar() {
       "planar",
       "output pixels as lanes over channel-planar strips of the input, filter broadcast",
       "this project; residues after arXiv 2209.03704",
+      {kF32, kF64, kBF16, kF16},
       {{"mr", "output features of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
        {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
        {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},

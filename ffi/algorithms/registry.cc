@@ -33,8 +33,7 @@ const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max
     if (!a->refuses(p).empty()) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
-    if (max_workspace >= 0 &&
-        a->workspace(p, t, params) * static_cast<int64_t>(sizeof(float)) > max_workspace) {
+    if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {
       continue;
     }
     const double cost = a->cost(p, t, params);
@@ -65,9 +64,9 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e6)), 1, threads);
 }
 
-bool streamable(const Problem& p, const Kernels& k, const float* y) {
+bool streamable(const Problem& p, const Kernels& k, ConstPtr y) {
   const auto whole = [&](int64_t stride) { return stride % k.width == 0; };
-  return p.y.k == 1 && reinterpret_cast<uintptr_t>(y) % (k.width * sizeof(float)) == 0 &&
+  return p.y.k == 1 && reinterpret_cast<uintptr_t>(y.at) % (k.width * k.size) == 0 &&
          (p.n == 1 || whole(p.y.n)) && (p.g == 1 || whole(p.y.g)) &&
          (p.out[0] == 1 || whole(p.y.sp[0])) && (p.out[1] == 1 || whole(p.y.sp[1])) &&
          (p.out[2] == 1 || whole(p.y.sp[2]));
@@ -90,7 +89,7 @@ bool covers_window(const Problem& p) {
   return true;
 }
 
-bool finite_result(const Problem& p, const Kernels& k, const float* y) {
+bool finite_result(const Problem& p, const Kernels& k, ConstPtr y) {
   const bool features = p.y.k == 1;
   const int64_t run = features ? p.k : p.out[2];
   const int64_t others = features ? p.out[2] : p.k;
@@ -98,11 +97,10 @@ bool finite_result(const Problem& p, const Kernels& k, const float* y) {
   for (int64_t i = 0; i < p.n * p.g * p.out[0] * p.out[1] * others; ++i) {
     const int64_t other = i % others;
     const int64_t row = i / others;
-    const float* at = y + other * (features ? p.y.sp[2] : p.y.k) + row % p.out[1] * p.y.sp[1] +
-                      row / p.out[1] % p.out[0] * p.y.sp[0] +
-                      row / p.out[1] / p.out[0] % p.g * p.y.g +
-                      row / p.out[1] / p.out[0] / p.g * p.y.n;
-    if (k.all_finite(at, run) == 0) return false;
+    ConstPtr at = y + other * (features ? p.y.sp[2] : p.y.k) + row % p.out[1] * p.y.sp[1] +
+                  row / p.out[1] % p.out[0] * p.y.sp[0] + row / p.out[1] / p.out[0] % p.g * p.y.g +
+                  row / p.out[1] / p.out[0] / p.g * p.y.n;
+    if (k.finite[p.out_dtype](at, run) == 0) return false;
   }
   return true;
 }
@@ -110,14 +108,14 @@ bool finite_result(const Problem& p, const Kernels& k, const float* y) {
 }  // namespace
 
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
-  if (!p.touches_padding()) return;
+  if (!p.touches_padding() || kDtypeRows[p.dtype].word == kPair) return;
   const int64_t size = p.g * p.k * p.reduction();
   // Whichever is less to read: a result that nothing has changed since, or the filters.
   if (!o.has_epilogue() && p.n * p.g * p.k * p.pixels() < size && covers_window(p) &&
       finite_result(p, *e.target.kernels, o.y)) {
     return;
   }
-  if (e.target.kernels->all_finite(o.w - p.w_first, size) != 0) return;
+  if (e.target.kernels->finite[p.dtype](o.w - p.w_first, size) != 0) return;
   mark_skipped_nonfinite(p, o, e);
 }
 
@@ -128,11 +126,11 @@ void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution
     for (int64_t k = 0; k < p.k; ++k) {
       for (int64_t tap = 0; tap < p.window(); ++tap) {
         const Dim3 v{tap / p.win[2] / p.win[1], tap / p.win[2] % p.win[1], tap % p.win[2]};
-        const float* w =
+        const ConstPtr w =
             o.w + g * p.w.g + k * p.w.k + v[0] * p.w.sp[0] + v[1] * p.w.sp[1] + v[2] * p.w.sp[2];
         bool finite = true;
         for (int64_t c = 0; c < p.c; ++c) {
-          finite = finite && e.target.kernels->all_finite(w + c * p.w.c, 1) != 0;
+          finite = finite && e.target.kernels->finite[p.dtype](w + c * p.w.c, 1) != 0;
         }
         if (finite) continue;
         for (int64_t u = 0; u < p.pixels(); ++u) {
@@ -143,10 +141,11 @@ void mark_skipped_nonfinite(const Problem& p, const Operands& o, const Execution
             skipped = skipped || q < 0 || q > (p.in[d] - 1) * p.lhs_dilation[d];
           }
           if (!skipped) continue;
-          float* y = o.y + g * p.y.g + k * p.y.k + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] +
-                     at[2] * p.y.sp[2];
+          const Ptr y = o.y + g * p.y.g + k * p.y.k + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] +
+                        at[2] * p.y.sp[2];
           for (int64_t n = 0; n < p.n; ++n) {
-            y[n * p.y.n] = std::numeric_limits<float>::quiet_NaN();
+            e.target.kernels->write[p.out_dtype](y + n * p.y.n, 0, e.target.kernels->nan, 0, 1, 1,
+                                                 1);
           }
         }
       }

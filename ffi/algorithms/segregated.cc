@@ -83,13 +83,14 @@ int64_t workspace(const Problem& p, const Target& t, const Params&) {
 }
 
 void write_zeros(const Problem& q, const Operands& o, const Execution& e) {
-  const std::vector<float> zeros(q.out[2] * q.k, 0.0F);
+  const int64_t size = e.target.kernels->size;
   e.pool->run(q.g * q.n * q.out[0] * q.out[1], [&](int64_t task, int64_t) {
     const int64_t y = task % q.out[1];
     const int64_t z = task / q.out[1] % q.out[0];
     const int64_t n = task / q.out[1] / q.out[0] % q.n;
     const int64_t g = task / q.out[1] / q.out[0] / q.n;
-    finish_rows(q, *e.target.kernels, o, zeros.data(), q.k, q.out[2], q.k, g, 0,
+    std::vector<char> zeros(q.out[2] * q.k * size, 0);
+    finish_rows(q, *e.target.kernels, o, {zeros.data(), size}, q.k, q.out[2], q.k, g, 0,
                 n * q.y.n + g * q.y.g + z * q.y.sp[0] + y * q.y.sp[1]);
   });
 }
@@ -127,6 +128,7 @@ const Algorithm& algorithm_segregated() {
       "segregated",
       "transposed convolution by output residues, no zero insertion",
       "arXiv 2209.03704, 2502.20493",
+      {kF32, kF64, kBF16, kF16, kS8, kU8, kS16},
       {},
       rejects,
       [](const Problem&, const Target&) { return Params{}; },

@@ -106,31 +106,29 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
 
 // w seen with contiguous features: w itself or the copy.
 struct Filter {
-  const float* data;
+  ConstPtr data;
   int64_t g, c;
   Dim3 sp;
 };
 
 // Rows [first, last) of the window, features k0 .. k0 + features: dst[row][x][feature], features
 // beyond zero.
-void pack_rows(const Problem& p, const Layout& l, const Kernels& k, const float* w, int64_t first,
-               int64_t last, int64_t features, float* dst) {
+void pack_rows(const Problem& p, const Layout& l, const Kernels& k, ConstPtr w, int64_t first,
+               int64_t last, int64_t features, Ptr dst) {
   if (features < l.panel) {
-    std::memset(dst, 0, (last - first) * p.win[2] * l.panel * sizeof(float));
+    dst.zero((last - first) * p.win[2] * l.panel);
   }
   for (int64_t row = first; row < last; ++row, dst += p.win[2] * l.panel) {
     const int64_t y = row % p.win[1];
     const int64_t z = row / p.win[1] % p.win[0];
     const int64_t c = row / p.win[1] / p.win[0];
-    const float* from = w + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+    ConstPtr from = w + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
     if (p.w.k == 1 || p.w.sp[2] == 1) {
       k.copy(dst, l.panel, from, p.w.sp[2], p.w.k, p.win[2], features);
       continue;
     }
     for (int64_t x = 0; x < p.win[2]; ++x) {
-      for (int64_t j = 0; j < features; ++j) {
-        dst[x * l.panel + j] = from[x * p.w.sp[2] + j * p.w.k];
-      }
+      k.copy(dst + x * l.panel, 0, from + x * p.w.sp[2], 0, p.w.k, 1, features);
     }
   }
 }
@@ -143,8 +141,8 @@ int64_t tile_slot(const Problem& p, const Layout& l, int64_t first, int64_t c, i
 }
 
 // The images of one group under window rows [first, last), for the tiled form.
-void pack_tiles(const Problem& p, const Layout& l, const Kernels& k, const float* x, int64_t first,
-                int64_t last, float* dst) {
+void pack_tiles(const Problem& p, const Layout& l, const Kernels& k, ConstPtr x, int64_t first,
+                int64_t last, Ptr dst) {
   for (int64_t row = first; row < last;) {
     const int64_t c = row / p.win[1];
     const int64_t end = std::min(last, (c + 1) * p.win[1]);
@@ -251,7 +249,7 @@ Params defaults(const Problem& p, const Target& t) {
                           : 0;
   // Rows of results lie apart: a store that first reads its line waits for it. And no other layer's
   // gradient reads them.
-  const int64_t bytes = p.g * p.n * p.k * p.pixels() * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = p.g * p.n * p.k * p.pixels() * t.kernels->size;
   params[kGradStream] = 2 * bytes >= caches().l2 ? 1 : 0;
   // Half empty vectors of features against full ones of images.
   const int64_t width = t.kernels->width;
@@ -297,21 +295,21 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
 
   Filter w{o.w, p.w.g, p.w.c, p.w.sp};
   if (l.copy_w) {  // [g][c][z][y][x][k]
-    float* packed = e.workspace;
+    Ptr packed = e.workspace;
     const int64_t window = p.window();
     pool.run(p.g * p.c * p.win[0] * p.win[1], [&](int64_t task, int64_t) {
       const int64_t y = task % p.win[1];
       const int64_t z = task / p.win[1] % p.win[0];
       const int64_t c = task / p.win[1] / p.win[0] % p.c;
       const int64_t g = task / p.win[1] / p.win[0] / p.c;
-      const float* from = o.w + g * p.w.g + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+      ConstPtr from = o.w + g * p.w.g + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
       k.copy(packed + task * p.win[2] * p.k, p.k, from, p.w.sp[2], p.w.k, p.win[2], p.k);
     });
     w = {
         packed, p.c * window * p.k, window * p.k, {p.win[1] * p.win[2] * p.k, p.win[2] * p.k, p.k}};
   }
   // y seen with contiguous columns: y itself or a buffer [g][z][y][x][row][column].
-  float* y = o.y;
+  Ptr y = o.y;
   int64_t y_g = p.y.g, y_n = p.y.n;
   Dim3 y_sp = p.y.sp;
   if (l.buffered) {
@@ -332,9 +330,8 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
   const int64_t total = p.g * positions * l.panels * row_tiles;
   const int64_t tasks = std::min(total, pool.count());
   pool.run(tasks, [&](int64_t task, int64_t worker) {
-    float* packed =
-        e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
-    float* tiles = packed + l.pack_floats;
+    Ptr packed = e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
+    Ptr tiles = packed + l.pack_floats;
     const int64_t begin = total * task / tasks;
     const int64_t end = total * (task + 1) / tasks;
     std::vector<Run> runs;
@@ -408,8 +405,7 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
         finish_rows(rows, k, o, y + from, y_n, p.n, p.k, g, 0, to);
         return;
       }
-      float* turned =
-          e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
+      Ptr turned = e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
       k.copy(turned, p.k, y + from, 1, p.n, p.n, p.k);
       finish_rows(rows, k, o, turned, p.k, p.n, p.k, g, 0, to);
     });
@@ -424,6 +420,7 @@ const Algorithm& algorithm_weight_grad() {
       "weight_grad",
       "rows are images: outer products of input rows and gradient rows, no transform",
       "canonical order of the reduction: numerical contract, chunked sums",
+      {kF32, kF64},
       {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
        {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
        {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}},

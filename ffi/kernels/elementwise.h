@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/kernels.h"
 #include "kernels/vec.h"
@@ -49,14 +50,8 @@ inline V tanh(V x) {
   return select_less(a, set1(0.625F), small, large);
 }
 
-inline V activate(V x, Activation activation) {
+inline V approximate(V x, Activation activation) {
   switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kRelu:
-      return max(zero(), x);
-    case Activation::kRelu6:
-      return min(set1(6.0F), max(zero(), x));
     case Activation::kGelu: {
       const V cube = mul(mul(x, x), x);
       const V inner = mul(set1(0.797884560802865F), fma(set1(0.044715F), cube, x));
@@ -64,29 +59,50 @@ inline V activate(V x, Activation activation) {
     }
     case Activation::kSilu:
       return mul(x, sigmoid(x));
-    case Activation::kLeakyRelu:
-      return max(mul(set1(0.01F), x), x);
     case Activation::kTanh:
       return tanh(x);
     case Activation::kSigmoid:
       return sigmoid(x);
+    default:
+      return x;
   }
+}
+
+// The activations that need no approximation, of any type.
+inline constexpr uint32_t kExactActivations =
+    1U << static_cast<int>(Activation::kNone) | 1U << static_cast<int>(Activation::kRelu) |
+    1U << static_cast<int>(Activation::kRelu6) | 1U << static_cast<int>(Activation::kLeakyRelu);
+
+template <typename T>
+inline Vec<T> activate(Vec<T> x, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return max(zero<T>(), x);
+    case Activation::kRelu6:
+      return min(set1(T{6}), max(zero<T>(), x));
+    case Activation::kLeakyRelu:
+      return max(mul(set1(static_cast<T>(0.01)), x), x);
+    default:
+      break;
+  }
+  if constexpr (sizeof(T) == sizeof(float)) return approximate(x, activation);
   return x;
 }
 
+template <typename T>
 inline void epilogue(const EpilogueArgs* e) {
+  const T* bias = static_cast<const T*>(e->bias);
+  const T* residual = static_cast<const T*>(e->residual);
   for (int64_t r = 0; r < e->rows; ++r) {
-    float* c = e->c + r * e->c_row;
-    for (int64_t j = 0; j < e->cols; j += kWidth) {
-      const Mask m = make_mask(e->cols - j);
-      V x = load(c + j, m);
-      if (e->bias != nullptr) {
-        x = add(x, e->bias_col == 0 ? set1(e->bias[r * e->bias_row])
-                                    : load(e->bias + r * e->bias_row + j, m));
+    T* c = static_cast<T*>(e->c) + r * e->c_row;
+    for (int64_t j = 0; j < e->cols; j += kWidth<T>) {
+      const Mask<T> m = make_mask<T>(e->cols - j);
+      Vec<T> x = load(c + j, m);
+      if (bias != nullptr) {
+        x = add(x, e->bias_col == 0 ? set1(bias[r * e->bias_row])
+                                    : load(bias + r * e->bias_row + j, m));
       }
-      if (e->residual != nullptr) {
-        x = add(x, load(e->residual + r * e->residual_row + j, m));
-      }
+      if (residual != nullptr) x = add(x, load(residual + r * e->residual_row + j, m));
       store(c + j, activate(x, e->activation), m);
     }
   }
@@ -95,7 +111,7 @@ inline void epilogue(const EpilogueArgs* e) {
 #if defined(__AVX2__)
 // An 8 x 8 block: dst[c * dst_ld + r] = src[r * src_ld + c]. Halves of rows are put together as
 // they are loaded, which leaves the shuffles of one lane.
-inline void transpose8(float* dst, int64_t dst_ld, const float* src, int64_t src_ld) {
+inline void transpose_block(float* dst, int64_t dst_ld, const float* src, int64_t src_ld) {
   JAXWIN_UNROLL
   for (int half = 0; half < 2; ++half) {
     __m256 r[4], t[4];
@@ -116,18 +132,36 @@ inline void transpose8(float* dst, int64_t dst_ld, const float* src, int64_t src
     _mm256_storeu_ps(to + 3 * dst_ld, _mm256_shuffle_ps(t[1], t[3], 0xEE));
   }
 }
+
+// 4 x 4.
+inline void transpose_block(double* dst, int64_t dst_ld, const double* src, int64_t src_ld) {
+  __m256d r[4], t[4];
+  for (int i = 0; i < 4; ++i) r[i] = _mm256_loadu_pd(src + i * src_ld);
+  for (int i = 0; i < 2; ++i) {
+    t[2 * i] = _mm256_unpacklo_pd(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_pd(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    _mm256_storeu_pd(dst + i * dst_ld, _mm256_permute2f128_pd(t[i], t[i + 2], 0x20));
+    _mm256_storeu_pd(dst + (i + 2) * dst_ld, _mm256_permute2f128_pd(t[i], t[i + 2], 0x31));
+  }
+}
 #endif
 
-inline void copy(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t src_step,
+template <typename T>
+inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int64_t src_step,
                  int64_t n, int64_t count) {
+  T* dst = static_cast<T*>(to);
+  const T* src = static_cast<const T*>(from);
+  constexpr int W = kWidth<T>;
   if (src_step == 1) {
     for (int64_t j = 0; j < n; ++j) {
-      float* d = dst + j * dst_ld;
-      const float* s = src + j * src_ld;
+      T* d = dst + j * dst_ld;
+      const T* s = src + j * src_ld;
       int64_t c = 0;
-      for (; c + kWidth <= count; c += kWidth) store(d + c, load(s + c));
+      for (; c + W <= count; c += W) store(d + c, load(s + c));
       if (c < count) {
-        const Mask m = make_mask(count - c);
+        const Mask<T> m = make_mask<T>(count - c);
         store(d + c, load(s + c, m), m);
       }
     }
@@ -135,14 +169,15 @@ inline void copy(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, i
   }
   int64_t j = 0;
 #if defined(__AVX2__)
-  if (src_ld == 1 && n < count && n >= 8) {
+  constexpr int B = 32 / sizeof(T);
+  if (src_ld == 1 && n < count && n >= B) {
     // Lines of the longer side are used up before the next ones are needed.
-    const int64_t whole = n / 8 * 8;
+    const int64_t whole = n / B * B;
     int64_t c = 0;
-    for (; c + 16 <= count; c += 16) {
-      for (j = 0; j < whole; j += 8) {
-        transpose8(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
-        transpose8(dst + j * dst_ld + c + 8, dst_ld, src + j + (c + 8) * src_step, src_step);
+    for (; c + 2 * B <= count; c += 2 * B) {
+      for (j = 0; j < whole; j += B) {
+        transpose_block(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
+        transpose_block(dst + j * dst_ld + c + B, dst_ld, src + j + (c + B) * src_step, src_step);
       }
     }
     for (; c < count; ++c) {
@@ -150,13 +185,13 @@ inline void copy(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, i
     }
     j = whole;
   } else if (src_ld == 1) {
-    for (; j + 8 <= n; j += 8) {
+    for (; j + B <= n; j += B) {
       int64_t c = 0;
-      for (; c + 8 <= count; c += 8) {
-        transpose8(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
+      for (; c + B <= count; c += B) {
+        transpose_block(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
       }
       for (; c < count; ++c) {
-        for (int64_t q = 0; q < 8; ++q) dst[(j + q) * dst_ld + c] = src[j + q + c * src_step];
+        for (int64_t q = 0; q < B; ++q) dst[(j + q) * dst_ld + c] = src[j + q + c * src_step];
       }
     }
   }
@@ -166,20 +201,21 @@ inline void copy(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, i
   }
 }
 
-inline void interleave(float* dst, int64_t dst_ld, const float* const* rows, int64_t n_rows,
+template <typename T>
+inline void interleave(void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows,
                        int64_t src_ld, int64_t n, int64_t count) {
   for (int64_t i = 0; i < n; ++i) {
-    float* d = dst + i * dst_ld;
+    T* d = static_cast<T*>(dst) + i * dst_ld;
     const int64_t at = i * src_ld;
-    // Four floats at a time where as many remain to be read in the row, and where what is written
+    // Four elements at a time where as many remain to be read in the row, and where what is written
     // too much is overwritten by the next slot.
     const bool wide = (n - 1 - i) * src_ld + count >= 4 && (n - 1 - i) * dst_ld >= 4;
     for (int64_t r = 0; r < n_rows; ++r, d += count) {
-      const float* s = rows[r];
+      const T* s = static_cast<const T*>(rows[r]);
       if (s == nullptr) {
-        for (int64_t c = 0; c < count; ++c) d[c] = 0.0F;
+        for (int64_t c = 0; c < count; ++c) d[c] = T{};
       } else if (wide) {
-        std::memcpy(d, s + at, 16);
+        std::memcpy(d, s + at, 4 * sizeof(T));
       } else {
         for (int64_t c = 0; c < count; ++c) d[c] = s[at + c];
       }
@@ -187,50 +223,66 @@ inline void interleave(float* dst, int64_t dst_ld, const float* const* rows, int
   }
 }
 
-inline void expand(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t n,
+template <typename T>
+inline void expand(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int64_t n,
                    const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span) {
-  if (span > 0 && span <= kWidth) {
-    int32_t index[kWidth];
+  T* dst = static_cast<T*>(to);
+  const T* src = static_cast<const T*>(from);
+  constexpr int W = kWidth<T>;
+  if (span > 0 && span <= W) {
+    int32_t index[W];
     for (int64_t m = 0; m < multiplicity; ++m) {
-      for (int l = 0; l < kWidth; ++l) {
-        index[l] = l < lanes ? static_cast<int32_t>(table[m * kWidth + l]) : 0;
+      for (int l = 0; l < W; ++l) {
+        index[l] = l < lanes ? static_cast<int32_t>(table[m * W + l]) : 0;
       }
-      const Mask in = make_mask(span);
+      const Mask<T> in = make_mask<T>(span);
       for (int64_t i = 0; i < n; ++i) {
-        store(dst + i * dst_ld + m * kWidth, permute(load(src + i * src_ld, in), index));
+        store(dst + i * dst_ld + m * W, permute(load(src + i * src_ld, in), index));
       }
     }
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
-    const float* s = src + i * src_ld;
-    float* d = dst + i * dst_ld;
+    const T* s = src + i * src_ld;
+    T* d = dst + i * dst_ld;
     for (int64_t m = 0; m < multiplicity; ++m) {
-      for (int64_t l = 0; l < kWidth; ++l) {
-        d[m * kWidth + l] = l < lanes ? s[table[m * kWidth + l]] : 0.0F;
+      for (int64_t l = 0; l < W; ++l) {
+        d[m * W + l] = l < lanes ? s[table[m * W + l]] : T{};
       }
     }
   }
 }
 
-inline int64_t all_finite(const float* src, int64_t n) {
-  uint32_t bad = 0;
+template <typename T>
+inline int64_t all_finite(const void* src, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent =
+      sizeof(T) == 4 ? Bits{0x7F800000U} : static_cast<Bits>(0x7FF0000000000000U);
+  Bits bad = 0;
   for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, src + i, 4);
-    bad |= static_cast<uint32_t>((bits & 0x7F800000U) == 0x7F800000U);
+    Bits bits;
+    std::memcpy(&bits, static_cast<const T*>(src) + i, sizeof(T));
+    bad |= static_cast<Bits>((bits & kExponent) == kExponent);
   }
   return bad == 0 ? 1 : 0;
 }
 
+template <typename T>
+inline void accumulate(void* dst, const void* src, int64_t n) {
+  T* d = static_cast<T*>(dst);
+  const T* s = static_cast<const T*>(src);
+  for (int64_t i = 0; i < n; ++i) d[i] += s[i];
+}
+
 // Enough independent chains for two units with six cycles of latency.
+template <typename T>
 inline double peak(int64_t iterations) {
   constexpr int kChains = 12;
-  V chain[kChains];
+  Vec<T> chain[kChains];
   JAXWIN_UNROLL
-  for (int c = 0; c < kChains; ++c) chain[c] = set1(static_cast<float>(c));
-  const V factor = set1(0.5F);
-  const V addend = set1(1.0F);
+  for (int c = 0; c < kChains; ++c) chain[c] = set1(static_cast<T>(c));
+  const Vec<T> factor = set1(static_cast<T>(0.5));
+  const Vec<T> addend = set1(T{1});
   for (int64_t i = 0; i < iterations; ++i) {
     JAXWIN_UNROLL
     for (int c = 0; c < kChains; ++c) {
@@ -238,14 +290,14 @@ inline double peak(int64_t iterations) {
       keep(&chain[c]);
     }
   }
-  V sum = zero();
+  Vec<T> sum = zero<T>();
   JAXWIN_UNROLL
   for (int c = 0; c < kChains; ++c) sum = add(sum, chain[c]);
-  float lanes[kWidth];
+  T lanes[kWidth<T>];
   store(lanes, sum);
-  volatile float sink = lanes[0];  // or all of it would be left out
+  volatile T sink = lanes[0];  // or all of it would be left out
   static_cast<void>(sink);
-  return 2.0 * static_cast<double>(iterations) * kChains * kWidth;
+  return 2.0 * static_cast<double>(iterations) * kChains * kWidth<T>;
 }
 
 }  // namespace

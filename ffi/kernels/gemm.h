@@ -11,18 +11,20 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-template <int MR, int NV, bool kStrided>
+template <int MR, int NV, bool kStrided, typename T>
 void gemm_tile(const GemmArgs* g) {
+  using V = Vec<T>;
+  constexpr int W = kWidth<T>;
   V acc[MR][NV];
-  const Mask tail = make_mask(g->cols - (NV - 1) * kWidth);
-  float* c = g->c;
+  const Mask<T> tail = make_mask<T>(g->cols - (NV - 1) * W);
+  T* c = static_cast<T*>(g->c);
   const int64_t c_row = g->c_row;
   if (g->load != 0) {
     JAXWIN_UNROLL
     for (int r = 0; r < MR; ++r) {
       JAXWIN_UNROLL
       for (int v = 0; v < NV; ++v) {
-        const float* at = c + r * c_row + v * kWidth;
+        const T* at = c + r * c_row + v * W;
         acc[r][v] = v + 1 < NV ? load(at) : load(at, tail);
       }
     }
@@ -30,7 +32,7 @@ void gemm_tile(const GemmArgs* g) {
     JAXWIN_UNROLL
     for (int r = 0; r < MR; ++r) {
       JAXWIN_UNROLL
-      for (int v = 0; v < NV; ++v) acc[r][v] = zero();
+      for (int v = 0; v < NV; ++v) acc[r][v] = zero<T>();
     }
   }
 
@@ -41,15 +43,15 @@ void gemm_tile(const GemmArgs* g) {
   const int64_t b_step = g->b_step;
   for (int64_t t = 0; t < g->n_runs; ++t) {
     const Run run = g->runs[t];
-    const float* b = g->b + run.b;
-    const float* base[kBases];
+    const T* b = static_cast<const T*>(g->b) + run.b;
+    const T* base[kBases];
     JAXWIN_UNROLL
-    for (int q = 0; q < kBases; ++q) base[q] = g->a + run.a + q * 4 * row;
+    for (int q = 0; q < kBases; ++q) base[q] = static_cast<const T*>(g->a) + run.a + q * 4 * row;
     for (int64_t i = 0; i < run.len; ++i) {
       V bv[NV];
       JAXWIN_UNROLL
       for (int v = 0; v < NV; ++v) {
-        bv[v] = (kStrided && v + 1 == NV) ? load(b + v * kWidth, tail) : load(b + v * kWidth);
+        bv[v] = (kStrided && v + 1 == NV) ? load(b + v * W, tail) : load(b + v * W);
         keep(&bv[v]);
       }
       JAXWIN_UNROLL
@@ -69,7 +71,7 @@ void gemm_tile(const GemmArgs* g) {
     for (int r = 0; r < MR; ++r) {
       JAXWIN_UNROLL
       for (int v = 0; v < NV; ++v) {
-        const float* at = c + r * c_row + v * kWidth;
+        const T* at = c + r * c_row + v * W;
         acc[r][v] = add(v + 1 < NV ? load(at) : load(at, tail), acc[r][v]);
       }
     }
@@ -78,7 +80,7 @@ void gemm_tile(const GemmArgs* g) {
     JAXWIN_UNROLL
     for (int r = 0; r < MR; ++r) {
       JAXWIN_UNROLL
-      for (int v = 0; v < NV; ++v) stream(c + r * c_row + v * kWidth, acc[r][v]);
+      for (int v = 0; v < NV; ++v) stream(c + r * c_row + v * W, acc[r][v]);
     }
     return;
   }
@@ -86,7 +88,7 @@ void gemm_tile(const GemmArgs* g) {
   for (int r = 0; r < MR; ++r) {
     JAXWIN_UNROLL
     for (int v = 0; v < NV; ++v) {
-      float* at = c + r * c_row + v * kWidth;
+      T* at = c + r * c_row + v * W;
       if (v + 1 < NV) {
         store(at, acc[r][v]);
       } else {

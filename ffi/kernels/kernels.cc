@@ -5,7 +5,10 @@
 #include "kernels/kernels.h"
 
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
+#include "kernels/convert.h"
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
 #include "kernels/lanes.h"
@@ -13,30 +16,31 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-template <int NV, int MR>
+template <typename T, int NV, int MR>
 constexpr void fill_tile(Kernels& k) {
   if constexpr (MR > 0) {
     static_assert(MR * NV + NV + 1 <= kRegisters, "the tile does not fit the register file");
-    k.packed[NV][MR] = gemm_tile<MR, NV, false>;
-    k.strided[NV][MR] = gemm_tile<MR, NV, true>;
-    fill_tile<NV, MR - 1>(k);
+    k.packed[NV][MR] = gemm_tile<MR, NV, false, T>;
+    // Integers are packed always.
+    if constexpr (!std::is_same_v<T, Pair>) k.strided[NV][MR] = gemm_tile<MR, NV, true, T>;
+    fill_tile<T, NV, MR - 1>(k);
   }
 }
 
-template <int P>
+template <typename T, int P>
 constexpr void fill_lanes(Kernels& k) {
   if constexpr (P > 0) {
-    k.lanes[P] = lanes_tile<P>;
-    k.lanes_grad[P] = lanes_grad_tile<P>;
-    fill_lanes<P - 1>(k);
+    k.lanes[P] = lanes_tile<P, T>;
+    k.lanes_grad[P] = lanes_grad_tile<P, T>;
+    fill_lanes<T, P - 1>(k);
   }
 }
 
-template <int KW, int SX, int R = kSweepRows<KW, SX>>
+template <typename T, int KW, int SX, int R = kSweepRows<KW, SX>>
 constexpr void fill_sweep(Kernels& k) {
   if constexpr (R > 0) {
-    k.sweep[KW][SX][R] = sweep_tile<KW, SX, R>;
-    fill_sweep<KW, SX, R - 1>(k);
+    k.sweep[KW][SX][R] = sweep_tile<KW, SX, R, T>;
+    fill_sweep<T, KW, SX, R - 1>(k);
   }
 }
 
@@ -44,50 +48,118 @@ constexpr void fill_sweep(Kernels& k) {
 #define JAXWIN_STRING_(x) #x
 
 // The targets as numbers, so that a tile line of another target compiles to nothing.
-enum { target_baseline, target_avx2, target_avx512 };
+enum { target_baseline, target_avx2, target_avx512, target_avx512vnni = target_avx512 };
+#if defined(__AVX512VNNI__)
+constexpr const char* kIsa = "avx512";
+#else
+constexpr const char* kIsa = JAXWIN_STRING(JAXWIN_TARGET);
+#endif
 #define JAXWIN_PASTE(a, b) JAXWIN_PASTE_(a, b)
 #define JAXWIN_PASTE_(a, b) a##b
 
-template <int kTileTarget, int NV, int MR>
+template <typename T, int kTileTarget, int NV, int MR>
 constexpr void fill_if_ours(Kernels& k) {
   if constexpr (kTileTarget == JAXWIN_PASTE(target_, JAXWIN_TARGET)) {
     static_assert(NV <= kMaxNv && MR <= kMaxMr);
-    k.max_mr[NV] = MR;
-    fill_tile<NV, MR>(k);
+    // The products of pairs need one register more, unless they are added at once.
+    constexpr int kFit = (kRegisters - NV - 2) / NV;
+    constexpr int kRows = std::is_same_v<T, Pair> && kFit < MR ? kFit : MR;
+    k.max_mr[NV] = kRows;
+    fill_tile<T, NV, kRows>(k);
   }
 }
 
-constexpr Kernels make() {
+template <typename T>
+constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+
+template <typename T>
+constexpr Kernels make(int64_t channels, uint32_t activations) {
   Kernels k{};
-  k.isa = JAXWIN_STRING(JAXWIN_TARGET);
-  k.width = kWidth;
-#define JAXWIN_TILE(target, NV, MR) fill_if_ours<target_##target, NV, MR>(k);
+  k.isa = kIsa;
+  k.size = sizeof(T);
+  k.channels = channels;
+  k.width = kWidth<T>;
+#define JAXWIN_TILE(target, NV, MR) fill_if_ours<T, target_##target, NV, MR>(k);
 #include "kernels/tiles.inc"
 #undef JAXWIN_TILE
-  constexpr int kPixels = kRegisters >= 32 ? 16 : 12;
-  k.max_pixels = kPixels;
-  fill_lanes<kPixels>(k);
-  fill_sweep<3, 1>(k);
-  fill_sweep<5, 1>(k);
-  fill_sweep<7, 1>(k);
-  fill_sweep<3, 2>(k);
-  fill_sweep<5, 2>(k);
-  fill_sweep<7, 2>(k);
-  k.epilogue = epilogue;
-  k.copy = copy;
-  k.interleave = interleave;
-  k.expand = expand;
-  k.peak = peak;
-  k.all_finite = all_finite;
+  // Pairs are moved as floats are.
+  k.copy = copy<std::conditional_t<std::is_same_v<T, Pair>, float, T>>;
+  k.activations = activations;
+  if constexpr (!std::is_same_v<T, Pair>) {
+    constexpr int kPixels = kRegisters >= 32 ? 16 : 12;
+    k.max_pixels = kPixels;
+    fill_lanes<T, kPixels>(k);
+    if constexpr (std::is_same_v<T, float>) {  // they take long to compile
+      fill_sweep<T, 3, 1>(k);
+      fill_sweep<T, 5, 1>(k);
+      fill_sweep<T, 7, 1>(k);
+      fill_sweep<T, 3, 2>(k);
+      fill_sweep<T, 5, 2>(k);
+      fill_sweep<T, 7, 2>(k);
+    }
+    k.epilogue = epilogue<T>;
+    k.interleave = interleave<T>;
+    k.expand = expand<T>;
+    k.peak = peak<T>;
+    k.all_finite = all_finite<T>;
+    k.accumulate = accumulate<T>;
+    k.nan = &kNan<T>;
+  }
   return k;
 }
 
-// A constant: looking at the table of a set that this CPU lacks executes none of its instructions.
-constexpr Kernels kTable = make();
+template <typename S>
+constexpr void add_operand(Kernels& k, Dtype dtype) {
+  k.read[dtype] = read<S>;
+  k.pack[dtype] = pack<S>;
+  if constexpr (Words<S>::kChannels == 1) {
+    k.narrow_epilogue[dtype] = narrow_epilogue<S>;
+    k.finite[dtype] = narrow_finite<S>;
+  } else {
+    k.finite[dtype] = always_finite;
+  }
+}
+
+constexpr Kernels make_float() {
+  Kernels k = make<float>(kWordChannels[kFloat], (1U << kActivationCount) - 1);
+  add_operand<BFloat16>(k, kBF16);
+  add_operand<Float16>(k, kF16);
+  k.write[kBF16] = write<float, BFloat16>;
+  k.write[kF16] = write<float, Float16>;
+  k.read[kF32] = k.pack[kF32] = k.write[kF32] = k.copy;
+  k.finite[kF32] = k.all_finite;
+  return k;
+}
+
+constexpr Kernels make_double() {
+  Kernels k = make<double>(kWordChannels[kDouble], kExactActivations);
+  k.read[kF64] = k.pack[kF64] = k.write[kF64] = k.copy;
+  k.finite[kF64] = k.all_finite;
+  return k;
+}
+
+constexpr Kernels make_pair() {
+  Kernels k = make<Pair>(kWordChannels[kPair], 0);
+  add_operand<int8_t>(k, kS8);
+  add_operand<uint8_t>(k, kU8);
+  add_operand<int16_t>(k, kS16);
+  k.write[kS8] = k.write[kU8] = write<Pair, uint8_t>;
+  k.write[kS16] = k.write[kU16] = write<Pair, uint16_t>;
+  k.write[kS32] = k.write[kU32] = k.copy;
+  k.all_finite = always_finite;
+  return k;
+}
+
+// Constants: looking at the table of a set that this CPU lacks executes none of its instructions.
+#if defined(__AVX512VNNI__)
+constexpr Kernels kTables[kWords] = {{}, {}, make_pair()};
+#else
+constexpr Kernels kTables[kWords] = {make_float(), make_double(), make_pair()};
+#endif
 
 }  // namespace
 
-const Kernels* kernels() { return &kTable; }
+const Kernels* kernels(Word word) { return &kTables[word]; }
 
 }  // namespace jaxwin::JAXWIN_TARGET
 
@@ -96,40 +168,54 @@ const Kernels* kernels() { return &kTable; }
 extern "C" {
 #define JAXWIN_SYMBOL(name) \
   __attribute__((visibility("default"))) void JAXWIN_PASTE(name, JAXWIN_TARGET)
+#define JAXWIN_TABLE jaxwin::JAXWIN_TARGET::kTables[word]
 JAXWIN_SYMBOL(jaxwin_test_gemm_)
-(int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
-  using jaxwin::JAXWIN_TARGET::kTable;
-  (strided != 0 ? kTable.strided : kTable.packed)[nv][mr](args);
+(int64_t word, int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
+  const jaxwin::Kernels& k = JAXWIN_TABLE;
+  (strided != 0 ? k.strided : k.packed)[nv][mr](args);
 }
-JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t pixels, const jaxwin::GemmArgs* args) {
-  jaxwin::JAXWIN_TARGET::kTable.lanes[pixels](args);
+JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t word, int64_t pixels, const jaxwin::GemmArgs* args) {
+  JAXWIN_TABLE.lanes[pixels](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
-(int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
-  jaxwin::JAXWIN_TARGET::kTable.lanes_grad[accumulators](args, offsets);
+(int64_t word, int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
+  JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
 }
 JAXWIN_SYMBOL(jaxwin_test_sweep_)
-(int64_t window, int64_t stride, int64_t rows, const jaxwin::SweepArgs* args) {
-  jaxwin::JAXWIN_TARGET::kTable.sweep[window][stride][rows](args);
+(int64_t word, int64_t window, int64_t stride, int64_t rows, const jaxwin::SweepArgs* args) {
+  JAXWIN_TABLE.sweep[window][stride][rows](args);
 }
-JAXWIN_SYMBOL(jaxwin_test_epilogue_)(const jaxwin::EpilogueArgs* args) {
-  jaxwin::JAXWIN_TARGET::kTable.epilogue(args);
+JAXWIN_SYMBOL(jaxwin_test_epilogue_)(int64_t word, const jaxwin::EpilogueArgs* args) {
+  JAXWIN_TABLE.epilogue(args);
 }
 JAXWIN_SYMBOL(jaxwin_test_copy_)
-(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t src_step, int64_t n,
- int64_t count) {
-  jaxwin::JAXWIN_TARGET::kTable.copy(dst, dst_ld, src, src_ld, src_step, n, count);
+(int64_t word, void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t src_step,
+ int64_t n, int64_t count) {
+  JAXWIN_TABLE.copy(dst, dst_ld, src, src_ld, src_step, n, count);
 }
 JAXWIN_SYMBOL(jaxwin_test_interleave_)
-(float* dst, int64_t dst_ld, const float* const* rows, int64_t n_rows, int64_t src_ld, int64_t n,
- int64_t count) {
-  jaxwin::JAXWIN_TARGET::kTable.interleave(dst, dst_ld, rows, n_rows, src_ld, n, count);
+(int64_t word, void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows, int64_t src_ld,
+ int64_t n, int64_t count) {
+  JAXWIN_TABLE.interleave(dst, dst_ld, rows, n_rows, src_ld, n, count);
 }
 JAXWIN_SYMBOL(jaxwin_test_expand_)
-(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t n, const int64_t* table,
- int64_t multiplicity, int64_t lanes, int64_t span) {
-  jaxwin::JAXWIN_TARGET::kTable.expand(dst, dst_ld, src, src_ld, n, table, multiplicity, lanes,
-                                       span);
+(int64_t word, void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t n,
+ const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span) {
+  JAXWIN_TABLE.expand(dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span);
 }
+JAXWIN_SYMBOL(jaxwin_test_convert_)
+(int64_t word, int64_t kind, int64_t dtype, void* dst, int64_t dst_ld, const void* src,
+ int64_t src_ld, int64_t src_step, int64_t n, int64_t count) {
+  const jaxwin::Kernels& k = JAXWIN_TABLE;
+  (kind == 0   ? k.read
+   : kind == 1 ? k.pack
+               : k.write)[dtype](dst, dst_ld, src, src_ld, src_step, n, count);
+}
+JAXWIN_SYMBOL(jaxwin_test_narrow_epilogue_)
+(int64_t word, int64_t dtype, const jaxwin::EpilogueArgs* args) {
+  JAXWIN_TABLE.narrow_epilogue[dtype](args);
+}
+JAXWIN_SYMBOL(jaxwin_test_accumulate_)
+(int64_t word, void* dst, const void* src, int64_t n) { JAXWIN_TABLE.accumulate(dst, src, n); }
 }
 #endif

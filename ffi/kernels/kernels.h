@@ -4,10 +4,13 @@
 // for every target and therefore holds plain structs only.
 //
 // Notation: W = lanes of a vector; a tile is MR rows (output pixels) x NV vectors of columns
-// (output features). All strides and offsets count float elements.
+// (output features). Strides and offsets count elements, of the
+// type that the table is for.
 #pragma once
 
 #include <cstdint>
+
+#include "dtypes.h"
 
 namespace jaxwin {
 
@@ -25,9 +28,9 @@ struct Run {
 // Where `add`, its value is added to C with one more rounding (chunked reductions), else stored.
 // Reads of B: columns [0, NV * W) by the packed form, [0, cols) by the strided form.
 struct GemmArgs {
-  const float* a;
-  const float* b;
-  float* c;
+  const void* a;
+  const void* b;
+  void* c;
   const Run* runs;
   int64_t n_runs;
   int64_t a_row;
@@ -63,9 +66,9 @@ using LanesGradFn = void (*)(const GemmArgs*, const int64_t* offsets);
 // An input vector is loaded once for all KW columns of the window that it belongs to. Reads of B:
 // whole vectors.
 struct SweepArgs {
-  const float* x;
-  const float* w;
-  float* y;
+  const void* x;
+  const void* w;
+  void* y;
   const Run* runs;
   int64_t n_runs;
   int64_t n;
@@ -84,17 +87,21 @@ inline constexpr int kActivationCount = 8;
 // C[r, j] = act(C[r, j] + bias + residual) for r < rows, j < cols. The bias value is
 // bias[r * bias_row + j * bias_col] (0 and 1, or 1 and 0, or absent); each addition rounds once.
 struct EpilogueArgs {
-  float* c;
+  void* c;
   int64_t c_row;
   int64_t rows;
   int64_t cols;
-  const float* bias;  // may be null
+  const void* bias;  // may be null
   int64_t bias_row;
   int64_t bias_col;
-  const float* residual;  // may be null
+  const void* residual;  // may be null
   int64_t residual_row;
   Activation activation;
+  int64_t residual_col = 1;  // another one is for narrow_epilogue only
 };
+
+using CopyFn = void (*)(void* dst, int64_t dst_ld, const void* src, int64_t src_ld,
+                        int64_t src_step, int64_t n, int64_t count);
 
 inline constexpr int kMaxNv = 4;
 inline constexpr int kMaxMr = 16;
@@ -104,6 +111,8 @@ inline constexpr int kMaxSweepStride = 2;
 
 struct Kernels {
   const char* isa;
+  int64_t size;      // of a word, in bytes
+  int64_t channels;  // of the reduction that are one word
   int width;
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
@@ -114,31 +123,49 @@ struct Kernels {
   SweepFn sweep[kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];  // [KW][SX][R]; may be 0
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
-  void (*copy)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t src_step,
-               int64_t n, int64_t count);
+  CopyFn copy;
+  // The same between words and the elements of an array; null where that is not a type of theirs.
+  // Read: `count` neighbours become words, the last one filled up with zero. Pack: n do.
+  CopyFn read[kDtypes];
+  CopyFn pack[kDtypes];
+  CopyFn write[kDtypes];
+  // The epilogue on words, with bias and residual of this type, neither of which is the words'.
+  void (*narrow_epilogue[kDtypes])(const EpilogueArgs*);
   // dst[i * dst_ld + r * count + c] = rows[r][i * src_ld + c] for i < n, r < n_rows, c < count
   // <= 4 and dst_ld >= n_rows * count; a null row counts as zeros.
-  void (*interleave)(float* dst, int64_t dst_ld, const float* const* rows, int64_t n_rows,
+  void (*interleave)(void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows,
                      int64_t src_ld, int64_t n, int64_t count);
   // dst[i * dst_ld + m * W + l] = src[i * src_ld + table[m * W + l]] for l < lanes; lanes beyond
   // hold unspecified finite-or-not values that no caller stores.
   // Where 0 < span <= W, every index lies in [0, span).
-  void (*expand)(float* dst, int64_t dst_ld, const float* src, int64_t src_ld, int64_t n,
+  void (*expand)(void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t n,
                  const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span);
   // Runs chains of fma that nothing holds up; returns the floating-point operations done.
   double (*peak)(int64_t iterations);
-  // 1 if every element of src[0, n) is finite.
-  int64_t (*all_finite)(const float* src, int64_t n);
+  // 1 if every word, or element of this type, of src[0, n) is finite.
+  int64_t (*all_finite)(const void* src, int64_t n);
+  int64_t (*finite[kDtypes])(const void* src, int64_t n);
+  // dst[i] += src[i], i < n.
+  void (*accumulate)(void* dst, const void* src, int64_t n);
+  const void* nan;       // one element
+  uint32_t activations;  // bit i: the epilogue has Activation i
 };
 
+static inline bool has_activation(const Kernels& k, Activation a) {
+  return (k.activations >> static_cast<int>(a) & 1U) != 0;
+}
+
 namespace baseline {
-const Kernels* kernels();
+const Kernels* kernels(Word word);  // null where there are none
 }
 namespace avx2 {
-const Kernels* kernels();
+const Kernels* kernels(Word word);  // null where there are none
+}
+namespace avx512vnni {  // avx512 with vpdpwssd: integers only
+const Kernels* kernels(Word word);
 }
 namespace avx512 {
-const Kernels* kernels();
+const Kernels* kernels(Word word);  // null where there are none
 }
 
 }  // namespace jaxwin

@@ -12,22 +12,23 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-template <int P, bool kWhole>
-void lanes_block(const GemmArgs* g, const float* a, const float* b, float* c, Mask tail) {
+template <int P, bool kWhole, typename T>
+void lanes_block(const GemmArgs* g, const T* a, const T* b, T* c, Mask<T> tail) {
+  using V = Vec<T>;
   V acc[P];
   JAXWIN_UNROLL
-  for (int p = 0; p < P; ++p) acc[p] = zero();
+  for (int p = 0; p < P; ++p) acc[p] = zero<T>();
   constexpr int kBases = (P + 3) / 4;
   const int64_t row = g->a_row;
   const Run* const end = g->runs + g->n_runs;
   for (const Run* run = g->runs; run != end; ++run) {
     const V w = load(b + run->b);
-    const float* base[kBases];
+    const T* base[kBases];
     JAXWIN_UNROLL
     for (int q = 0; q < kBases; ++q) base[q] = a + run->a + q * 4 * row;
     JAXWIN_UNROLL
     for (int p = 0; p < P; ++p) {
-      const float* at = base[p / 4] + (p % 4) * row;
+      const T* at = base[p / 4] + (p % 4) * row;
       acc[p] = fma(kWhole ? load(at) : load(at, tail), w, acc[p]);
     }
   }
@@ -41,16 +42,19 @@ void lanes_block(const GemmArgs* g, const float* a, const float* b, float* c, Ma
   }
 }
 
-template <int P>
+template <int P, typename T>
 void lanes_tile(const GemmArgs* g) {
-  const int64_t whole = g->cols / kWidth;
-  const Mask tail = make_mask(g->cols - whole * kWidth);
+  constexpr int W = kWidth<T>;
+  const int64_t whole = g->cols / W;
+  const Mask<T> tail = make_mask<T>(g->cols - whole * W);
+  const T* a = static_cast<const T*>(g->a);
+  const T* b = static_cast<const T*>(g->b);
+  T* c = static_cast<T*>(g->c);
   for (int64_t i = 0; i < whole; ++i) {
-    lanes_block<P, true>(g, g->a + i * kWidth, g->b + i * g->b_block, g->c + i * kWidth, tail);
+    lanes_block<P, true>(g, a + i * W, b + i * g->b_block, c + i * W, tail);
   }
   if (whole < g->blocks) {
-    lanes_block<P, false>(g, g->a + whole * kWidth, g->b + whole * g->b_block,
-                          g->c + whole * kWidth, tail);
+    lanes_block<P, false>(g, a + whole * W, b + whole * g->b_block, c + whole * W, tail);
   }
 }
 
@@ -61,38 +65,39 @@ constexpr int kSweepLive = (KW - 1) / SX + 1;
 template <int KW, int SX>
 constexpr int kSweepRows = std::min((kRegisters - 2) / (kSweepLive<KW, SX> + 1), kMaxSweep);
 
-template <int R>
+template <typename T, int R>
 struct Sweep {
-  const float *x, *w;
-  float* y;
+  const T *x, *w;
+  T* y;
   int64_t q, columns;  // from the first column that is read; how many there are
   int64_t o, steps;
-  Mask tail;
+  Mask<T> tail;
 };
 
 // One output column, o, begins in acc[kPhase]; the one that has seen its whole window is stored.
-template <int KW, int SX, int R, bool kWhole, int kPhase>
-JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<R>* s, V (&acc)[kSweepLive<KW, SX>][R]) {
+template <int KW, int SX, int R, bool kWhole, int kPhase, typename T>
+JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
+                              Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   constexpr int kLive = kSweepLive<KW, SX>;
   const Run* const end = g->runs + g->n_runs;
   JAXWIN_UNROLL
   for (int i = 0; i < SX; ++i) {
     if (static_cast<uint64_t>(s->q + i) < static_cast<uint64_t>(s->columns)) {
-      const float* at = s->x + i * g->x_col;
+      const T* at = s->x + i * g->x_col;
       for (const Run* run = g->runs; run != end; ++run) {
-        V in[R];
+        Vec<T> in[R];
         JAXWIN_UNROLL
         for (int r = 0; r < R; ++r) {
-          const float* from = at + run->a + r * g->x_row;
+          const T* from = at + run->a + r * g->x_row;
           in[r] = kWhole ? load(from) : load(from, s->tail);
         }
         JAXWIN_UNROLL
         for (int m = 0; m < kLive; ++m) {  // window column i + m * SX, of output o - m
           if (i + m * SX < KW) {
-            const V w = load(s->w + run->b + (i + m * SX) * g->w_col);
+            const Vec<T> w = load(s->w + run->b + (i + m * SX) * g->w_col);
             JAXWIN_UNROLL
             for (int r = 0; r < R; ++r) {
-              V& to = acc[(kPhase - m + kLive) % kLive][r];
+              Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
               to = fma(in[r], w, to);
             }
           }
@@ -104,7 +109,7 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<R>* s, V (&acc)[kSweepLi
   if (s->o >= kLive - 1) {
     JAXWIN_UNROLL
     for (int r = 0; r < R; ++r) {
-      float* to = s->y + r * g->y_row;
+      T* to = s->y + r * g->y_row;
       if (kWhole) {
         store(to, acc[kDone][r]);
       } else {
@@ -114,57 +119,63 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<R>* s, V (&acc)[kSweepLi
     s->y += g->y_col;
   }
   JAXWIN_UNROLL
-  for (int r = 0; r < R; ++r) acc[kDone][r] = zero();
+  for (int r = 0; r < R; ++r) acc[kDone][r] = zero<T>();
   s->q += SX;
   s->x += SX * g->x_col;
   ++s->o;
 }
 
-template <int KW, int SX, int R, bool kWhole, int kPhase>
-JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<R>* s, V (&acc)[kSweepLive<KW, SX>][R]) {
+template <int KW, int SX, int R, bool kWhole, int kPhase, typename T>
+JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, R>* s,
+                               Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   if (s->o == s->steps) return;
   sweep_step<KW, SX, R, kWhole, kPhase>(g, s, acc);
   if constexpr (kPhase + 1 < kSweepLive<KW, SX>)
     sweep_steps<KW, SX, R, kWhole, kPhase + 1>(g, s, acc);
 }
 
-template <int KW, int SX, int R, bool kWhole>
-__attribute__((noinline)) void sweep_block(const SweepArgs* g, const float* x, const float* w,
-                                           float* y, Mask tail) {
+template <int KW, int SX, int R, bool kWhole, typename T>
+__attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const T* w, T* y,
+                                           Mask<T> tail) {
   constexpr int kLive = kSweepLive<KW, SX>;
-  V acc[kLive][R];
+  Vec<T> acc[kLive][R];
   JAXWIN_UNROLL
   for (int l = 0; l < kLive; ++l) {
     JAXWIN_UNROLL
-    for (int r = 0; r < R; ++r) acc[l][r] = zero();
+    for (int r = 0; r < R; ++r) acc[l][r] = zero<T>();
   }
-  Sweep<R> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, tail};
+  Sweep<T, R> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, tail};
   while (s.o < s.steps) sweep_steps<KW, SX, R, kWhole, 0>(g, &s, acc);
 }
 
-template <int KW, int SX, int R>
+template <int KW, int SX, int R, typename T>
 void sweep_tile(const SweepArgs* g) {
-  const int64_t whole = g->cols / kWidth;
+  constexpr int W = kWidth<T>;
+  const T* x = static_cast<const T*>(g->x);
+  const T* w = static_cast<const T*>(g->w);
+  T* y = static_cast<T*>(g->y);
+  const int64_t whole = g->cols / W;
   for (int64_t i = 0; i < whole; ++i) {
-    sweep_block<KW, SX, R, true>(g, g->x + i * kWidth, g->w + i * g->w_block, g->y + i * kWidth,
-                                 make_mask(0));
+    sweep_block<KW, SX, R, true>(g, x + i * W, w + i * g->w_block, y + i * W, make_mask<T>(0));
   }
-  if (whole * kWidth < g->cols) {
-    sweep_block<KW, SX, R, false>(g, g->x + whole * kWidth, g->w + whole * g->w_block,
-                                  g->y + whole * kWidth, make_mask(g->cols - whole * kWidth));
+  if (whole * W < g->cols) {
+    sweep_block<KW, SX, R, false>(g, x + whole * W, w + whole * g->w_block, y + whole * W,
+                                  make_mask<T>(g->cols - whole * W));
   }
 }
 
-template <int Q>
+template <int Q, typename T>
 void lanes_grad_tile(const GemmArgs* g, const int64_t* offsets) {
+  using V = Vec<T>;
   V acc[Q];
-  const Mask tail = make_mask(g->cols);
+  const Mask<T> tail = make_mask<T>(g->cols);
+  T* c = static_cast<T*>(g->c);
   JAXWIN_UNROLL
-  for (int q = 0; q < Q; ++q) acc[q] = g->load != 0 ? load(g->c + q * g->c_row, tail) : zero();
+  for (int q = 0; q < Q; ++q) acc[q] = g->load != 0 ? load(c + q * g->c_row, tail) : zero<T>();
   for (int64_t t = 0; t < g->n_runs; ++t) {
     const Run run = g->runs[t];
-    const float* a = g->a + run.a;
-    const float* b = g->b + run.b;
+    const T* a = static_cast<const T*>(g->a) + run.a;
+    const T* b = static_cast<const T*>(g->b) + run.b;
     for (int64_t i = 0; i < run.len; ++i) {
       const V w = load(b, tail);
       JAXWIN_UNROLL
@@ -174,7 +185,7 @@ void lanes_grad_tile(const GemmArgs* g, const int64_t* offsets) {
     }
   }
   JAXWIN_UNROLL
-  for (int q = 0; q < Q; ++q) store(g->c + q * g->c_row, acc[q], tail);
+  for (int q = 0; q < Q; ++q) store(c + q * g->c_row, acc[q], tail);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The whole SIMD abstraction: one vector type V of kWidth floats and the few operations that the
-// kernels need, for the instruction set this translation unit is compiled for (JAXWIN_TARGET is
-// `baseline`, `avx2` or `avx512`).
+// The whole SIMD abstraction: vectors Vec<T> of kWidth<T> floats or doubles and the few operations
+// that the kernels need, for the instruction set this translation unit is compiled for
+// (JAXWIN_TARGET is `baseline`, `avx2` or `avx512`).
 //
 // Contract: every operation gives the same bits per lane on every target. fma() rounds once; where
 // the hardware has none (baseline) it is emulated exactly. Everything lives in an unnamed
@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 
 // Every loop over an accumulator array must be unrolled before scalar replacement, or GCC keeps
@@ -25,31 +26,106 @@ namespace {
 
 // Keeps a value in a register: in tiles of few rows GCC otherwise folds the load of B into every
 // multiplication, and vectors that touch two cache lines are paid for each time.
-#define JAXWIN_KEEP(constraint) \
-  inline void keep(V* a) { asm("" : "+" constraint(a->v)); }
+#define JAXWIN_KEEP(constraint)     \
+  template <typename T>             \
+  inline void keep(Vec<T>* a) {     \
+    asm("" : "+" constraint(a->v)); \
+  }
+
+// Two channels' int16: the word of the integer kernels, and their int32 sums.
+struct Pair {
+  int32_t bits;
+};
+
+template <typename T>
+struct Vec;
+template <typename T>
+struct Mask;
+// Lanes [0, n) are active; n may be outside [0, kWidth].
+template <typename T>
+Mask<T> make_mask(int64_t n);
+template <typename T = float>
+Vec<T> zero();
 
 #if defined(__AVX512F__)
 
-inline constexpr int kWidth = 16;
+inline constexpr int kVectorBytes = 64;
 inline constexpr int kRegisters = 32;
-struct V {
+template <>
+struct Vec<float> {
   __m512 v;
 };
+template <>
+struct Vec<double> {
+  __m512d v;
+};
+template <>
+struct Vec<Pair> {
+  __m512i v;
+};
+using V = Vec<float>;
+using D = Vec<double>;
 JAXWIN_KEEP("v")
-struct Mask {
+template <>
+struct Mask<float> {
   __mmask16 m;
 };
-// Lanes [0, n) are active; n may be outside [0, kWidth].
-inline Mask make_mask(int64_t n) {
+template <>
+struct Mask<Pair> {
+  __mmask16 m;
+};
+template <>
+struct Mask<double> {
+  __mmask8 m;
+};
+template <>
+inline Mask<float> make_mask<float>(int64_t n) {
   return {static_cast<__mmask16>(n >= 16 ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u)};
 }
-inline V zero() { return {_mm512_setzero_ps()}; }
+template <>
+inline Mask<double> make_mask<double>(int64_t n) {
+  return {static_cast<__mmask8>(n >= 8 ? 0xFFu : n <= 0 ? 0u : (1u << n) - 1u)};
+}
+template <>
+inline V zero<float>() {
+  return {_mm512_setzero_ps()};
+}
+template <>
+inline D zero<double>() {
+  return {_mm512_setzero_pd()};
+}
+template <>
+inline Mask<Pair> make_mask<Pair>(int64_t n) {
+  return {make_mask<float>(n).m};
+}
+template <>
+inline Vec<Pair> zero<Pair>() {
+  return {_mm512_setzero_si512()};
+}
+inline Vec<Pair> set1(Pair x) { return {_mm512_set1_epi32(x.bits)}; }
+inline Vec<Pair> load(const Pair* p) { return {_mm512_loadu_si512(p)}; }
+inline Vec<Pair> load(const Pair* p, Mask<Pair> m) { return {_mm512_maskz_loadu_epi32(m.m, p)}; }
+inline void store(Pair* p, Vec<Pair> a) { _mm512_storeu_si512(p, a.v); }
+inline void store(Pair* p, Vec<Pair> a, Mask<Pair> m) { _mm512_mask_storeu_epi32(p, m.m, a.v); }
+inline Vec<Pair> add(Vec<Pair> a, Vec<Pair> b) { return {_mm512_add_epi32(a.v, b.v)}; }
+// Modulo 2^32, like a sum of integers in any order.
+inline Vec<Pair> fma(Vec<Pair> a, Vec<Pair> b, Vec<Pair> c) {
+#if defined(__AVX512VNNI__)
+  return {_mm512_dpwssd_epi32(c.v, a.v, b.v)};
+#else
+  return {_mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
+}
 inline V set1(float x) { return {_mm512_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline V load(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m.m, p)}; }
+inline V load(const float* p, Mask<float> m) { return {_mm512_maskz_loadu_ps(m.m, p)}; }
 inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
 inline void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }  // p on a whole vector
-inline void store(float* p, V a, Mask m) { _mm512_mask_storeu_ps(p, m.m, a.v); }
+inline void stream(double* p, D a) { _mm512_stream_pd(p, a.v); }
+inline void stream(Pair* p, Vec<Pair> a) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v);
+}
+inline void store(float* p, V a, Mask<float> m) { _mm512_mask_storeu_ps(p, m.m, a.v); }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -72,31 +148,97 @@ inline V power_of_two(V a, V b, bool low_half) {
 inline V permute(V a, const int32_t* index) {
   return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), a.v)};
 }
+inline D set1(double x) { return {_mm512_set1_pd(x)}; }
+inline D load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline D load(const double* p, Mask<double> m) { return {_mm512_maskz_loadu_pd(m.m, p)}; }
+inline void store(double* p, D a) { _mm512_storeu_pd(p, a.v); }
+inline void store(double* p, D a, Mask<double> m) { _mm512_mask_storeu_pd(p, m.m, a.v); }
+inline D fma(D a, D b, D c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline D add(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline D mul(D a, D b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline D max(D a, D b) { return {_mm512_max_pd(a.v, b.v)}; }
+inline D min(D a, D b) { return {_mm512_min_pd(a.v, b.v)}; }
+inline D permute(D a, const int32_t* index) {
+  const __m256i i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+  return {_mm512_permutexvar_pd(_mm512_cvtepi32_epi64(i), a.v)};
+}
 
 #elif defined(__AVX2__)
 
-inline constexpr int kWidth = 8;
+inline constexpr int kVectorBytes = 32;
 inline constexpr int kRegisters = 16;
-struct V {
+template <>
+struct Vec<float> {
   __m256 v;
 };
+template <>
+struct Vec<double> {
+  __m256d v;
+};
+template <>
+struct Vec<Pair> {
+  __m256i v;
+};
+using V = Vec<float>;
+using D = Vec<double>;
 JAXWIN_KEEP("x")
+template <typename T>
 struct Mask {
   __m256i m;
 };
 alignas(32) constexpr int32_t kMaskBits[16] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                0,  0,  0,  0,  0,  0,  0,  0};
-inline Mask make_mask(int64_t n) {
+template <>
+inline Mask<float> make_mask<float>(int64_t n) {
   const int64_t k = n < 0 ? 0 : n > 8 ? 8 : n;
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMaskBits + 8 - k))};
 }
-inline V zero() { return {_mm256_setzero_ps()}; }
+template <>
+inline Mask<double> make_mask<double>(int64_t n) {
+  const int64_t k = n < 0 ? 0 : n > 4 ? 4 : n;
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMaskBits + 8 - 2 * k))};
+}
+template <>
+inline V zero<float>() {
+  return {_mm256_setzero_ps()};
+}
+template <>
+inline D zero<double>() {
+  return {_mm256_setzero_pd()};
+}
+template <>
+inline Mask<Pair> make_mask<Pair>(int64_t n) {
+  return {make_mask<float>(n).m};
+}
+template <>
+inline Vec<Pair> zero<Pair>() {
+  return {_mm256_setzero_si256()};
+}
+inline Vec<Pair> set1(Pair x) { return {_mm256_set1_epi32(x.bits)}; }
+inline Vec<Pair> load(const Pair* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline Vec<Pair> load(const Pair* p, Mask<Pair> m) {
+  return {_mm256_maskload_epi32(&p->bits, m.m)};
+}
+inline void store(Pair* p, Vec<Pair> a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline void store(Pair* p, Vec<Pair> a, Mask<Pair> m) {
+  _mm256_maskstore_epi32(&p->bits, m.m, a.v);
+}
+inline Vec<Pair> add(Vec<Pair> a, Vec<Pair> b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Vec<Pair> fma(Vec<Pair> a, Vec<Pair> b, Vec<Pair> c) {
+  return {_mm256_add_epi32(c.v, _mm256_madd_epi16(a.v, b.v))};
+}
 inline V set1(float x) { return {_mm256_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline V load(const float* p, Mask m) { return {_mm256_maskload_ps(p, m.m)}; }
+inline V load(const float* p, Mask<float> m) { return {_mm256_maskload_ps(p, m.m)}; }
 inline void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
 inline void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
-inline void store(float* p, V a, Mask m) { _mm256_maskstore_ps(p, m.m, a.v); }
+inline void stream(double* p, D a) { _mm256_stream_pd(p, a.v); }
+inline void stream(Pair* p, Vec<Pair> a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v);
+}
+inline void store(float* p, V a, Mask<float> m) { _mm256_maskstore_ps(p, m.m, a.v); }
 inline V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline V sub(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -117,15 +259,45 @@ inline V permute(V a, const int32_t* index) {
   return {
       _mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)))};
 }
+inline D set1(double x) { return {_mm256_set1_pd(x)}; }
+inline D load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline D load(const double* p, Mask<double> m) { return {_mm256_maskload_pd(p, m.m)}; }
+inline void store(double* p, D a) { _mm256_storeu_pd(p, a.v); }
+inline void store(double* p, D a, Mask<double> m) { _mm256_maskstore_pd(p, m.m, a.v); }
+inline D fma(D a, D b, D c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline D add(D a, D b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline D mul(D a, D b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline D max(D a, D b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline D min(D a, D b) { return {_mm256_min_pd(a.v, b.v)}; }
+inline D permute(D a, const int32_t* index) {
+  // Lane i is the pair of 32-bit lanes 2 * index[i], 2 * index[i] + 1.
+  const __m256i i = _mm256_slli_epi64(
+      _mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), 1);
+  const __m256i odd = _mm256_slli_epi64(_mm256_add_epi64(i, _mm256_set1_epi64x(1)), 32);
+  return {
+      _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(a.v), _mm256_or_si256(i, odd)))};
+}
 
 #else  // baseline x86-64: SSE2, no FMA unit
 
-inline constexpr int kWidth = 4;
+inline constexpr int kVectorBytes = 16;
 inline constexpr int kRegisters = 16;
-struct V {
+template <>
+struct Vec<float> {
   __m128 v;
 };
+template <>
+struct Vec<double> {
+  __m128d v;
+};
+template <>
+struct Vec<Pair> {
+  __m128i v;
+};
+using V = Vec<float>;
+using D = Vec<double>;
 JAXWIN_KEEP("x")
+template <typename T>
 struct Mask {
   int64_t n;
 };
@@ -149,18 +321,53 @@ inline __m128d fma_round_to_odd(__m128d a, __m128d b, __m128d c) {
   return _mm_castsi128_pd(odd);
 }
 
-inline Mask make_mask(int64_t n) { return {n}; }
-inline V zero() { return {_mm_setzero_ps()}; }
+template <typename T>
+inline Mask<T> make_mask(int64_t n) {
+  return {n};
+}
+template <>
+inline V zero<float>() {
+  return {_mm_setzero_ps()};
+}
+template <>
+inline D zero<double>() {
+  return {_mm_setzero_pd()};
+}
+template <>
+inline Vec<Pair> zero<Pair>() {
+  return {_mm_setzero_si128()};
+}
+inline Vec<Pair> set1(Pair x) { return {_mm_set1_epi32(x.bits)}; }
+inline Vec<Pair> load(const Pair* p) {
+  return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))};
+}
+inline Vec<Pair> load(const Pair* p, Mask<Pair> m) {
+  Pair lanes[4] = {};
+  for (int i = 0; i < 4 && i < m.n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+inline void store(Pair* p, Vec<Pair> a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), a.v); }
+inline void store(Pair* p, Vec<Pair> a, Mask<Pair> m) {
+  Pair lanes[4];
+  store(lanes, a);
+  for (int i = 0; i < 4 && i < m.n; ++i) p[i] = lanes[i];
+}
+inline Vec<Pair> add(Vec<Pair> a, Vec<Pair> b) { return {_mm_add_epi32(a.v, b.v)}; }
+inline Vec<Pair> fma(Vec<Pair> a, Vec<Pair> b, Vec<Pair> c) {
+  return {_mm_add_epi32(c.v, _mm_madd_epi16(a.v, b.v))};
+}
 inline V set1(float x) { return {_mm_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm_loadu_ps(p)}; }
-inline V load(const float* p, Mask m) {
+inline V load(const float* p, Mask<float> m) {
   float lanes[4] = {0.0F, 0.0F, 0.0F, 0.0F};
   for (int i = 0; i < 4 && i < m.n; ++i) lanes[i] = p[i];
   return load(lanes);
 }
 inline void store(float* p, V a) { _mm_storeu_ps(p, a.v); }
 inline void stream(float* p, V a) { _mm_stream_ps(p, a.v); }
-inline void store(float* p, V a, Mask m) {
+inline void stream(double* p, D a) { _mm_stream_pd(p, a.v); }
+inline void stream(Pair* p, Vec<Pair> a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), a.v); }
+inline void store(float* p, V a, Mask<float> m) {
   float lanes[4];
   store(lanes, a);
   for (int i = 0; i < 4 && i < m.n; ++i) p[i] = lanes[i];
@@ -194,9 +401,39 @@ inline V permute(V a, const int32_t* index) {
   return {_mm_setr_ps(lanes[index[0] & 3], lanes[index[1] & 3], lanes[index[2] & 3],
                       lanes[index[3] & 3])};
 }
+inline D set1(double x) { return {_mm_set1_pd(x)}; }
+inline D load(const double* p) { return {_mm_loadu_pd(p)}; }
+inline D load(const double* p, Mask<double> m) {
+  return {_mm_setr_pd(m.n > 0 ? p[0] : 0.0, m.n > 1 ? p[1] : 0.0)};
+}
+inline void store(double* p, D a) { _mm_storeu_pd(p, a.v); }
+inline void store(double* p, D a, Mask<double> m) {
+  if (m.n > 0) _mm_storel_pd(p, a.v);
+  if (m.n > 1) _mm_storeh_pd(p + 1, a.v);
+}
+// No wider type helps here: libm's, which uses the CPU's own where it has one.
+inline D fma(D a, D b, D c) {
+  double x[2], y[2], z[2];
+  store(x, a);
+  store(y, b);
+  store(z, c);
+  return {_mm_setr_pd(std::fma(x[0], y[0], z[0]), std::fma(x[1], y[1], z[1]))};
+}
+inline D add(D a, D b) { return {_mm_add_pd(a.v, b.v)}; }
+inline D mul(D a, D b) { return {_mm_mul_pd(a.v, b.v)}; }
+inline D max(D a, D b) { return {_mm_max_pd(a.v, b.v)}; }
+inline D min(D a, D b) { return {_mm_min_pd(a.v, b.v)}; }
+inline D permute(D a, const int32_t* index) {
+  double lanes[2];
+  store(lanes, a);
+  return {_mm_setr_pd(lanes[index[0] & 1], lanes[index[1] & 1])};
+}
 
 #endif
 #undef JAXWIN_KEEP
+
+template <typename T>
+inline constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 
 }  // namespace
 }  // namespace jaxwin::JAXWIN_TARGET

@@ -150,7 +150,7 @@ def test_the_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> No
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         assert json.loads(process.stdout.readline()) == {"ready": True}
-        fields = {"plans": [plan._asdict()], "threads": 1, "seed": 0}
+        fields = {"plans": [plan._asdict()], "threads": 1, "seed": 0, "budget_seconds": 9.0}
         for request in ({"problem": DENSE.key, "seed": 0}, fields | FAST):
             process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
@@ -229,3 +229,12 @@ def test_xla_beside_a_plan(calm: Laboratory, problem: Problem) -> None:
     found = calm.compare(problem, [default, Plan("xla", ISA, 1, (), 0)], **FAST)
     assert [finding.status for finding in found] == ["ok", "ok"], found[1].error
     assert all(len(finding.ns) == 2 for finding in found)
+
+
+def test_what_takes_long_gets_few_samples(calm: Laboratory) -> None:
+    plans = [_plan(SPACE.incumbent()), _plan(SPACE.ranked()[1])]
+    options = FAST | {"rounds": 9, "min_seconds": 0.02}
+    found = calm.compare(DENSE, plans, **options, budget_seconds=1e-9)
+    assert [len(finding.ns) for finding in found] == [1, 1]
+    paired = search.Paired.of(found[1], found[0])
+    assert paired.error >= 0.02, "they say nothing of their spread"
