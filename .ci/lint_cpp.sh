@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin
 build=build/lint
 
-mapfile -t files < <(find ffi -name '*.cc' -o -name '*.h' | sort)
+mapfile -t files < <(find ffi -name '*.cc' -o -name '*.h' -o -name '*.cuh' | sort)
 "$bin/clang-format" --version
 "$bin/clang-format" --dry-run -Werror "${files[@]}"
 

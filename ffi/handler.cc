@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "attributes.h"
 #include "plan.h"
 #include "problem.h"
 #include "threads.h"
@@ -27,27 +28,6 @@ namespace ffi = xla::ffi;
 
 ffi::Error invalid(const std::string& text) {
   return {ffi::ErrorCode::kInvalidArgument, "jaxwin: " + text};
-}
-
-bool get(const ffi::Dictionary& attributes, const char* name, std::vector<int64_t>* out) {
-  const auto value = attributes.get<ffi::Span<const int64_t>>(name);
-  if (!value.has_value()) return false;
-  out->assign(value->begin(), value->end());
-  return true;
-}
-
-bool get(const ffi::Dictionary& attributes, const char* name, int64_t* out) {
-  const auto value = attributes.get<int64_t>(name);
-  if (!value.has_value()) return false;
-  *out = *value;
-  return true;
-}
-
-bool get(const ffi::Dictionary& attributes, const char* name, std::string* out) {
-  const auto value = attributes.get<std::string_view>(name);
-  if (!value.has_value()) return false;
-  *out = std::string(*value);
-  return true;
 }
 
 std::vector<int64_t> shape(const ffi::AnyBuffer& buffer) {
@@ -95,47 +75,18 @@ ffi::TypeId CallSite::id = {};
 
 ffi::ErrorOr<std::unique_ptr<CallSite>> instantiate(ffi::Dictionary attributes) {
   auto site = std::make_unique<CallSite>();
-  std::vector<int64_t> padding;
-  int64_t has_bias = 0;
-  int64_t has_residual = 0;
-  int64_t activation = 0;
-#define JAXWIN_ATTRIBUTE(name, target)                                                   \
-  if (!get(attributes, name, &(target))) {                                               \
-    return ffi::Unexpected(invalid("attribute " name " is missing or of a wrong type")); \
-  }
-  JAXWIN_ATTRIBUTE("lhs_spec", site->params.lhs_spec);
-  JAXWIN_ATTRIBUTE("rhs_spec", site->params.rhs_spec);
-  JAXWIN_ATTRIBUTE("out_spec", site->params.out_spec);
-  JAXWIN_ATTRIBUTE("window_strides", site->params.window_strides);
-  JAXWIN_ATTRIBUTE("padding", padding);
-  JAXWIN_ATTRIBUTE("lhs_dilation", site->params.lhs_dilation);
-  JAXWIN_ATTRIBUTE("rhs_dilation", site->params.rhs_dilation);
-  JAXWIN_ATTRIBUTE("rhs_reversal", site->params.rhs_reversal);
-  JAXWIN_ATTRIBUTE("feature_group_count", site->params.feature_group_count);
-  JAXWIN_ATTRIBUTE("batch_group_count", site->params.batch_group_count);
-  JAXWIN_ATTRIBUTE("algorithm", site->request.algorithm);
-  JAXWIN_ATTRIBUTE("isa", site->request.isa);
-  JAXWIN_ATTRIBUTE("threads", site->request.threads);
-  JAXWIN_ATTRIBUTE("params", site->request.params);
-  JAXWIN_ATTRIBUTE("has_bias", has_bias);
-  JAXWIN_ATTRIBUTE("has_residual", has_residual);
-  JAXWIN_ATTRIBUTE("activation", activation);
-  JAXWIN_ATTRIBUTE("rhs_panel", site->params.rhs_panel);
-  if (site->params.rhs_panel != 0) JAXWIN_ATTRIBUTE("rhs_shape", site->rhs_shape);
-#undef JAXWIN_ATTRIBUTE
-  if (padding.size() % 2 != 0) {
-    return ffi::Unexpected(invalid("padding: pairs of low and high are needed"));
-  }
-  for (size_t d = 0; d < padding.size(); d += 2) {
-    site->params.padding_low.push_back(padding[d]);
-    site->params.padding_high.push_back(padding[d + 1]);
-  }
-  if (activation < 0 || activation >= kActivationCount) {
-    return ffi::Unexpected(invalid("activation: unknown"));
-  }
-  site->has_bias = has_bias != 0;
-  site->has_residual = has_residual != 0;
-  site->activation = static_cast<Activation>(activation);
+  CallAttributes call;
+  const std::string wrong = decode_attributes(attributes, &call);
+  if (!wrong.empty()) return ffi::Unexpected(invalid(wrong));
+  site->params = call.conv;
+  site->request.algorithm = call.algorithm;
+  site->request.isa = call.isa;
+  site->request.threads = call.threads;
+  site->request.params = call.params;
+  site->has_bias = call.has_bias;
+  site->has_residual = call.has_residual;
+  site->activation = call.activation;
+  site->rhs_shape = call.rhs_shape;
   return site;
 }
 

@@ -2,6 +2,8 @@
 //
 // What Python may ask the native core: the registry, plans, the FFI handler.
 
+#include "module.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -17,6 +19,7 @@
 #include <vector>
 
 #include "algorithms/registry.h"
+#include "cuda/bindings.h"
 #include "handler.h"
 #include "isa.h"
 #include "plan.h"
@@ -39,7 +42,8 @@ Dtype dtype(const std::string& name) {
   return kDtypes;  // a problem may still be described
 }
 
-// The same fields as the attributes of the custom call, and the shapes.
+}  // namespace
+
 ConvParams conv_params(const nb::dict& d) {
   ConvParams p;
   p.lhs_shape = field<std::vector<int64_t>>(d, "lhs_shape");
@@ -64,6 +68,8 @@ ConvParams conv_params(const nb::dict& d) {
   p.rhs_panel = field<int64_t>(d, "rhs_panel");
   return p;
 }
+
+namespace {
 
 nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
   nb::dict d;
@@ -295,6 +301,7 @@ nb::dict registry() {
   result["activations"] = activations;
   result["dtypes"] = dtype_rows;
   result["caches"] = cache_sizes;
+  result["cuda"] = cuda::registry();
   return result;
 }
 
@@ -318,6 +325,7 @@ NB_MODULE(_ffi, m) {
     return targets;
   });
   m.def("registry", &jaxwin::registry);
+  jaxwin::cuda::bind(m);
   m.def("make_plan", &jaxwin::make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
         nb::arg("isa") = "", nb::arg("threads") = 1, nb::arg("max_workspace") = -1,
         nb::arg("params") = std::vector<int64_t>{});

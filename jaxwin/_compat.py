@@ -8,7 +8,7 @@ repaired in this file alone. Written for jax 0.10.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ from jax._src import util as _util
 from jax._src.interpreters import ad as _ad
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import mlir as _mlir
+from jax._src.lax import lax as _lax
+from jax.extend import backend as _backend
 from jaxlib import xla_client as _xla_client
 
 Jaxpr: Any = _core.Jaxpr
@@ -36,6 +38,9 @@ apply_primitive: Any = _dispatch.apply_primitive
 ConvDimensionNumbers = lax.ConvDimensionNumbers
 lax_conv_p: Any = lax.conv_general_dilated_p
 shaped_array: Any = _core.ShapedArray
+
+# What lax makes of a convolution's `precision`, such as None under `jax.default_matmul_precision`.
+canonicalize_precision: Any = _lax.canonicalize_precision
 
 # The value of this context is part of every key of JAX's caches: code traced while convolutions
 # are being replaced never meets code traced while they are not.
@@ -81,14 +86,16 @@ def derive_rules(source: Any, target: Any, derive: Callable[[Any], Any]) -> None
 # --- lowering --------------------------------------------------------------------------------
 
 
-def register_lowering(primitive: Any, cpu: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Makes `cpu` and `other` the lowering rules of `primitive`, called where it stands.
+def register_lowering(
+    primitive: Any, rules: Mapping[str, Callable[..., Any]], other: Callable[..., Any]
+) -> None:
+    """Makes `rules` (by platform) and `other` the lowering of `primitive`, called where it stands.
 
     By default JAX lowers equal operations once, in a function of its own, where a rule cannot see
     what its operands come from. Where it does not, in programs for several platforms it can call
     one rule only (jax 0.10): so there is one, which chooses.
     """
-    rule = _rule_by_platform(primitive, {"cpu": cpu}, other)
+    rule = _rule_by_platform(primitive, dict(rules), other)
     _mlir.register_lowering(primitive, rule, cacheable=False)
 
 
@@ -113,29 +120,31 @@ _LAX_RULES: dict[str, Any] = {
 _LAX_DEFAULT_RULE: Any = _mlir._lowerings[lax_conv_p]
 
 
-def lower_through_lax(ctx: Any, lhs: Any, rhs: Any, **conv_params: Any) -> Sequence[Any]:
-    """Lowers one convolution for CPU by lax's original rule.
+def lower_through_lax(
+    ctx: Any, lhs: Any, rhs: Any, platform: str = "cpu", **conv_params: Any
+) -> Sequence[Any]:
+    """Lowers one convolution for a platform by lax's original rule.
 
     It stays that rule while `jaxwin.install()` is in force, so a fallback cannot recurse.
     `ctx.avals_in` and `ctx.avals_out` must be those of the convolution.
     """
-    entry = _LAX_RULES.get("cpu", _LAX_DEFAULT_RULE)
+    entry = _LAX_RULES.get(platform, _LAX_DEFAULT_RULE)
     result: Sequence[Any] = entry.rule(ctx, lhs, rhs, **conv_params)
     return result
 
 
-def replace_lax_cpu_lowering(rule: Callable[..., Any]) -> None:
-    """Makes `rule` the CPU lowering of lax's convolution primitive."""
+def replace_lax_lowering(replacements: dict[str, Callable[..., Any]]) -> None:
+    """Makes `replacements` the lowerings of lax's convolution primitive on their platforms."""
     for platform in _LAX_RULES:
         del _mlir._platform_specific_lowerings[platform][lax_conv_p]
-    rules = {platform: entry.rule for platform, entry in _LAX_RULES.items()} | {"cpu": rule}
+    rules = {platform: entry.rule for platform, entry in _LAX_RULES.items()} | replacements
     by_platform = _rule_by_platform(lax_conv_p, rules, _LAX_DEFAULT_RULE.rule)
     _mlir.register_lowering(lax_conv_p, by_platform, cacheable=False)
     require_devices(lax_conv_p)
 
 
-def restore_lax_cpu_lowering() -> None:
-    """Undoes `replace_lax_cpu_lowering`."""
+def restore_lax_lowering() -> None:
+    """Undoes `replace_lax_lowering`."""
     for platform, entry in _LAX_RULES.items():
         _mlir._platform_specific_lowerings[platform][lax_conv_p] = entry
     _mlir._lowerings[lax_conv_p] = _LAX_DEFAULT_RULE
@@ -197,6 +206,11 @@ def constrain_result(ctx: Any, value: Any) -> Any:
     """Attaches to `value` the sharding that the result's type carries (explicit sharding)."""
     lower: Any = _mlir.lower_with_sharding_in_types
     return lower(ctx, value, ctx.avals_out[0])
+
+
+def platform_version() -> str:
+    """What the default backend says of itself, such as "cpu" or "cuda 13000"; starts it."""
+    return str(_backend.get_backend().platform_version)
 
 
 def inner_jaxprs(params: dict[str, Any]) -> list[Any]:

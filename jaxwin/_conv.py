@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin import _explain, _pack, _registry
+from jaxwin import _compat, _cuda, _explain, _pack, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 from jaxwin._pack import PackedWeights
 
@@ -27,8 +27,9 @@ _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 
 def algorithms() -> tuple[str, ...]:
-    """What `conv` takes as `algorithm`."""
-    return "auto", *_registry.algorithm_names(), "xla", "any"
+    """What `conv` takes as `algorithm`, on one platform or another."""
+    names = dict.fromkeys((*_registry.algorithm_names(), *_cuda.registry()))
+    return "auto", *names, "xla", "any"
 
 
 def conv(
@@ -164,7 +165,7 @@ def conv(
         "dimension_numbers": lax.ConvDimensionNumbers(data, kernel, data),
         "feature_group_count": groups,
         "batch_group_count": 1,
-        "precision": None,
+        "precision": _compat.canonicalize_precision(None),
         "preferred_element_type": None,
         "out_sharding": None,
     }

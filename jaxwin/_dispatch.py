@@ -12,7 +12,7 @@ import functools
 import sys
 from typing import Any
 
-from jaxwin import _ffi, _record, _registry, _settings, _tuning
+from jaxwin import _cuda, _ffi, _record, _registry, _settings, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row, Table
@@ -24,13 +24,16 @@ def decide(
     algorithm: str = "auto",
     max_workspace: int | None = None,
     enforce: bool = True,
+    platform: str = "cpu",
+    exact: bool = False,
 ) -> Decision:
     """The plan for a problem under the environment as it is now.
 
     algorithm: "auto", "any" (XLA may take part in it, as with JAXWIN_FAMILY=any), "xla", or the
         name of an algorithm, which must be able to compute the problem. max_workspace: bytes, or
         None for any. enforce: whether a program is being compiled, so that JAXWIN_MODE=require
-        raises here and the problem is recorded.
+        raises here and the problem is recorded. platform: "cpu" or "cuda". exact: whether precision
+        forbids tensor cores; of meaning on CUDA only.
 
     Raises:
         ValueError: the algorithm is unknown, or it was asked for by name and cannot compute the
@@ -42,6 +45,13 @@ def decide(
     settings = _settings.settings()
     if settings.disable:
         return Decision(_registry.XLA, None, "JAXWIN_DISABLE is set")
+    if platform == "cuda":
+        decision = _cuda.decide(
+            problem, algorithm=algorithm, max_workspace=max_workspace, exact=exact
+        )
+        if enforce and (settings.record or _record.recordings):
+            _record.note(problem, settings.record)
+        return _said(problem, decision)
     mode = settings.mode if settings.mode in _settings.MODES else _settings.mode()
     if algorithm == "auto" and settings.family != "canonical":
         algorithm = "any" if _settings.family() == "any" else "auto"
@@ -57,7 +67,11 @@ def decide(
             _record.miss(problem, threads)
         if untried and mode == "require":
             raise RuntimeError(untuned(problem, isa, threads))
-    if settings.verbose:
+    return _said(problem, decision)
+
+
+def _said(problem: Problem, decision: Decision) -> Decision:
+    if _settings.settings().verbose:
         plan = decision.plan
         chosen = f"{plan.algorithm} {plan.params} {plan.isa}" if plan else f"xla: {decision.reason}"
         tier = f"{decision.tier}: {decision.row}" if decision.row else decision.tier

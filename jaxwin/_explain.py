@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxwin import _compat, _dispatch, _ffi, _install, _settings, _tuning
+from jaxwin import _compat, _cuda, _dispatch, _ffi, _install, _settings, _tuning
 from jaxwin._fused import fused_conv_p
 from jaxwin._plan import Decision, Plan
 from jaxwin._primitive import conv_p
 from jaxwin._problem import Problem, from_parameters
-from jaxwin._registry import registry
+from jaxwin._registry import parameter_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def explain(fn_or_problem: Callable[..., Any] | Problem, *args: Any, **kwargs: A
     and asks dispatch about every convolution in it, inside jit, scan, cond, and derivative rules
     too, under the environment as it is now. Convolutions of lax itself are listed as XLA's, unless
     `install()` is in force. On several devices each sees its part of a problem, which this does
-    not know.
+    not know. The answer is for the platform that JAX runs on by default.
 
     Raises:
         whatever tracing `fn` raises.
@@ -180,10 +180,17 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
             options = tuple(
                 (name, params[name]) for name in ("algorithm", "max_workspace") if name in params
             )
+            if _platform() == "cuda":  # only there the precision decides something
+                options += (("exact", _cuda.is_exact(params["precision"])),)
             key = (problem, native, options)
             found[key] = found.get(key, 0) + 1
         for inner in _compat.inner_jaxprs(equation.params):
             _walk(inner, found)
+
+
+def _platform() -> str:
+    """ "cuda" where JAX runs on NVIDIA's GPUs by default, else "cpu"."""
+    return "cuda" if "cuda" in _compat.platform_version().lower() else "cpu"
 
 
 def _spatial(dimensions: tuple[int, ...], params: dict[str, Any]) -> tuple[int, ...]:
@@ -193,12 +200,27 @@ def _spatial(dimensions: tuple[int, ...], params: dict[str, Any]) -> tuple[int, 
 
 
 def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRow:
-    decision = _dispatch.decide(problem, **options, enforce=False)
+    platform = _platform()
+    decision = _dispatch.decide(problem, **options, enforce=False, platform=platform)
     if decision.plan is None:
         row = _xla_row(problem, count, decision.reason, {})
         measured = "" if decision.row is None else str(decision.row)
         return dataclasses.replace(row, tier=decision.tier, measured=measured)
     plan = decision.plan
+    if platform == "cuda":
+        return ExplanationRow(
+            problem,
+            count,
+            decision.tier,
+            plan.algorithm,
+            _named_parameters(plan),
+            plan.isa,
+            plan.threads,
+            plan.workspace_bytes,
+            "",
+            _cuda.rejections(problem, decision),
+            _measured(problem, decision),
+        )
     rejected = {}
     for name, candidate in _ffi.candidates(
         problem.native(), isa=plan.isa, threads=plan.threads
@@ -260,8 +282,7 @@ def _xla_row(problem: Problem, count: int, reason: str, rejected: dict[str, str]
 
 
 def _named_parameters(plan: Plan) -> dict[str, int]:
-    for algorithm in registry()["algorithms"]:
-        if algorithm["name"] == plan.algorithm:
-            names = [spec["name"] for spec in algorithm["params"]]
-            return dict(zip(names, plan.params, strict=True))
-    raise KeyError(plan.algorithm)
+    names = parameter_names(plan.algorithm, plan.isa)
+    if names is None:
+        raise KeyError(plan.algorithm)
+    return dict(zip(names, plan.params, strict=True))

@@ -29,11 +29,61 @@ def run(
     isa: str,
     threads: int,
     params: Sequence[int],
-    x: NDArray[np.float32],
-    w: NDArray[np.float32],
-    y: NDArray[np.float32],
-    workspace: NDArray[np.float32],
-    bias: NDArray[np.float32] | None = None,
-    residual: NDArray[np.float32] | None = None,
+    x: NDArray[Any],
+    w: NDArray[Any],
+    y: NDArray[Any],
+    workspace: NDArray[Any],
+    bias: NDArray[Any] | None = None,
+    residual: NDArray[Any] | None = None,
     activation: int = 0,
 ) -> str: ...
+def cuda_handler() -> Any: ...
+def cuda_configure(nvrtc: Sequence[str], cache: str) -> None: ...
+def cuda_device(ordinal: int = 0) -> dict[str, Any]: ...
+def cuda_source(source: str) -> str: ...
+def cuda_make_plan(
+    problem: Mapping[str, Any],
+    algorithm: str = "auto",
+    dtype: str = "float32",
+    wide_result: bool = False,
+    max_workspace: int = -1,
+    params: Sequence[int] = (),
+) -> dict[str, Any]: ...
+def cuda_candidates(
+    problem: Mapping[str, Any], dtype: str = "float32", wide_result: bool = False
+) -> dict[str, dict[str, Any]]: ...
+def cuda_launches(
+    problem: Mapping[str, Any],
+    algorithm: str,
+    dtype: str,
+    wide_result: bool,
+    params: Sequence[int],
+    buffers: Mapping[str, int],
+) -> list[dict[str, Any]]: ...
+
+class CudaRuntime:
+    def __init__(
+        self, cuda: Sequence[str], nvrtc: Sequence[str], cache: str = "", cache_bytes: int = ...
+    ) -> None: ...
+    def run(
+        self,
+        problem: Mapping[str, Any],
+        algorithm: str,
+        dtype: str = "float32",
+        wide_result: bool = False,
+        params: Sequence[int] = (),
+        buffers: Mapping[str, int] = ...,
+        stream: int = 0,
+    ) -> tuple[str, str]: ...
+    def images(
+        self,
+        problem: Mapping[str, Any],
+        algorithm: str,
+        dtype: str = "float32",
+        wide_result: bool = False,
+        params: Sequence[int] = (),
+        architecture: str = "sm_80",
+        buffers: Mapping[str, int] = ...,
+    ) -> list[dict[str, Any]]: ...
+    def device(self, ordinal: int = 0) -> dict[str, Any]: ...
+    def counters(self) -> dict[str, int]: ...

@@ -376,14 +376,14 @@ def _vary_alike(*args: Array) -> list[Array]:
 _lower_decomposed: Any = mlir.lower_fun(decompose, multiple_results=False)
 
 
-def _lower_on_cpu(ctx: Any, x: Any, w: Any, *epilogue: Any, **params: Any) -> Sequence[Any]:
+def _lower(platform: str, ctx: Any, x: Any, w: Any, *epilogue: Any, **params: Any) -> Sequence[Any]:
     """One native call where this device sees whole, static shapes; else the decomposition.
 
     The decomposition's convolution knows how a program is divided over devices.
     """
     if _compat.placement(ctx) == "local" and _compat.is_static(ctx, params):
         try:
-            return _lowering.lower_conv(ctx, x, w, *epilogue, **params)
+            return _lowering.lower_conv(ctx, x, w, *epilogue, platform=platform, **params)
         except _lowering.NoEpilogueError:
             pass  # XLA computes that
         except NotImplementedError:
@@ -401,4 +401,5 @@ fused_conv_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[fused_conv_p] = _jvp
 batching.primitive_batchers[fused_conv_p] = _batch
 _compat.require_devices(fused_conv_p)
-_compat.register_lowering(fused_conv_p, _lower_on_cpu, _lower_decomposed)
+_LOWERINGS = {platform: functools.partial(_lower, platform) for platform in ("cpu", "cuda")}
+_compat.register_lowering(fused_conv_p, _LOWERINGS, _lower_decomposed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replacing the CPU lowering of lax's own convolution primitive, for the whole process."""
+"""Replacing the lowering of lax's own convolution primitive, for the whole process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import jax
 
 from jaxwin import _compat
-from jaxwin._primitive import lower_on_cpu
+from jaxwin._primitive import LOWERINGS
 
 _lock = threading.RLock()
 _explicit = False  # install() was called, uninstall() not since
@@ -19,7 +19,7 @@ _active = False
 
 
 def install() -> None:
-    """From now on every convolution of the process is lowered to jaxwin's kernels on CPU.
+    """From now on every convolution of the process is lowered to jaxwin's kernels on CPU and CUDA.
 
     Covers any library that ends in `jax.lax.conv_general_dilated_p`, with every transformation,
     without a change to its code. Programs compiled before keep running as compiled where someone
@@ -78,9 +78,9 @@ def _switch() -> None:
     if wanted == _active:
         return
     if wanted:
-        _compat.replace_lax_cpu_lowering(lower_on_cpu)
+        _compat.replace_lax_lowering(LOWERINGS)
     else:
-        _compat.restore_lax_cpu_lowering()
+        _compat.restore_lax_lowering()
     _active = wanted
     _compat.forget_device_requirements()
     jax.clear_caches()  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU lowering of a convolution: problem -> plan -> custom call, or lax where no kernel exists."""
+"""Lowering of a convolution: problem -> plan -> custom call, or lax where no kernel exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from jaxwin import _compat, _dispatch, _ffi, _registry
+from jaxwin import _compat, _cuda, _dispatch, _ffi, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem, from_parameters
 
@@ -22,6 +22,7 @@ FFI_TARGETS = tuple(_REGISTRATIONS)
 for _name, _parts in _REGISTRATIONS.items():
     _compat.register_ffi_target(_name, _parts["handlers"], _parts["state_type"])
 TARGET = FFI_TARGETS[0]
+_cuda.register(TARGET)
 
 
 class NoEpilogueError(NotImplementedError):
@@ -39,14 +40,17 @@ def lower_conv(
     algorithm: str = "auto",
     max_workspace: int | None = None,
     packed: Any = None,
+    platform: str = "cpu",
     **conv_params: Any,
 ) -> Sequence[Any]:
-    """Lowers one convolution, with its epilogue if it has one, for the CPU.
+    """Lowers one convolution, with its epilogue if it has one, for a platform: "cpu" or "cuda".
 
     ctx: of the primitive; all sizes static. epilogue: the bias (one value per output feature)
     and the residual (the shape of the result), as far as there are any. conv_params: those of
     lax's primitive. packed: the `Packing` of rhs, or None.
     """
+    if packed is not None and platform == "cuda":
+        raise NotImplementedError("packed filters are for the CPU")
     out = ctx.avals_out[0]
     unreversed, reversed_dimensions = _without_reversal(
         rhs, conv_params["dimension_numbers"].rhs_spec[2:]
@@ -62,14 +66,20 @@ def lower_conv(
         reversed_dimensions=reversed_dimensions,
         packed=packed,
     )
-    decision = _dispatch.decide(problem, algorithm=algorithm, max_workspace=max_workspace)
+    decision = _dispatch.decide(
+        problem,
+        algorithm=algorithm,
+        max_workspace=max_workspace,
+        platform=platform,
+        exact=_cuda.is_exact(conv_params["precision"]),
+    )
     if decision.plan is not None:
         return _custom_call(ctx, problem, decision.plan, lhs, unreversed, *epilogue)
     if _dispatch.without_epilogue(problem) != problem:
         raise NoEpilogueError(decision.reason)
     if epilogue or activation is not None or packed is not None:
         raise NotImplementedError(decision.reason)
-    return _compat.lower_through_lax(ctx, lhs, rhs, **conv_params)
+    return _compat.lower_through_lax(ctx, lhs, rhs, platform=platform, **conv_params)
 
 
 def _without_reversal(rhs: Any, spatial: Sequence[int]) -> tuple[Any, tuple[int, ...]]:
@@ -133,7 +143,10 @@ def _custom_call(
     if plan.workspace_bytes > 0:
         results.append(jax.core.ShapedArray((plan.workspace_bytes,), np.dtype(np.uint8)))
     call = attributes(problem, plan)
-    if not problem.widened:
+    on_cuda = plan.isa == _cuda.ISA
+    if not problem.widened or (
+        on_cuda and _cuda.operand_dtype(problem, plan.algorithm) == problem.lhs_dtype
+    ):
         return _call(ctx, list(ctx.avals_in), results, operands, call)
     narrow: Sequence[Any] = ctx.avals_in
     wide: list[Any] = [jax.core.ShapedArray(a.shape, np.dtype(np.float32)) for a in narrow]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 
-from jaxwin import _registry
+from jaxwin import _ffi, _registry
 
 # Vector and matrix extensions of x86-64 and ARM. The other flags change with every microcode.
 _FLAG_PREFIXES = ("avx", "amx", "fma", "f16c", "bmi2", "asimd", "sve", "bf16", "i8mm")
@@ -53,8 +53,15 @@ class Machine:
 
         "same": one CPU model with the same caches; its stepping and how many of its cores are
         usable do not matter (the number of threads is a matter of each measurement). "related":
-        one CPU model, other caches, as between virtual machines.
+        one CPU model, other caches, as between virtual machines. What was measured on a GPU is a
+        matter of the GPU alone.
         """
+        if other.gpu_name is not None:
+            gpu = (self.gpu_name, self.gpu_sm_count, self.gpu_compute_capability)
+            if gpu[0] is None:
+                gpu = _gpu()
+            theirs = (other.gpu_name, other.gpu_sm_count, other.gpu_compute_capability)
+            return "same" if gpu == theirs else "other"
         if not self.vendor:  # an unknown CPU is like no other
             return "other"
 
@@ -67,6 +74,28 @@ class Machine:
         if model(self) != model(other):
             return "other"
         return "same" if caches(self) == caches(other) else "related"
+
+
+def this_gpu() -> Machine | None:
+    """The machine with the columns of its first GPU; None where there is none that CUDA can use."""
+    name, processors, capability = _gpu()
+    if name is None:
+        return None
+    return dataclasses.replace(
+        this_machine(),
+        gpu_name=name,
+        gpu_sm_count=processors,
+        gpu_compute_capability=capability,
+    )
+
+
+@functools.cache
+def _gpu() -> tuple[str | None, int | None, str | None]:
+    # Opens the CUDA driver: asked only where measurements of a GPU are at hand.
+    device = _ffi.cuda_device(0)
+    if "error" in device:
+        return None, None, None
+    return device["name"], device["processors"], device["capability"]
 
 
 def this_machine() -> Machine:

@@ -211,6 +211,21 @@ def lower_on_cpu(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Sequence[Any]:
     return [_compat.constrain_result(ctx, result)]
 
 
+def lower_on_cuda(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Sequence[Any]:
+    """CUDA, as `lower_on_cpu`; lax computes what is divided over several devices."""
+    nested = getattr(_lowering_now, "value", False)
+    if nested or _compat.placement(ctx) != "local" or not _compat.is_static(ctx, params):
+        return _compat.lower_through_lax(ctx, lhs, rhs, platform="cuda", **params)
+    _lowering_now.value = True
+    try:
+        return _lowering.lower_conv(ctx, lhs, rhs, platform="cuda", **params)
+    finally:
+        _lowering_now.value = False
+
+
+LOWERINGS = {"cpu": lower_on_cpu, "cuda": lower_on_cuda}
+
+
 # --- partitioning ----------------------------------------------------------------------------
 
 
@@ -385,7 +400,7 @@ def _register() -> None:
     conv_p.def_effectful_abstract_eval(_compat.lax_conv_p.abstract_eval)
     _compat.derive_rules(_compat.lax_conv_p, conv_p, _derive)
     _compat.require_devices(conv_p)
-    _compat.register_lowering(conv_p, lower_on_cpu, _lower_to_lax_primitive)
+    _compat.register_lowering(conv_p, LOWERINGS, _lower_to_lax_primitive)
 
 
 _register()

@@ -28,12 +28,21 @@ def algorithm_names() -> tuple[str, ...]:
     return tuple(row["name"] for row in registry()["algorithms"])
 
 
+def _rows(isa: str) -> list[dict[str, Any]]:
+    """The algorithms of the CPU, or for "cuda" those of CUDA."""
+    rows: list[dict[str, Any]] = (registry()["cuda"] if isa == "cuda" else registry())["algorithms"]
+    return rows
+
+
 @functools.cache
-def parameter_names(algorithm: str) -> tuple[str, ...] | None:
-    """Names of an algorithm's parameters in their order; None where there is no such algorithm."""
+def parameter_names(algorithm: str, isa: str = "") -> tuple[str, ...] | None:
+    """Names of an algorithm's parameters in their order; None where there is no such algorithm.
+
+    isa: "cuda" for the algorithms of CUDA.
+    """
     if algorithm == XLA:
         return ()
-    for row in registry()["algorithms"]:
+    for row in _rows(isa):
         if row["name"] == algorithm:
             return tuple(spec["name"] for spec in row["params"])
     return None
@@ -86,22 +95,22 @@ def threads() -> int:
 
 
 @functools.cache
-def abi(algorithm: str) -> str:
+def abi(algorithm: str, isa: str = "") -> str:
     """The state of an algorithm's kernels: measurements hold as long as it stays the same.
 
-    Of "xla" it is the version of jaxlib.
+    Of "xla" it is the version of jaxlib. isa: "cuda" for the algorithms of CUDA.
 
     Raises:
         KeyError: there is no such algorithm.
     """
     if algorithm == XLA:
         return f"jaxlib {jaxlib.version.__version__}"
-    for row in registry()["algorithms"]:
+    for row in _rows(isa):
         if row["name"] == algorithm:
             return str(row["abi"])
     raise KeyError(algorithm)
 
 
 def kernels() -> list[str]:
-    """Every algorithm with the state of its kernels, as "algorithm abi"."""
-    return [f"{name} {abi(name)}" for name in algorithm_names()]
+    """Every algorithm with the state of its kernels, as "algorithm abi"; those of CUDA too."""
+    return [f"{row['name']} {row['abi']}" for isa in ("", "cuda") for row in _rows(isa)]

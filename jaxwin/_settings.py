@@ -18,6 +18,8 @@ VARIABLES = {
     "JAXWIN_RECORD": "a file to which every problem that is compiled is added",
     "JAXWIN_MISSES": "whether problems without a tuned row are remembered",
     "JAXWIN_TUNING_DB": "tuning databases to read before all others",
+    "JAXWIN_GPU": "for which convolutions our kernels are taken on NVIDIA GPUs",
+    "JAXWIN_KERNEL_CACHE": "where compiled GPU kernels are kept",
     "NPROC": "how many threads XLA's pool has",
 }
 MODES = ("off", "cached", "require")
@@ -37,13 +39,15 @@ class Settings:
     record: str
     misses: bool
     tuning_db: str
+    gpu: str
+    kernel_cache: str
     threads: int | None
 
 
 @functools.lru_cache(maxsize=64)
 def _parse(*values: bytes | None) -> Settings:
     texts = [os.fsdecode(value or b"") for value in values]
-    disable, mode, family, max_isa, verbose, record, misses, tuning_db, threads = texts
+    disable, mode, family, max_isa, verbose, record, misses, tuning_db, gpu, cache, threads = texts
     return Settings(
         disable=disable.lower() not in _FALSE,
         mode=mode or "cached",
@@ -53,6 +57,8 @@ def _parse(*values: bytes | None) -> Settings:
         record=record,
         misses=(misses or "1").lower() not in _FALSE,
         tuning_db=tuning_db,
+        gpu=gpu or "auto",
+        kernel_cache=cache,
         threads=int(threads) if threads.isdecimal() and int(threads) > 0 else None,
     )
 

@@ -263,13 +263,13 @@ class File:
     bad: int = 0
 
 
-def parse_parameters(algorithm: str, text: Any) -> tuple[int, ...]:
+def parse_parameters(algorithm: str, text: Any, isa: str = "") -> tuple[int, ...]:
     """An algorithm's parameters from JSON (values by name), in the order of the registry.
 
     Raises:
         ValueError: they are not the parameters of an algorithm that this build has.
     """
-    names = _registry.parameter_names(algorithm)
+    names = _registry.parameter_names(algorithm, isa)
     if names is None:
         raise ValueError(f"there is no algorithm {str(algorithm)[:40]!r}")
     try:
@@ -333,7 +333,7 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
                         row = Row(
                             problem=parsed[key],
                             algorithm=algorithm,
-                            params=parse_parameters(algorithm, parameters),
+                            params=parse_parameters(algorithm, parameters, str(isa)),
                             isa=str(isa),
                             threads=max(1, int(threads)),
                             nanoseconds=float(ns),

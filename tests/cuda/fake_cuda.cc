@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A libcuda and a libnvrtc for tests (one of them, by -DFAKE_CUDA or -DFAKE_NVRTC): they check how
+// they are called, and fail where they are told to.
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+static std::mutex mutex;
+static std::string calls;    // one name a line
+static std::string fail_at;  // this function fails
+static int fail_code;
+static int capability = 90;
+
+static int called(const char* name) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  calls += name;
+  calls += '\n';
+  return fail_at == name ? fail_code : 0;
+}
+
+EXPORT void fake_reset(const char* function, int code, int device_capability) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  calls.clear();
+  fail_at = function;
+  fail_code = code;
+  capability = device_capability;
+}
+EXPORT const char* fake_calls() { return calls.c_str(); }
+
+#if defined(FAKE_CUDA)
+static int context;  // its address is the context
+static thread_local int depth;
+static thread_local int capture_mode;
+static std::atomic<int> launches;
+static std::string image;
+static std::atomic<unsigned> last_blocks, last_threads, last_shared;
+
+EXPORT int fake_depth() { return depth; }
+EXPORT int fake_capture_mode() { return capture_mode; }
+EXPORT const char* fake_image() { return image.c_str(); }
+EXPORT int fake_launches() { return launches; }
+EXPORT unsigned fake_last(int what) {
+  return what == 0 ? last_blocks : what == 1 ? last_threads : last_shared;
+}
+
+EXPORT int cuInit(unsigned) { return called("cuInit"); }
+EXPORT int cuGetErrorName(int error, const char** text) {
+  *text = error == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : error == 999 ? "CUDA_ERROR_UNKNOWN" : nullptr;
+  return 0;
+}
+EXPORT int cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+EXPORT int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return ordinal == 0 ? called("cuDeviceGet") : 101;
+}
+EXPORT int cuDeviceGetName(char* name, int size, int) {
+  std::snprintf(name, static_cast<size_t>(size), "Fake GPU");
+  return called("cuDeviceGetName");
+}
+EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == 16   ? 7
+           : attribute == 75 ? capability / 10
+           : attribute == 76 ? capability % 10
+                             : 0;
+  return called("cuDeviceGetAttribute");
+}
+EXPORT int cuStreamGetCtx(void*, void** c) {
+  *c = &context;
+  return called("cuStreamGetCtx");
+}
+EXPORT int cuCtxGetCurrent(void** c) {
+  *c = nullptr;
+  return called("cuCtxGetCurrent");
+}
+EXPORT int cuCtxPushCurrent_v2(void*) {
+  const int code = called("cuCtxPushCurrent");
+  if (code == 0) ++depth;
+  return code;
+}
+EXPORT int cuCtxPopCurrent_v2(void** c) {
+  *c = &context;
+  --depth;
+  return called("cuCtxPopCurrent");
+}
+EXPORT int cuCtxGetDevice(int* device) {
+  *device = 0;
+  return depth > 0 ? called("cuCtxGetDevice") : 201;
+}
+EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int old = capture_mode;
+  capture_mode = *mode;
+  *mode = old;
+  return called("cuThreadExchangeStreamCaptureMode");
+}
+EXPORT int cuModuleLoadData(void** module, const void* data) {
+  if (capture_mode != 2) return 900;  // as while a graph is recorded
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    image = static_cast<const char*>(data);
+  }
+  *module = &image;
+  return called("cuModuleLoadData");
+}
+EXPORT int cuModuleUnload(void*) { return called("cuModuleUnload"); }
+EXPORT int cuModuleGetFunction(void** function, void*, const char* name) {
+  if (std::strncmp(name, "jaxwin_", 7) != 0) return 500;
+  *function = &launches;
+  return called("cuModuleGetFunction");
+}
+EXPORT int cuFuncSetAttribute(void*, int, int) { return called("cuFuncSetAttribute"); }
+EXPORT int cuFuncGetAttribute(int* value, int, void*) {
+  *value = 1;
+  return called("cuFuncGetAttribute");
+}
+EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsigned threads,
+                          unsigned, unsigned, unsigned shared, void*, void** args, void**) {
+  if (function != &launches || args == nullptr || args[0] == nullptr || depth != 1) return 1;
+  const int code = called("cuLaunchKernel");
+  if (code == 0) ++launches;
+  last_blocks = x;
+  last_threads = threads;
+  last_shared = shared;
+  return code;
+}
+#endif
+
+#if defined(FAKE_NVRTC)
+static std::string log_text =
+    "jaxwin_gemm.cu(12): note\njaxwin_gemm.cu(34): error: no such thing\nmore";
+static std::string output;
+
+EXPORT int nvrtcVersion(int* major, int* minor) {
+  *major = 13;
+  *minor = 0;
+  return called("nvrtcVersion");
+}
+EXPORT int nvrtcGetNumSupportedArchs(int* count) {
+  *count = 2;
+  return 0;
+}
+EXPORT int nvrtcGetSupportedArchs(int* list) {
+  list[0] = 80;
+  list[1] = 90;
+  return 0;
+}
+EXPORT int nvrtcCreateProgram(void** program, const char* source, const char*, int,
+                              const char* const*, const char* const*) {
+  *program = &output;
+  return std::strstr(source, "jaxwin") == nullptr ? 3 : called("nvrtcCreateProgram");
+}
+EXPORT int nvrtcDestroyProgram(void**) { return called("nvrtcDestroyProgram"); }
+EXPORT int nvrtcCompileProgram(void*, int count, const char* const* options) {
+  output = "image";
+  for (int i = 0; i < count; ++i) output += std::string(" ") + options[i];
+  return called("nvrtcCompileProgram");
+}
+EXPORT int nvrtcGetProgramLogSize(void*, size_t* size) {
+  *size = log_text.size() + 1;
+  return 0;
+}
+EXPORT int nvrtcGetProgramLog(void*, char* text) {
+  std::memcpy(text, log_text.c_str(), log_text.size() + 1);
+  return 0;
+}
+EXPORT int nvrtcGetCUBINSize(void*, size_t* size) {
+  *size = output.size() + 1;
+  return called("nvrtcGetCUBINSize");
+}
+EXPORT int nvrtcGetCUBIN(void*, char* text) {
+  std::memcpy(text, output.c_str(), output.size() + 1);
+  return called("nvrtcGetCUBIN");
+}
+EXPORT int nvrtcGetPTXSize(void*, size_t* size) {
+  *size = output.size() + 1;
+  return called("nvrtcGetPTXSize");
+}
+EXPORT int nvrtcGetPTX(void*, char* text) {
+  std::memcpy(text, output.c_str(), output.size() + 1);
+  return called("nvrtcGetPTX");
+}
+#endif

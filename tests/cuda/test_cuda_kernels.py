@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels' source, run on the CPU: bits of the scalar chain, bounds of tensor cores.
+
+What this cannot show: that a GPU's own arithmetic and memory model do the same (tests/gpu does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cuda_shim
+import numpy as np
+import problems
+import pytest
+import reference
+
+from jaxwin import _ffi, _registry
+
+REGISTRY = {row["name"]: row for row in _registry.registry()["cuda"]["algorithms"]}
+CANONICAL = [name for name, row in REGISTRY.items() if row["family"] == "canonical"]
+# Small tiles: many blocks of few threads, and few of them full.
+TILE = {"bm": 32, "bn": 32, "bk": 8, "tm": 4, "tn": 4, "stages": 3, "pack": 0, "unroll": 1}
+TILE |= {"chunks": 0, "strip": 2, "vector": 1, "threads": 64}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_kernels() -> Iterator[None]:
+    yield
+    cuda_shim.cleanup()
+
+
+def _params(algorithm: str, **changed: int) -> tuple[int, ...]:
+    values = TILE | changed
+    if algorithm == "im2win_full":
+        values["pack"] = 1
+    return tuple(values[spec["name"]] for spec in REGISTRY[algorithm]["params"])
+
+
+def _equal(problem, algorithm: str, params: tuple[int, ...], rng: np.random.Generator) -> None:
+    x, w = problems.operands(problem, rng)
+    result = cuda_shim.run(problem, x, w, algorithm, params=params)
+    expected = reference.chain(problem, x, w)
+    np.testing.assert_array_equal(result, expected, f"{problem} {algorithm} {params}")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("algorithm", CANONICAL)
+def test_drawn_problems(algorithm: str, seed: int) -> None:
+    rng = np.random.default_rng([seed, CANONICAL.index(algorithm)])
+    kind = algorithm if algorithm in ("depthwise", "grouped", "segregated", "weight_grad") else None
+    while True:
+        problem = problems.draw(rng, kind)
+        if "rejected" in _ffi.cuda_candidates(problem.native())[algorithm]:
+            continue
+        if problem.flops < 4e5:
+            break
+    params = _params(algorithm, pack=seed % 2)
+    if "plan" not in _ffi.cuda_make_plan(problem.native(), algorithm, params=params):
+        params = ()  # pixels are neighbours: no strips
+    _equal(problem, algorithm, params, rng)
+
+
+def _make(*args, **kwargs):
+    problem = problems.make(*args, **kwargs)
+    assert problem is not None
+    return problem
+
+
+_PAD = ((1, 1), (1, 1))
+NAMED = {
+    # channels are neighbours: 16 bytes along the reduction, rows and features with tails
+    "nhwc": ("im2win", _make(2, 8, 12, (9, 10), (3, 3), padding=_PAD, stride=(1, 2)), {}),
+    "big tile": (
+        "im2win",
+        _make(1, 4, 20, (5, 9), (3, 3), padding=_PAD),
+        {"bm": 64, "bn": 64, "tm": 8, "tn": 8, "bk": 16, "stages": 2, "unroll": 8},
+    ),
+    "first layer": ("im2win", _make(2, 3, 13, (11, 9), (5, 3), stride=(2, 2)), {"pack": 1}),
+    "more stages than work": ("im2win", _make(1, 4, 4, (5, 5), (1, 1)), {"stages": 4}),
+    "planes": (
+        "im2win",
+        _make(2, 5, 6, (7, 8), (3, 3), rhs_dilation=(2, 1), layout=("NCHW", "OIHW")),
+        {},
+    ),
+    "images are neighbours": (
+        "im2win",
+        _make(8, 3, 9, (6, 7), (2, 3), padding=_PAD, layout=("CHWN", "IHWO")),
+        {},
+    ),
+    "volume": ("im2win", _make(1, 4, 8, (4, 5, 6), (3, 2, 3), padding=((1, 1),) * 3), {}),
+    "line": ("im2win", _make(2, 4, 8, (40,), (9,), rhs_dilation=(3,)), {}),
+    "reversed": ("im2win", _make(1, 4, 8, (8, 7), (3, 2), reversal=(True, True)), {}),
+    "groups of 4": (
+        "grouped",
+        _make(1, 16, 8, (6, 7), (3, 3), groups=4, padding=_PAD),
+        {"vector": 4},
+    ),
+    "depthwise 4": (
+        "depthwise",
+        _make(2, 8, 8, (6, 9), (3, 3), groups=8, padding=_PAD, stride=(2, 2)),
+        {"vector": 4, "strip": 4},
+    ),
+    "depthwise planes": (
+        "depthwise",
+        _make(2, 6, 6, (6, 9), (3, 3), groups=6, padding=_PAD, layout=("NCHW", "OIHW")),
+        {"strip": 1},
+    ),
+    "depthwise, a large window": (
+        "depthwise",
+        _make(1, 3, 3, (9, 9), (9, 9), groups=3, padding=((4, 4),) * 2),
+        {},
+    ),
+    "depthwise, transposed": (
+        "depthwise",
+        _make(1, 4, 4, (5, 6), (3, 3), groups=4, padding=_PAD, lhs_dilation=(2, 2)),
+        {},
+    ),
+    "window below the dilation": (
+        "segregated",
+        _make(1, 4, 8, (5, 4), (2, 1), lhs_dilation=(3, 2), padding=((2, 1), (0, 1))),
+        {},
+    ),
+    "ten parts, two launches": (
+        "segregated",
+        _make(1, 2, 4, (4, 3), (4, 3), lhs_dilation=(5, 2), padding=((3, 3), (1, 1))),
+        {},
+    ),
+    "gradient": (
+        "weight_grad",
+        _make(8, 3, 12, (9, 10), (9, 9), padding=_PAD, layout=("CHWN", "IHWO")),
+        {},
+    ),
+    "gradient, in rounds": (
+        "weight_grad",
+        _make(3, 8, 5, (20, 60), (20, 60), padding=((1, 1), (1, 1)), layout=("CHWN", "IHWO")),
+        {"chunks": 3, "bk": 32, "stages": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_problems(name: str) -> None:
+    algorithm, problem, changed = NAMED[name]
+    params = _params(algorithm, **changed)
+    _equal(problem, algorithm, params, np.random.default_rng(7))
+
+
+def test_several_chunks_and_rounds_were_met() -> None:
+    algorithm, problem, changed = NAMED["gradient, in rounds"]
+    launches = _ffi.cuda_launches(
+        problem.native(), algorithm, "float32", False, _params(algorithm, **changed), {}
+    )
+    assert [launch["kernel"] for launch in launches[:4]] == ["jaxwin_gemm", "jaxwin_sum"] * 2
+
+
+def test_direct_computes_gradients_of_groups() -> None:
+    problem = _make(4, 6, 6, (5, 7), (4, 7), batch_groups=1, groups=6, padding=_PAD)
+    assert problem.chunk_rows > 0
+    _equal(problem, "direct", (), np.random.default_rng(3))
+
+
+ACTIVATIONS = _registry.registry()["activations"]
+
+
+@pytest.mark.parametrize("case", ["im2win", "weight_grad", "depthwise"])
+def test_the_epilogue_has_the_bits_of_the_cpu(case: str) -> None:
+    problem = {
+        "im2win": _make(1, 4, 9, (5, 6), (3, 3), padding=_PAD),
+        "weight_grad": NAMED["gradient, in rounds"][1],
+        "depthwise": _make(1, 6, 6, (5, 6), (3, 3), groups=6, padding=_PAD),
+    }[case]
+    rng = np.random.default_rng(1)
+    x, w = problems.operands(problem, rng)
+    if case == "weight_grad":
+        x *= 0.02
+    bias = rng.standard_normal(problem.out_shape[problem.out_spec[1]], np.float32)
+    residual = rng.standard_normal(problem.out_shape, np.float32)
+    chosen = {"weight_grad": ["gelu"], "im2win": ["silu", "none"], "depthwise": ["relu6"]}[case]
+    for activation in chosen:
+        extra = {"bias": bias, "residual": residual}
+        result = cuda_shim.run(
+            problem,
+            x,
+            w,
+            case,
+            params=_params(case, chunks=4),
+            activation=ACTIVATIONS.index(activation),
+            **extra,
+        )
+        expected = problems.run(problem, x, w, "auto", activation=activation, **extra)
+        np.testing.assert_array_equal(result, expected, activation)
+
+
+def test_activations_at_the_ends() -> None:
+    """A 1x1 convolution by one: the activation of every value, NaN and infinities too."""
+    values = [0.0, -0.0, 1e-38, -1e-39, 0.624, 0.626, 5.99, 6.0, 88.0, -88.0, 104.0, -200.0, 1e30]
+    x = np.array([*values, np.inf, -np.inf, np.nan], np.float32).reshape(1, 4, 4, 1)
+    problem = _make(1, 1, 1, (4, 4), (1, 1))
+    one = np.ones((1, 1, 1, 1), np.float32)
+    for activation in ACTIVATIONS:
+        result = cuda_shim.run(problem, x, one, "direct", activation=ACTIVATIONS.index(activation))
+        expected = problems.run(problem, x, one, "direct", activation=activation)
+        np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32), activation)
+
+
+def test_weights_that_are_not_finite_spread_over_padding() -> None:
+    problem = _make(1, 4, 8, (5, 6), (3, 3), padding=_PAD)
+    x, w = problems.operands(problem, np.random.default_rng(5))
+    w[0, 0, 1, 3], w[2, 1, 0, 5] = np.inf, np.nan
+    result = cuda_shim.run(problem, x, w, "im2win", params=_params("im2win"))
+    np.testing.assert_array_equal(result, problems.run(problem, x, w, "im2win"))
+
+
+def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values as the kernel is given them, and what they are worth there."""
+    if dtype == "float32":
+        bits = values.view(np.uint32) + np.uint32(0x1000)
+        return values, (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    if dtype == "float16":
+        half = values.astype(np.float16)
+        return half.view(np.uint16), half.astype(np.float32)
+    bits = values.view(np.uint32)
+    short = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return short, (short.astype(np.uint32) << 16).view(np.float32)
+
+
+def _widened(result: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "float32":
+        return result
+    if dtype == "float16":
+        return result.view(np.float16).astype(np.float32)
+    return (result.astype(np.uint32) << 16).view(np.float32)
+
+
+TENSOR = {
+    "nhwc": (_make(2, 8, 16, (9, 10), (3, 3), padding=_PAD), {}),
+    "tails": (_make(2, 3, 13, (9, 10), (3, 3), padding=_PAD, stride=(2, 1)), {"pack": 1}),
+    "gradient": (
+        _make(8, 3, 16, (9, 10), (9, 9), padding=_PAD, layout=("CHWN", "IHWO")),
+        {"bm": 64, "tm": 32, "stages": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", REGISTRY["tensor"]["dtypes"])
+@pytest.mark.parametrize("name", TENSOR)
+def test_tensor_cores(name: str, dtype: str) -> None:
+    problem, changed = TENSOR[name]
+    x, w = problems.operands(problem, np.random.default_rng(11))
+    (x, x_worth), (w, w_worth) = _rounded(x, dtype), _rounded(w, dtype)
+    params = _params("tensor", **({"bk": 16, "tm": 16, "tn": 16} | changed))
+    result = _widened(cuda_shim.run(problem, x, w, "tensor", params=params, dtype=dtype), dtype)
+    exact, size = reference.float64(problem, x_worth, w_worth)
+    bound = {"float32": 2**-20, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
+    assert (np.abs(result - exact) <= bound * size + 1e-6).all()
+
+
+def test_nonsense_parameters_are_refused() -> None:
+    """Whatever a plan says, launches are only made of what `check` accepts."""
+    rng = np.random.default_rng(0)
+    strange = [-(2**62), -7, -1, 0, 1, 3, 5, 12, 48, 1000, 2**31, 2**62]
+    refused = 0
+    for _ in range(400):
+        problem = problems.draw(rng)
+        algorithm = str(rng.choice(list(REGISTRY)))
+        specs = REGISTRY[algorithm]["params"]
+        usual = rng.random() < 0.5
+        params = [
+            int(rng.choice(spec["values"] if usual and rng.random() < 0.8 else strange))
+            for spec in specs
+        ]
+        answer = _ffi.cuda_make_plan(problem.native(), algorithm, params=params)
+        if "plan" not in answer:
+            refused += 1
+            assert answer["error"]
+            continue
+        for launch in _ffi.cuda_launches(problem.native(), algorithm, "float32", False, params, {}):
+            assert 0 < launch["blocks"] < 2**31
+            assert 32 <= launch["threads"] <= 1024
+            assert 0 <= launch["shared_bytes"] <= 99 * 1024
+    assert 50 < refused < 400
+
+
+@pytest.mark.parametrize("algorithm", REGISTRY)
+def test_defaults_are_valid_and_every_problem_has_a_kernel(algorithm: str) -> None:
+    rng = np.random.default_rng(2)
+    seen = 0
+    for _ in range(150):
+        problem = problems.draw(rng, algorithm if algorithm == "depthwise" else None)
+        row = _ffi.cuda_candidates(problem.native())[algorithm]
+        if "rejected" in row:
+            assert "params" not in row["rejected"], f"{problem}: {row['rejected']}"
+            continue
+        seen += 1
+        again = _ffi.cuda_make_plan(problem.native(), algorithm, params=row["params"])
+        assert again["plan"]["workspace_bytes"] == row["workspace_bytes"]
+    assert seen > 10
+    assert algorithm != "direct" or seen == 150
