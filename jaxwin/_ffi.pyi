@@ -4,7 +4,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 def registrations() -> dict[str, Any]: ...
@@ -29,12 +28,12 @@ def run(
     isa: str,
     threads: int,
     params: Sequence[int],
-    x: NDArray[np.float32],
-    w: NDArray[np.float32],
-    y: NDArray[np.float32],
-    workspace: NDArray[np.float32],
-    bias: NDArray[np.float32] | None = None,
-    residual: NDArray[np.float32] | None = None,
+    x: NDArray[Any],
+    w: NDArray[Any],
+    y: NDArray[Any],
+    workspace: NDArray[Any],
+    bias: NDArray[Any] | None = None,
+    residual: NDArray[Any] | None = None,
     activation: int = 0,
 ) -> str: ...
 def cuda_handler() -> Any: ...

@@ -78,7 +78,7 @@ class _Problem:
         native = problem.native()
         self.dtype, self.out_dtype = np.dtype(native["dtype"]), np.dtype(native["out_dtype"])
         if self.dtype == np.float64:
-            jax.config.update("jax_enable_x64", True)
+            jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 
         def draw(*shape: int) -> NDArray[Any]:
             if self.dtype.kind in "iu":
