@@ -913,7 +913,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
                           p.k > panel;
   if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
-      pixels <= (p.k <= 8 * panel ? 16 : 8) * k.width) {
+      pixels <= int64_t{p.k <= 8 * panel ? 16 : 8} * k.width) {
     params[kPack] = kInPlace;
     params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.k / 8 * 8, 128, 512);
   } else if (few_blocks && p.k * p.reduction() > panel_floats(k)) {
