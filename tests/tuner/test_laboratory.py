@@ -180,9 +180,10 @@ def test_what_the_check_sees(monkeypatch: pytest.MonkeyPatch, damage, blame: str
     assert not np.isnan(subject.reference).any()
 
     def run(*arguments: object) -> str:
-        assert np.isnan(arguments[7]).all() and np.isnan(arguments[8]).all(), "poisoned"
-        assert arguments[7].ctypes.data % 64 == 0
-        damage(arguments[7], arguments[8])
+        y, workspace = (array.view(np.float32) for array in arguments[7:9])
+        assert np.isnan(y).all() and np.isnan(workspace).all(), "poisoned"
+        assert y.ctypes.data % 64 == 0
+        damage(y, workspace)
         return ""
 
     monkeypatch.setattr(worker._ffi, "run", run)

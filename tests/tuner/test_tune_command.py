@@ -128,7 +128,11 @@ def test_a_recorded_file_that_is_wrong(tmp_path: Path) -> None:
 
 
 def test_exit_codes_of_what_cannot_be_tuned(path: Path) -> None:
-    nothing = _run(TINY, "--dtype", "float64", "--quiet")
+    dtypes = dict.fromkeys(("lhs_dtype", "rhs_dtype", "out_dtype"), "int32")
+    recorded = path.with_name("recorded.jsonl")
+    whole = dataclasses.replace(problems.make(1, 4, 8, (6, 7), (3, 3)), **dtypes)
+    recorded.write_text(_record.line(whole))
+    nothing = _run("--from", str(recorded), "--quiet")
     assert nothing.exit_code == 3 and "unsupported" in nothing.output
     path.unlink(missing_ok=True)
     path.mkdir()
