@@ -601,7 +601,10 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   const int64_t threads = useful_threads(p, t.threads);
   if (params[kLanesStrip] == 0) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
-    if (p.out[1] > 1) params[kLanesSweep] = max_sweep(p, *t.kernels);
+    // One row has nothing to share, nor have narrow windows that move by two columns.
+    if (p.out[1] > 1 && (p.stride[2] == 1 || p.win[2] > 3)) {
+      params[kLanesSweep] = max_sweep(p, *t.kernels);
+    }
     const int64_t others = p.n * p.out[0];
     params[kLanesRows] = threads == 1 || others >= 4 * threads
                              ? 0
