@@ -239,6 +239,11 @@ def pack(
     respect to `x` and to the packed weights work, through unpacked weights.
     """
     w = _array("w", w)
+    if not 3 <= w.ndim <= 5:
+        raise ValueError(
+            "pack: w must have 3 to 5 dimensions (window..., C / groups, K), got shape "
+            f"{tuple(w.shape)}"
+        )
     if x is None:
         window, channels = w.shape[:-2], w.shape[-2] * groups
         struct: Any = jax.ShapeDtypeStruct

@@ -329,6 +329,8 @@ def test_errors() -> None:
         jaxwin.conv(x.astype(jnp.bfloat16), packed, groups=3)
     with pytest.raises(ValueError, match="w must have C / groups"):
         jaxwin.conv(jnp.concatenate([x, x], -1), packed, groups=3)
+    with pytest.raises(ValueError, match="pack: w must have 3 to 5 dimensions"):
+        jaxwin.pack(jnp.ones((3, 3)))
     with pytest.raises(TypeError, match="w must be an array"):
         jaxwin.pack(None)
 
