@@ -121,7 +121,8 @@ def explain(fn_or_problem: Callable[..., Any] | Problem, *args: Any, **kwargs: A
     if isinstance(fn_or_problem, Problem):
         return Explanation((_row(fn_or_problem, 1, {}),))
     rows = []
-    for (problem, native, options), count in _found(fn_or_problem, args, kwargs).items():
+    found = _found(fn_or_problem, args, kwargs, by_precision=_platform() == "cuda")
+    for (problem, native, options), count in found.items():
         if native:
             rows.append(_row(problem, count, dict(options)))
         else:
@@ -133,25 +134,29 @@ def explain(fn_or_problem: Callable[..., Any] | Problem, *args: Any, **kwargs: A
 def problems(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[Problem, int]:
     """The convolutions of a function that dispatch decides on, and how often each occurs.
 
-    Traces the function as `explain` does, but does not ask dispatch.
+    Traces the function as `explain` does, but neither asks dispatch nor starts a JAX backend: a
+    caller may still choose how many threads that gets.
     """
     counts: dict[Problem, int] = {}
-    for (problem, native, _), count in _found(fn, args, kwargs).items():
+    for (problem, native, _), count in _found(fn, args, kwargs, by_precision=False).items():
         if native:
             counts[problem] = counts.get(problem, 0) + count
     return counts
 
 
 def _found(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, by_precision: bool
 ) -> dict[tuple[Any, ...], int]:
-    """(problem, whether it is ours, options) of a function's convolutions, with their counts."""
+    """(problem, whether it is ours, options) of a function's convolutions, with their counts.
+
+    by_precision: whether the precision decides something, as it does on GPUs; it is an option then.
+    """
     found: dict[tuple[Any, ...], int] = {}
-    _walk(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, found)
+    _walk(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, found, by_precision)
     return found
 
 
-def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
+def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int], by_precision: bool) -> None:
     reversed_dimensions = {
         equation.outvars[0]: equation.params["dimensions"]
         for equation in jaxpr.eqns
@@ -180,12 +185,12 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
             options = tuple(
                 (name, params[name]) for name in ("algorithm", "max_workspace") if name in params
             )
-            if _platform() == "cuda":  # only there the precision decides something
+            if by_precision:
                 options += (("exact", _cuda.is_exact(params["precision"])),)
             key = (problem, native, options)
             found[key] = found.get(key, 0) + 1
         for inner in _compat.inner_jaxprs(equation.params):
-            _walk(inner, found)
+            _walk(inner, found, by_precision)
 
 
 def _platform() -> str:

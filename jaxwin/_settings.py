@@ -75,16 +75,19 @@ def settings() -> Settings:
     return _parse(*map(_GET, _KEYS))
 
 
+def _one_of(variable: str, text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise ValueError(f"{variable}: {text!r} is not one of {', '.join(choices)}")
+    return text
+
+
 def mode() -> str:
     """What `JAXWIN_MODE` says: "off", "cached" (the default) or "require".
 
     Raises:
         ValueError: it says something else.
     """
-    text = settings().mode
-    if text not in MODES:
-        raise ValueError(f"JAXWIN_MODE: {text!r} is not one of {', '.join(MODES)}")
-    return text
+    return _one_of("JAXWIN_MODE", settings().mode, MODES)
 
 
 def family() -> str:
@@ -93,7 +96,4 @@ def family() -> str:
     Raises:
         ValueError: it says something else.
     """
-    text = settings().family
-    if text not in FAMILIES:
-        raise ValueError(f"JAXWIN_FAMILY: {text!r} is not one of {', '.join(FAMILIES)}")
-    return text
+    return _one_of("JAXWIN_FAMILY", settings().family, FAMILIES)

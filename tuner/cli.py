@@ -191,14 +191,7 @@ Example:
 
 @main.command(help=_EXPLAIN_HELP)
 @click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
-@click.option(
-    "--preset",
-    "presets",
-    multiple=True,
-    metavar="NAME",
-    type=click.Choice(list(problems.PRESETS)),
-    help="See above; may be given several times.",
-)
+@options.preset
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Of shapes."
 )
@@ -456,14 +449,7 @@ Example:
 
 @main.command(help=_BENCH_HELP)
 @click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
-@click.option(
-    "--preset",
-    "presets",
-    multiple=True,
-    metavar="NAME",
-    type=click.Choice(list(problems.PRESETS)),
-    help="See above; may be given several times.",
-)
+@options.preset
 @click.option(
     "--model",
     "chosen_models",
@@ -479,22 +465,9 @@ Example:
     metavar="N[,N]...",
     help="One, or with --model several.  [default: 1; the model's own]",
 )
-@click.option(
-    "--padding",
-    type=click.Choice(problems.PADDINGS),
-    default="valid",
-    show_default=True,
-    help="Where a shape leaves it open.",
-)
-@click.option(
-    "--direction",
-    "directions",
-    type=options.Choices(problems.DIRECTIONS),
-    default="fwd",
-    show_default=True,
-    help="Of fwd, dx (input gradient) and dw (weight gradient).",
-)
-@click.option("--dtype", type=click.Choice(problems.DTYPES), default="float32", show_default=True)
+@options.padding
+@options.direction
+@options.dtype
 @click.option("--threads", type=click.IntRange(min=1), help="CPUs to use.  [default: all usable]")
 @click.option(
     "--layout",

@@ -34,6 +34,34 @@ class Choices(click.ParamType):  # type: ignore[type-arg]
         return words
 
 
+preset = click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(problems.PRESETS)),
+    help="See above; may be given several times.",
+)
+padding = click.option(
+    "--padding",
+    type=click.Choice(problems.PADDINGS),
+    default="valid",
+    show_default=True,
+    help="Where a shape leaves it open.",
+)
+direction = click.option(
+    "--direction",
+    "directions",
+    type=Choices(problems.DIRECTIONS),
+    default="fwd",
+    show_default=True,
+    help="Of fwd, dx (input gradient) and dw (weight gradient).",
+)
+dtype = click.option(
+    "--dtype", type=click.Choice(problems.DTYPES), default="float32", show_default=True
+)
+
+
 def catalogue() -> str:
     """The grammar of shapes and the presets, for help texts."""
     presets = [f"  {name:<12} {what}" for name, (what, _) in problems.PRESETS.items()]

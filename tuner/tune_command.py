@@ -202,14 +202,7 @@ def _forget(result: tune.Result) -> None:
 
 @click.command(cls=database_commands.Command, help=_HELP)
 @click.argument("shapes", metavar="[SHAPE]...", nargs=-1)
-@click.option(
-    "--preset",
-    "presets",
-    multiple=True,
-    metavar="NAME",
-    type=click.Choice(list(problems.PRESETS)),
-    help="See above; may be given several times.",
-)
+@options.preset
 @click.option(
     "--from",
     "files",
@@ -218,22 +211,9 @@ def _forget(result: tune.Result) -> None:
     help="Recorded problems; may be given several times. - is standard input.",
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option(
-    "--padding",
-    type=click.Choice(problems.PADDINGS),
-    default="valid",
-    show_default=True,
-    help="Where a shape leaves it open.",
-)
-@click.option(
-    "--direction",
-    "directions",
-    type=options.Choices(problems.DIRECTIONS),
-    default="fwd",
-    show_default=True,
-    help="Of fwd, dx (input gradient) and dw (weight gradient).",
-)
-@click.option("--dtype", type=click.Choice(problems.DTYPES), default="float32", show_default=True)
+@options.padding
+@options.direction
+@options.dtype
 @click.option(
     "--layout",
     type=click.Choice(problems.LAYOUTS),

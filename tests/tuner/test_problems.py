@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -160,3 +162,13 @@ def test_a_wrong_shape_is_said_in_one_line(text: str, blame: str) -> None:
     assert blame in str(caught.value)
     assert "\n" not in str(caught.value)
     assert repr(text) in str(caught.value)
+
+
+def test_shapes_start_no_backend() -> None:
+    """Whoever reads shapes can still say how many threads XLA gets."""
+    code = (
+        "from jaxwin.tuner import machine, problems\n"
+        "problems.parse('n2 6x7 c4 k8 w3').problem('fwd')\n"
+        "assert machine.pool_threads() == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
