@@ -10,10 +10,12 @@
 namespace jaxwin {
 
 enum class Lowering {
-  kDirect,   // A is the input itself
-  kRows,     // A is a copy of the input rows with their padding, channels innermost
-  kWindow,   // A is a strip in window order: im2win
-  kColumns,  // A is the explicit patch matrix: im2col
+  kDirect,    // A is the input itself
+  kRows,      // A is a copy of the input rows with their padding, channels innermost
+  kWindow,    // A is a strip in window order: im2win
+  kColumns,   // A is the explicit patch matrix: im2col
+  kWidth,     // A is lowered along the width only: MEC
+  kIndirect,  // A is the input itself, each pixel of a window found in a buffer of offsets
 };
 
 // Positions in Params.
@@ -64,7 +66,7 @@ struct Tile {
   int64_t mr, nv;
 };
 double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
-Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
+Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most = kMaxMr);
 
 // Applies the epilogue to `words` (all set but the residual) and writes them to y as its
 // elements, where those are not words: element [r][j] to y_offset + r * y_row + j * y_col.

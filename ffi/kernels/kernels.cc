@@ -20,9 +20,14 @@ template <typename T, int NV, int MR>
 constexpr void fill_tile(Kernels& k) {
   if constexpr (MR > 0) {
     static_assert(MR * NV + NV + 1 <= kRegisters, "the tile does not fit the register file");
-    k.packed[NV][MR] = gemm_tile<MR, NV, false, T>;
+    k.packed[NV][MR] = gemm_tile<MR, NV, Form::kPacked, T>;
     // Integers are packed always.
-    if constexpr (!std::is_same_v<T, Pair>) k.strided[NV][MR] = gemm_tile<MR, NV, true, T>;
+    if constexpr (!std::is_same_v<T, Pair>) {
+      k.strided[NV][MR] = gemm_tile<MR, NV, Form::kStrided, T>;
+      if constexpr (MR <= kMaxIndirectMr) {
+        k.indirect[NV][MR] = gemm_tile<MR, NV, Form::kIndirect, T>;
+      }
+    }
     fill_tile<T, NV, MR - 1>(k);
   }
 }
@@ -170,9 +175,9 @@ extern "C" {
   __attribute__((visibility("default"))) void JAXWIN_PASTE(name, JAXWIN_TARGET)
 #define JAXWIN_TABLE jaxwin::JAXWIN_TARGET::kTables[word]
 JAXWIN_SYMBOL(jaxwin_test_gemm_)
-(int64_t word, int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
+(int64_t word, int64_t mr, int64_t nv, int64_t form, const jaxwin::GemmArgs* args) {
   const jaxwin::Kernels& k = JAXWIN_TABLE;
-  (strided != 0 ? k.strided : k.packed)[nv][mr](args);
+  (form == 0 ? k.packed : form == 1 ? k.strided : k.indirect)[nv][mr](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t word, int64_t pixels, const jaxwin::GemmArgs* args) {
   JAXWIN_TABLE.lanes[pixels](args);
