@@ -639,6 +639,50 @@ void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, i
   }
 }
 
+void finish_planes(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
+                   int64_t features, int64_t n, int64_t g, int64_t k0, int64_t y_offset) {
+  if (!p.plain()) {
+    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
+    const EpilogueArgs words{c, ld, features, n, bias, 1, 0, nullptr, 0, o.activation};
+    finish_words(p, k, o, words, y_offset, p.y.k, p.y.sp[2]);
+    return;
+  }
+  Ptr y = o.y + y_offset;
+  ConstPtr bias = o.bias == nullptr ? ConstPtr{} : o.bias + g * p.k + k0;
+  ConstPtr residual = o.residual == nullptr ? ConstPtr{} : o.residual + y_offset;
+  if (p.y.sp[2] == 1) {
+    if (c.at != y.at) k.copy(y, p.y.k, c, ld, 1, features, n);
+    if (!o.has_epilogue()) return;
+    const EpilogueArgs e{y, p.y.k, features, n, bias, 1, 0, residual, p.y.k, o.activation};
+    k.epilogue(&e);
+    return;
+  }
+  if (p.y.k == 1) {
+    k.copy(y, p.y.sp[2], c, 1, ld, n, features);
+    if (!o.has_epilogue()) return;
+    const EpilogueArgs e{y, p.y.sp[2], n, features, bias, 0, 1, residual, p.y.sp[2], o.activation};
+    k.epilogue(&e);
+    return;
+  }
+  for (int64_t j = 0; j < features; ++j) {
+    k.copy(y + j * p.y.k, p.y.sp[2], c + j * ld, 1, 0, n, 1);
+    for (int64_t i = 0; i < n && o.has_epilogue(); ++i) {
+      const int64_t at = i * p.y.sp[2] + j * p.y.k;
+      const EpilogueArgs e{y + at,
+                           0,
+                           1,
+                           1,
+                           bias == nullptr ? ConstPtr{} : bias + j,
+                           0,
+                           0,
+                           residual == nullptr ? ConstPtr{} : residual + at,
+                           0,
+                           o.activation};
+      k.epilogue(&e);
+    }
+  }
+}
+
 namespace {
 
 // Packs rows [r0, r1) of the reduction, panels [panel0, panel1) of group g: panel after panel

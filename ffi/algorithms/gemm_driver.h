@@ -79,4 +79,9 @@ void finish_words(const Problem& p, const Kernels& k, const Operands& o, Epilogu
 void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset);
 
+// The same for c[feature][pixel]: pixels [0, n) of features k0 .. k0 + features, which may be in y
+// already where neighbouring pixels are neighbours there. p.y.sp[2] is the distance of two pixels.
+void finish_planes(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
+                   int64_t features, int64_t n, int64_t g, int64_t k0, int64_t y_offset);
+
 }  // namespace jaxwin
