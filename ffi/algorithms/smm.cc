@@ -12,6 +12,8 @@
 // vectors of pixels are in registers. With a vertical stride the rows of each residue lie together.
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "algorithms/gemm_driver.h"
 #include "algorithms/registry.h"
@@ -34,24 +36,22 @@ struct Layout {
   int64_t copy_floats, sum_floats;  // per thread
 };
 
-// Window row u reads rows (u * rhs_dilation) / stride + i of its residue, for output row i.
-struct Place {
-  int64_t phase, slot;
-};
-Place place(const Problem& p, int64_t u) {
-  const int64_t q = u * p.rhs_dilation[1];
-  return {q % p.stride[1], q / p.stride[1]};
+// Window rows u, u + period, ... read input rows of one residue modulo the stride: u reads row
+// slot(u) + i of them for output row i.
+int64_t period(const Problem& p) {
+  return std::min(p.win[1], p.stride[1] / std::gcd(p.stride[1], p.rhs_dilation[1]));
 }
+int64_t slot(const Problem& p, int64_t u) { return u * p.rhs_dilation[1] / p.stride[1]; }
 
-Layout make_layout(const Problem& problem, const Target& t, const Params& params) {
+Layout make_layout(const Problem& problem, const Params& params) {
   Layout l{};
   l.p = collapse(problem);
   const Problem& p = l.p;
   l.mr = params[kSmmMr];
   l.nv = params[kSmmNv];
   l.rows = params[kSmmRows] == 0 ? p.out[1] : std::min(params[kSmmRows], p.out[1]);
-  l.phases = p.win[1] == 1 ? 1 : p.stride[1];
-  l.slots = l.rows + place(p, p.win[1] - 1).slot;
+  l.phases = period(p);
+  l.slots = l.rows + slot(p, p.win[1] - 1);
   l.channel = l.phases * l.slots * p.out[2];
   l.in_place = p.y.sp[2] == 1 && (p.y.sp[1] == p.out[2] || p.out[1] == 1);
   l.copy_floats = round_up(p.win[0] * p.c * l.channel, 16);
@@ -74,7 +74,8 @@ void fill(const Layout& l, const Kernels& k, ConstPtr x, int64_t v, int64_t oz, 
     const int64_t iz = oz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
     for (int64_t phase = 0; phase < l.phases; ++phase) {
       for (int64_t s = 0; s < slots; ++s) {
-        const int64_t iy = (y0 + s) * p.stride[1] + phase - p.pad[1];
+        const int64_t iy =
+            (y0 + s) * p.stride[1] + phase * p.rhs_dilation[1] % p.stride[1] - p.pad[1];
         const Ptr to = dst + z * p.c * l.channel + (phase * l.slots + s) * p.out[2];
         const bool real = iz >= 0 && iz < p.in[0] && iy >= 0 && iy < p.in[1] && end > begin;
         if (real) {
@@ -92,7 +93,7 @@ void fill(const Layout& l, const Kernels& k, ConstPtr x, int64_t v, int64_t oz, 
 }
 
 void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
-  const Layout l = make_layout(problem, e.target, params);
+  const Layout l = make_layout(problem, params);
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
@@ -100,10 +101,9 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   // The runs of one column of the window, in the order of the reduction.
   std::vector<Run> runs;
   for (int64_t u = 0; u < p.win[1]; ++u) {
-    const Place at = place(p, u);
+    const int64_t row = u % l.phases * l.slots + slot(p, u);
     for (int64_t z = 0; z < p.win[0]; ++z) {
-      runs.push_back({u * p.w.sp[1] + z * p.w.sp[0],
-                      z * p.c * l.channel + (at.phase * l.slots + at.slot) * p.out[2], p.c});
+      runs.push_back({u * p.w.sp[1] + z * p.w.sp[0], z * p.c * l.channel + row * p.out[2], p.c});
     }
   }
   e.pool->limited(threads).run(p.g * p.n * p.out[0] * blocks, [&](int64_t task, int64_t worker) {
@@ -169,7 +169,7 @@ Params defaults(const Problem& problem, const Target& t) {
   int64_t rows = ceil_div(p.out[1], std::min(p.out[1], ceil_div(threads, others)));
   for (; rows > 1; rows = ceil_div(rows, 2)) {
     params[kSmmRows] = rows;
-    const Layout l = make_layout(problem, t, params);
+    const Layout l = make_layout(problem, params);
     if (l.copy_floats + p.k * rows * p.out[2] <= limit) break;
   }
   params[kSmmRows] = rows;
@@ -187,7 +187,7 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   Params least = params;
   least[kSmmRows] = 1;
   const auto floats = [&](const Params& q) {
-    const Layout l = make_layout(p, t, q);
+    const Layout l = make_layout(p, q);
     return l.copy_floats + l.sum_floats;
   };
   if (floats(params) > kStripBytes / t.kernels->size + floats(least)) {
@@ -197,12 +197,12 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
 }
 
 int64_t workspace(const Problem& p, const Target& t, const Params& params) {
-  const Layout l = make_layout(p, t, params);
+  const Layout l = make_layout(p, params);
   return (l.copy_floats + l.sum_floats) * useful_threads(p, t.threads);
 }
 
 double cost(const Problem& problem, const Target& t, const Params& params) {
-  const Layout l = make_layout(problem, t, params);
+  const Layout l = make_layout(problem, params);
   const Problem& p = l.p;
   const Kernels& k = *t.kernels;
   const auto as_double = [](int64_t v) { return static_cast<double>(v); };
