@@ -81,6 +81,8 @@ nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
   d["params"] = params;
   d["workspace_bytes"] = plan.workspace_bytes;
   d["cost"] = plan.algorithm->cost(p, plan.target, plan.params);
+  d["family"] = plan.algorithm->family;
+  d["error_bound"] = plan.algorithm->error(p, plan.params);
   return d;
 }
 
@@ -236,7 +238,7 @@ nb::dict registry() {
     row["name"] = a->name;
     row["summary"] = a->summary;
     row["source"] = a->source;
-    row["family"] = "canonical";
+    row["family"] = a->family;
     row["abi"] = abi(a->name);
     nb::list dtypes;
     for (const Dtype d : a->dtypes) dtypes.append(kDtypeRows[d].name);
