@@ -41,11 +41,11 @@ constexpr void fill_lanes(Kernels& k) {
   }
 }
 
-template <typename T, int KW, int SX, int R = kSweepRows<KW, SX>>
+template <typename T, int KW, int SX, bool kExpand, int R = kSweepRows<KW, SX, kExpand>>
 constexpr void fill_sweep(Kernels& k) {
   if constexpr (R > 0) {
-    k.sweep[KW][SX][R] = sweep_tile<KW, SX, R, T>;
-    fill_sweep<T, KW, SX, R - 1>(k);
+    k.sweep[kExpand][KW][SX][R] = sweep_tile<KW, SX, R, kExpand, T>;
+    fill_sweep<T, KW, SX, kExpand, R - 1>(k);
   }
 }
 
@@ -95,12 +95,14 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
     k.max_pixels = kPixels;
     fill_lanes<T, kPixels>(k);
     if constexpr (std::is_same_v<T, float>) {  // they take long to compile
-      fill_sweep<T, 3, 1>(k);
-      fill_sweep<T, 5, 1>(k);
-      fill_sweep<T, 7, 1>(k);
-      fill_sweep<T, 3, 2>(k);
-      fill_sweep<T, 5, 2>(k);
-      fill_sweep<T, 7, 2>(k);
+      fill_sweep<T, 3, 1, false>(k);
+      fill_sweep<T, 5, 1, false>(k);
+      fill_sweep<T, 7, 1, false>(k);
+      fill_sweep<T, 3, 2, false>(k);
+      fill_sweep<T, 5, 2, false>(k);
+      fill_sweep<T, 7, 2, false>(k);
+      fill_sweep<T, 3, 1, true>(k);
+      fill_sweep<T, 3, 2, true>(k);
     }
     k.epilogue = epilogue<T>;
     k.interleave = interleave<T>;
@@ -187,8 +189,9 @@ JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
   JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
 }
 JAXWIN_SYMBOL(jaxwin_test_sweep_)
-(int64_t word, int64_t window, int64_t stride, int64_t rows, const jaxwin::SweepArgs* args) {
-  JAXWIN_TABLE.sweep[window][stride][rows](args);
+(int64_t word, int64_t expand, int64_t window, int64_t stride, int64_t rows,
+ const jaxwin::SweepArgs* args) {
+  JAXWIN_TABLE.sweep[expand][window][stride][rows](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_epilogue_)(int64_t word, const jaxwin::EpilogueArgs* args) {
   JAXWIN_TABLE.epilogue(args);
