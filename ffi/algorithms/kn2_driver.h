@@ -10,8 +10,10 @@
 namespace jaxwin {
 
 enum class Kn2 {
-  kRow,  // results lie feature by feature (NCHW): pixels are lanes
-  kCol,  // results lie pixel by pixel (NHWC): features are lanes
+  kRowAa,  // results lie feature by feature (NCHW): pixels are lanes
+  kColAa,  // results lie pixel by pixel (NHWC): features are lanes
+  kRowAs,  // the same with a temporary for the products of one window position, added afterwards
+  kColAs,
 };
 
 enum Kn2Param { kKn2Mr, kKn2Nv, kKn2Kc, kKn2Rows };
@@ -24,6 +26,9 @@ int64_t kn2_workspace(const Problem& p, const Target& t, const Params& params, K
 void kn2_run(const Problem& p, const Params& params, const Operands& o, const Execution& e,
              Kn2 form);
 double kn2_cost(const Problem& p, const Target& t, const Params& params, Kn2 form);
+
+// Algorithm::error_bound of chains over the channels, added up over the window.
+double kn2_error(const Problem& p, const Params& params);
 
 // The registry's row of an algorithm on this driver.
 template <Kn2 kForm>
@@ -43,7 +48,11 @@ Algorithm kn2_algorithm(const char* name, const char* summary, const char* sourc
       [](const Problem& p, const Params& q, const Operands& o, const Execution& e) {
         kn2_run(p, q, o, e, kForm);
       },
-      [](const Problem& p, const Target& t, const Params& q) { return kn2_cost(p, t, q, kForm); }};
+      [](const Problem& p, const Target& t, const Params& q) { return kn2_cost(p, t, q, kForm); },
+      false,
+      nullptr,
+      kForm == Kn2::kRowAs || kForm == Kn2::kColAs ? "kn2" : kCanonical,
+      kForm == Kn2::kRowAs || kForm == Kn2::kColAs ? kn2_error : nullptr};
 }
 
 }  // namespace jaxwin

@@ -11,7 +11,7 @@
 namespace jaxwin {
 
 const Algorithm& algorithm_kn2col_aa() {
-  static const Algorithm a = kn2_algorithm<Kn2::kCol>(
+  static const Algorithm a = kn2_algorithm<Kn2::kColAa>(
       "kn2col_aa", "one product per window position, added to shifted output rows; NHWC results",
       "arXiv 1709.03395 (accumulating, hole-free rows)");
   return a;

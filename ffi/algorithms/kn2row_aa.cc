@@ -15,7 +15,7 @@
 namespace jaxwin {
 
 const Algorithm& algorithm_kn2row_aa() {
-  static const Algorithm a = kn2_algorithm<Kn2::kRow>(
+  static const Algorithm a = kn2_algorithm<Kn2::kRowAa>(
       "kn2row_aa", "one product per window position, added to shifted output rows; NCHW results",
       "arXiv 1709.03395 (accumulating, hole-free rows)");
   return a;
