@@ -217,7 +217,9 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   // Where filters lie one after another (OIHW), every column of the window reads all of their
   // lines.
   const double w_bytes = as_double(p.k * p.reduction() * k.size);
-  const double filters = w_bytes / (w_bytes > as_double(caches().l2 / 2) ? 8.0 : 32.0);
+  const double filters = w_bytes / (w_bytes <= as_double(caches().l2 / 2) ? 32.0
+                                    : p.w.c <= p.w.k                      ? 8.0
+                                                                          : 2.0);
   return 1.2 * blocks * (products + copies + filters);
 }
 
