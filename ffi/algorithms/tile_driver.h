@@ -16,7 +16,7 @@
 namespace jaxwin {
 
 // Positions in Params. kTile is the scheme, by the outputs of a tile's side.
-enum TileParam { kTile, kTilesPerBlock, kVectors, kTileParams };
+enum TileParam { kTile, kTilesPerBlock, kVectors, kOnce, kTileParams };
 
 std::vector<ParamSpec> tile_param_specs(const std::vector<int64_t>& tiles);
 std::string tile_rejects(const Problem& p);
