@@ -23,6 +23,7 @@ Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[in
 _CHANNELS_LAST = ("NHWC", "channels_last", "NWC", "NDHWC")
 _CHANNELS_FIRST = ("NCHW", "channels_first", "NCW", "NCDHW")
 _RANK_OF_LAYOUT = {"NWC": 1, "NCW": 1, "NDHWC": 3, "NCDHW": 3}
+_PRECISIONS = (None, "default", "high", "highest", "fastest")
 _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 
@@ -45,6 +46,7 @@ def conv(
     activation: str | None = None,
     layout: str = "NHWC",
     algorithm: str = "auto",
+    precision: str | None = None,
     max_workspace: int | None = None,
 ) -> jax.Array:
     """Convolve, and apply ``activation(conv + bias + residual)`` in the same pass.
@@ -69,8 +71,12 @@ def conv(
         rank; ``"NWC"``, ``"NDHWC"``, ``"NCW"``, ``"NCDHW"`` name the same at their own rank. Holds
         for ``x``, ``residual`` and the result.
       algorithm: ``"auto"``, the name of an algorithm, ``"xla"``, or ``"any"`` (as ``"auto"``, but
-        XLA where it was measured to be faster), for this convolution; those of its gradients, and
-        of a ``vmap`` over weights, are planned on their own.
+        also algorithms of other numerical families, which round otherwise, where they are faster,
+        and XLA where it was measured to be), for this convolution; those of its gradients, and of a
+        ``vmap`` over weights, are planned on their own, in the canonical family.
+      precision: ``None``, or lax's ``"default"``, ``"high"`` or ``"highest"``, which make no
+        difference on the CPU; ``"fastest"`` makes ``algorithm="any"`` of ``"auto"``, and is no
+        different from ``None`` where an algorithm is named.
       max_workspace: upper limit in bytes for the workspace of this convolution, or None.
 
     Returns:
@@ -146,6 +152,13 @@ def conv(
         raise ValueError(
             f"conv: unknown algorithm {algorithm!r}; choose one of {_names(algorithms())}"
         )
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"conv: unknown precision {precision!r}; choose one of {_names(_PRECISIONS[1:])}, or "
+            "None"
+        )
+    if precision == "fastest":
+        algorithm, precision = "any" if algorithm == "auto" else algorithm, None
     if max_workspace is not None:
         max_workspace = _integer("max_workspace", max_workspace)
         if max_workspace < 0:
@@ -165,7 +178,7 @@ def conv(
         "dimension_numbers": lax.ConvDimensionNumbers(data, kernel, data),
         "feature_group_count": groups,
         "batch_group_count": 1,
-        "precision": _compat.canonicalize_precision(None),
+        "precision": _compat.canonicalize_precision(precision),
         "preferred_element_type": None,
         "out_sharding": None,
     }
