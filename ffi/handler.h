@@ -13,4 +13,7 @@ struct ConvHandlers {
 };
 ConvHandlers conv_handlers();
 
+// The XLA FFI target `jaxwin_transpose`, which keeps no state.
+void* transpose_handler();
+
 }  // namespace jaxwin
