@@ -13,16 +13,12 @@
 #include <mutex>
 #include <new>
 #include <string>
-#include <string_view>
-#include <utility>
 #include <vector>
 
 #include "attributes.h"
-#include "isa.h"
 #include "plan.h"
 #include "problem.h"
 #include "threads.h"
-#include "transpose.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxwin {
@@ -254,67 +250,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxwin_conv_execute, convolve,
                                   .RemainingArgs()
                                   .RemainingRets());
 
-// Dimension d of the result is dimension permutation[d] of the operand.
-ffi::Error transpose_array(ffi::ThreadPool thread_pool, ffi::AnyBuffer operand,
-                           ffi::Result<ffi::AnyBuffer> result,
-                           ffi::Span<const int64_t> permutation, std::string_view isa) {
-  const std::vector<int64_t> from = shape(operand);
-  const std::vector<int64_t> to = shape(*result);
-  const size_t rank = from.size();
-  if (permutation.size() != rank || to.size() != rank ||
-      operand.element_type() != result->element_type()) {
-    return invalid("transpose: operand, result and permutation do not fit");
-  }
-  std::vector<TransposedDim> dims(rank, {0, 0, 0});
-  int64_t stride = 1;
-  for (size_t d = rank; d-- > 0;) {
-    const int64_t source = permutation[d];
-    if (source < 0 || source >= static_cast<int64_t>(rank) || dims[source].dst != 0 ||
-        to[d] != from[source]) {
-      return invalid("transpose: operand, result and permutation do not fit");
-    }
-    dims[source].dst = stride;
-    stride *= std::max<int64_t>(1, to[d]);
-  }
-  stride = 1;
-  for (size_t d = rank; d-- > 0;) {
-    dims[d].size = from[d];
-    dims[d].src = stride;
-    stride *= std::max<int64_t>(1, from[d]);
-  }
-  const int64_t elements = static_cast<int64_t>(operand.element_count());
-  if (elements == 0) return ffi::Error::Success();
-  const int64_t size = static_cast<int64_t>(operand.size_bytes()) / elements;
-  if (size != kWordSizes[kFloat] && size != kWordSizes[kDouble]) {
-    return invalid("transpose: elements must have 4 or 8 bytes");
-  }
-  const Word word = size == kWordSizes[kFloat] ? kFloat : kDouble;
-  // As for convolutions: another machine may have compiled the program.
-  const Kernels* kernels = find_kernels(std::string(isa), word);
-  if (kernels == nullptr) kernels = find_kernels("", word);
-  const Threads pool(
-      [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },
-      thread_pool.num_threads() + 1);
-  try {
-    transpose(std::move(dims), {static_cast<const char*>(operand.untyped_data()), size},
-              {static_cast<char*>(result->untyped_data()), size}, *kernels, pool);
-  } catch (const std::bad_alloc&) {
-    return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
-  }
-  return ffi::Error::Success();
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxwin_transpose_execute, transpose_array,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<ffi::Span<const int64_t>>("permutation")
-                                  .Attr<std::string_view>("isa"));
-
 }  // namespace
-
-void* transpose_handler() { return reinterpret_cast<void*>(jaxwin_transpose_execute); }
 
 ConvHandlers conv_handlers() {
   static const ffi::TypeInfo type_info = ffi::MakeTypeInfo<CallSite>();

@@ -13,7 +13,4 @@ struct ConvHandlers {
 };
 ConvHandlers conv_handlers();
 
-// The XLA FFI target `jaxwin_transpose`, which keeps no state.
-void* transpose_handler();
-
 }  // namespace jaxwin

@@ -322,11 +322,6 @@ NB_MODULE(_ffi, m) {
     target["state_type"] = type;
     nb::dict targets;
     targets["jaxwin_conv"] = target;
-    nb::dict execute;
-    execute["execute"] = nb::capsule(jaxwin::transpose_handler());
-    nb::dict stateless;
-    stateless["handlers"] = execute;
-    targets["jaxwin_transpose"] = stateless;
     return targets;
   });
   m.def("registry", &jaxwin::registry);

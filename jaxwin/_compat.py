@@ -218,17 +218,13 @@ def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return list(_core.jaxprs_in_params(params))
 
 
-def register_ffi_target(
-    name: str, handlers: dict[str, Any], state_type: dict[str, Any] | None
-) -> None:
-    """Registers a CPU custom-call target whose call sites keep a state of `state_type`, if any.
+def register_ffi_target(name: str, handlers: dict[str, Any], state_type: dict[str, Any]) -> None:
+    """Registers a CPU custom-call target whose call sites keep a state of `state_type`.
 
     What is registered before the CPU client exists waits for it, but jaxlib then registers waiting
     targets before waiting types, and refuses a target of an unknown type. So types are told now.
     """
-    if state_type is not None:
-        client: Any = _xla_client
-        client.register_custom_type_handler("cpu", client._xla.register_custom_type)
-        state: Any = state_type
-        jax.ffi.register_ffi_type(f"{name}_state", state, platform="cpu")
+    client: Any = _xla_client
+    client.register_custom_type_handler("cpu", client._xla.register_custom_type)
+    jax.ffi.register_ffi_type(f"{name}_state", state_type, platform="cpu")  # type: ignore[arg-type]
     jax.ffi.register_ffi_target(name, handlers, platform="cpu")

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin._transpose import transpose
 
 # By rank, one to three spatial dimensions; those of two stand for their family at any rank.
 _SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
@@ -221,7 +220,7 @@ def _permutation(old: Layout, new: Layout, ndim: int) -> list[int]:
 def into(x: jax.Array, old: Layout, new: Layout) -> jax.Array:
     """x from a layout without blocks to any other; the last block is filled up with zeros."""
     if not new.block:
-        return transpose(x, _permutation(old, new, x.ndim))
+        return lax.transpose(x, _permutation(old, new, x.ndim))
     n, feature, *spatial = old.specification(x.ndim)
     missing = -x.shape[n] % new.block
     if missing:
@@ -234,7 +233,7 @@ def into(x: jax.Array, old: Layout, new: Layout) -> jax.Array:
     x = lax.reshape(x, (*x.shape[:n], blocks, new.block, *x.shape[n + 1 :]))
     # Dimensions behind the batch moved by one.
     feature, *spatial = (d + (d > n) for d in (feature, *spatial))
-    return transpose(x, (n, feature, *spatial, n + 1))
+    return lax.transpose(x, (n, feature, *spatial, n + 1))
 
 
 def out_of(x: jax.Array, old: Layout, n: int, new: Layout) -> jax.Array:
@@ -246,6 +245,6 @@ def out_of(x: jax.Array, old: Layout, n: int, new: Layout) -> jax.Array:
     order[target_feature] = (feature,)
     for d, source in zip(target_spatial, spatial, strict=True):
         order[d] = (source,)
-    x = transpose(x, [d for dims in order for d in dims])
+    x = lax.transpose(x, [d for dims in order for d in dims])
     shape = (*x.shape[:batch], x.shape[batch] * x.shape[batch + 1], *x.shape[batch + 2 :])
     return lax.slice_in_dim(lax.reshape(x, shape), 0, n, axis=batch)

@@ -20,8 +20,8 @@ from jaxwin._problem import Problem, from_parameters
 _REGISTRATIONS: dict[str, Any] = _ffi.registrations()
 FFI_TARGETS = tuple(_REGISTRATIONS)
 for _name, _parts in _REGISTRATIONS.items():
-    _compat.register_ffi_target(_name, _parts["handlers"], _parts.get("state_type"))
-TARGET, TRANSPOSE_TARGET = "jaxwin_conv", "jaxwin_transpose"
+    _compat.register_ffi_target(_name, _parts["handlers"], _parts["state_type"])
+TARGET = FFI_TARGETS[0]
 _cuda.register(TARGET)
 
 
