@@ -53,7 +53,8 @@ void transpose(std::vector<TransposedDim> dims, ConstPtr src, Ptr dst, const Ker
   if (words == 0) return;
   dims = merged(std::move(dims));
   // Columns: contiguous in dst. Rows: contiguous in src, where those are not the same.
-  const TransposedDim columns = dims.empty() ? TransposedDim{1, 1, 1} : take(&dims, dims.size() - 1);
+  const TransposedDim columns =
+      dims.empty() ? TransposedDim{1, 1, 1} : take(&dims, dims.size() - 1);
   const TransposedDim rows = take_nearest(&dims);
   // Walked next, so that a row of src is read as one stream, one of each of a few columns.
   const TransposedDim along = take_nearest(&dims);
@@ -95,8 +96,8 @@ void transpose(std::vector<TransposedDim> dims, ConstPtr src, Ptr dst, const Ker
       }
       for (int64_t r = 0; r < rows.size; ++r) {
         for (int64_t c = 0; c < count; ++c) {
-          k.copy(at + r * rows.dst + c * columns.dst, 0, read + r * rows.src + c * columns.src, 0, 1,
-                 1, 1);
+          k.copy(at + r * rows.dst + c * columns.dst, 0, read + r * rows.src + c * columns.src, 0,
+                 1, 1, 1);
         }
       }
     }

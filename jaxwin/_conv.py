@@ -19,6 +19,7 @@ from jaxwin._pack import PackedWeights
 
 Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[int, int]]
 
+_PRECISIONS = (None, "default", "high", "highest", "fastest")
 _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 
@@ -41,6 +42,7 @@ def conv(
     activation: str | None = None,
     layout: str = "NHWC",
     algorithm: str = "auto",
+    precision: str | None = None,
     max_workspace: int | None = None,
 ) -> jax.Array:
     """Convolve, and apply ``activation(conv + bias + residual)`` in the same pass.
@@ -66,8 +68,12 @@ def conv(
         blocks, (ceil(N / 8), C, spatial..., 8), as `jaxwin.to_layout` makes them. Those names hold
         at any rank; ``"NWC"``, ``"NDHWC"``, ``"CWN8"`` and so on name the same at their own.
       algorithm: ``"auto"``, the name of an algorithm, ``"xla"``, or ``"any"`` (as ``"auto"``, but
-        XLA where it was measured to be faster), for this convolution; those of its gradients, and
-        of a ``vmap`` over weights, are planned on their own.
+        also algorithms of other numerical families, which round otherwise, where they are faster,
+        and XLA where it was measured to be), for this convolution; those of its gradients, and of a
+        ``vmap`` over weights, are planned on their own, in the canonical family.
+      precision: ``None``, or lax's ``"default"``, ``"high"`` or ``"highest"``, which make no
+        difference on the CPU; ``"fastest"`` makes ``algorithm="any"`` of ``"auto"``, and is no
+        different from ``None`` where an algorithm is named.
       max_workspace: upper limit in bytes for the workspace of this convolution, or None.
 
     Returns:
@@ -150,6 +156,13 @@ def conv(
         raise ValueError(
             f"conv: unknown algorithm {algorithm!r}; choose one of {_names(algorithms())}"
         )
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"conv: unknown precision {precision!r}; choose one of {_names(_PRECISIONS[1:])}, or "
+            "None"
+        )
+    if precision == "fastest":
+        algorithm, precision = "any" if algorithm == "auto" else algorithm, None
     if max_workspace is not None:
         max_workspace = _integer("max_workspace", max_workspace)
         if max_workspace < 0:
@@ -181,6 +194,7 @@ def conv(
             activation=activation,
             layout="CHWN",
             algorithm=algorithm,
+            precision=precision,
             max_workspace=max_workspace,
         )
         return _layouts.into(result, images, blocks)
@@ -201,7 +215,7 @@ def conv(
         "dimension_numbers": lax.ConvDimensionNumbers(data, kernel, data),
         "feature_group_count": groups,
         "batch_group_count": 1,
-        "precision": _compat.canonicalize_precision(None),
+        "precision": _compat.canonicalize_precision(precision),
         "preferred_element_type": None,
         "out_sharding": None,
     }

@@ -13,6 +13,7 @@ from jaxwin import _ffi
 from jaxwin._settings import settings
 
 XLA = "xla"  # lax's own convolution, where it is named beside the algorithms with kernels
+CANONICAL = "canonical"  # the numerical family with the bits that the README promises
 
 
 @functools.cache
@@ -111,6 +112,32 @@ def abi(algorithm: str, isa: str = "") -> str:
     raise KeyError(algorithm)
 
 
-def kernels() -> list[str]:
-    """Every algorithm with the state of its kernels, as "algorithm abi"; those of CUDA too."""
-    return [f"{row['name']} {row['abi']}" for isa in ("", "cuda") for row in _rows(isa)]
+@functools.cache
+def family(algorithm: str, isa: str = "") -> str:
+    """The numerical family of an algorithm; algorithms of one family give the same bits.
+
+    Of "xla" it is "any": its numbers are whatever XLA makes them. isa: "cuda" for the algorithms
+    of CUDA.
+
+    Raises:
+        KeyError: there is no such algorithm.
+    """
+    if algorithm == XLA:
+        return "any"
+    for row in _rows(isa):
+        if row["name"] == algorithm:
+            return str(row["family"])
+    raise KeyError(algorithm)
+
+
+def kernels(canonical: bool | None = None) -> list[str]:
+    """Every algorithm with the state of its kernels, as "algorithm abi"; those of CUDA too.
+
+    canonical: only those of the canonical family, or only those of the others.
+    """
+    return [
+        f"{row['name']} {row['abi']}"
+        for isa in ("", "cuda")
+        for row in _rows(isa)
+        if canonical is None or canonical == (row["family"] == CANONICAL)
+    ]

@@ -156,6 +156,14 @@ def float64(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> tuple[np.ndar
     return _sums(problem, lhs, rhs, np.float64), _sums(problem, *magnitudes, np.float64)
 
 
+def scale(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """max |x| times the sum of |w| of each result's feature: what error bounds are multiples of."""
+    sums = np.abs(rhs.astype(np.float64)).sum(tuple(problem.rhs_spec[1:]))
+    shape = [1] * len(problem.out_shape)
+    shape[problem.out_spec[1]] = -1
+    return np.abs(lhs.astype(np.float64)).max(initial=0.0) * sums.reshape(shape)
+
+
 def _exact(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
     return _sums(problem, lhs, rhs, np.int64).astype(problem.out_dtype)
 

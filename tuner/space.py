@@ -37,10 +37,19 @@ class Space:
     """The valid candidates for one problem, instruction set and number of threads.
 
     An algorithm's parameters take the values of its ParamSpecs and those of its default plan.
-    max_workspace: bytes, as in `make_plan`.
+    max_workspace: bytes, as in `make_plan`. canonical: whether the algorithms of the canonical
+    numerical family are meant, or those of all others.
     """
 
-    def __init__(self, problem: Problem, isa: str, threads: int, max_workspace: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        isa: str,
+        threads: int,
+        max_workspace: int,
+        *,
+        canonical: bool = True,
+    ) -> None:
         self.problem, self.isa, self.threads = problem, isa, threads
         self._native = problem.native()
         self._max_workspace = max_workspace
@@ -52,6 +61,8 @@ class Space:
             return
         views = _ffi.candidates(self._native, isa=isa, threads=threads)
         for row in _registry.registry()["algorithms"]:
+            if canonical != (row["family"] == _registry.CANONICAL):
+                continue
             view = views[row["name"]]
             if "rejected" in view:
                 continue

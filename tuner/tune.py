@@ -46,8 +46,8 @@ class Options:
     threads: None for as many as dispatch would use. budget_seconds: for everything, None for no
     limit but the effort's. timeout_seconds: how long a candidate may be silent. again: measure also
     what is in the database. storage: URL of an optuna storage that machines of one kind share.
-    database: None for the default. family: "canonical", or "any" for a comparison with XLA; None
-    for what JAXWIN_FAMILY says.
+    database: None for the default. family: "canonical", or "any" for a comparison with other
+    families and XLA; None for what JAXWIN_FAMILY says.
     """
 
     effort: str = "quick"

@@ -62,10 +62,20 @@ int64_t channels_last_floats(const Problem& p) {
 Operands copy_channels_last(const Problem& p, const Operands& o, const Kernels& k,
                             const Threads& pool, Ptr to) {
   Ptr w = to + round_up(x_size(p), 16);
-  copy({o.x, p.g, p.x.g, p.n, p.x.n, {p.c, p.in[0], p.in[1], p.in[2]},
+  copy({o.x,
+        p.g,
+        p.x.g,
+        p.n,
+        p.x.n,
+        {p.c, p.in[0], p.in[1], p.in[2]},
         {p.x.c, p.x.sp[0], p.x.sp[1], p.x.sp[2]}},
        k, pool, to);
-  copy({o.w, p.g, p.w.g, p.k, p.w.k, {p.c, p.win[0], p.win[1], p.win[2]},
+  copy({o.w,
+        p.g,
+        p.w.g,
+        p.k,
+        p.w.k,
+        {p.c, p.win[0], p.win[1], p.win[2]},
         {p.w.c, p.w.sp[0], p.w.sp[1], p.w.sp[2]}},
        k, pool, w);
   Operands copies = o;

@@ -26,17 +26,34 @@ const Algorithm* find_algorithm(const std::string& name) {
   return nullptr;
 }
 
-const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace) {
+double unit_roundoff(const Problem& p) {
+  switch (kDtypeRows[p.dtype].word) {
+    case kFloat:
+      return 0x1p-24;
+    case kDouble:
+      return 0x1p-53;
+    default:
+      return 0;
+  }
+}
+
+double chain_error(const Problem& p) {
+  return static_cast<double>(p.reduction()) * unit_roundoff(p);
+}
+
+const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace,
+                                  bool any_family) {
   const Algorithm* best = nullptr;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Algorithm* a : algorithms()) {
+    if (!any_family && !a->canonical()) continue;
     if (!a->refuses(p).empty()) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
     if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {
       continue;
     }
-    const double cost = a->cost(p, t, params);
+    const double cost = a->cycles(p, t, params);
     if (cost < best_cost) {
       best_cost = cost;
       best = a;
