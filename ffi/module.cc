@@ -260,11 +260,12 @@ nb::dict registry() {
     row["tiles"] = tiles;
     row["max_pixels"] = k->max_pixels;
     nb::list sweeps;
-    for (int window = 1; window <= kMaxSweepWindow; ++window) {
-      for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
-        int rows = kMaxSweep;
-        while (rows > 0 && k->sweep[window][stride][rows] == nullptr) --rows;
-        if (rows > 0) sweeps.append(nb::make_tuple(window, stride, rows));
+    for (int expand = 0; expand < 2; ++expand) {
+      for (int window = 1; window <= kMaxSweepWindow; ++window) {
+        for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
+          const int rows = max_sweep(*k, expand, window, stride);
+          if (rows > 0) sweeps.append(nb::make_tuple(expand, window, stride, rows));
+        }
       }
     }
     row["sweeps"] = sweeps;

@@ -203,52 +203,6 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
   }
 }
 
-// Pixels [0, n) of features k0 .. k0 + features: c[feature][pixel] goes to y (in place if it is
-// there), then the epilogue. p.y.sp[2] is the distance of two pixels.
-void finish(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
-            int64_t features, int64_t n, int64_t g, int64_t k0, int64_t y_offset) {
-  if (!p.plain()) {
-    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
-    const EpilogueArgs words{c, ld, features, n, bias, 1, 0, nullptr, 0, o.activation};
-    finish_words(p, k, o, words, y_offset, p.y.k, p.y.sp[2]);
-    return;
-  }
-  Ptr y = o.y + y_offset;
-  ConstPtr bias = o.bias == nullptr ? ConstPtr{} : o.bias + g * p.k + k0;
-  ConstPtr residual = o.residual == nullptr ? ConstPtr{} : o.residual + y_offset;
-  if (p.y.sp[2] == 1) {
-    if (c.at != y.at) k.copy(y, p.y.k, c, ld, 1, features, n);
-    if (!o.has_epilogue()) return;
-    const EpilogueArgs e{y, p.y.k, features, n, bias, 1, 0, residual, p.y.k, o.activation};
-    k.epilogue(&e);
-    return;
-  }
-  if (p.y.k == 1) {
-    k.copy(y, p.y.sp[2], c, 1, ld, n, features);
-    if (!o.has_epilogue()) return;
-    const EpilogueArgs e{y, p.y.sp[2], n, features, bias, 0, 1, residual, p.y.sp[2], o.activation};
-    k.epilogue(&e);
-    return;
-  }
-  for (int64_t j = 0; j < features; ++j) {
-    k.copy(y + j * p.y.k, p.y.sp[2], c + j * ld, 1, 0, n, 1);
-    for (int64_t i = 0; i < n && o.has_epilogue(); ++i) {
-      const int64_t at = i * p.y.sp[2] + j * p.y.k;
-      const EpilogueArgs e{y + at,
-                           0,
-                           1,
-                           1,
-                           bias == nullptr ? ConstPtr{} : bias + j,
-                           0,
-                           0,
-                           residual == nullptr ? ConstPtr{} : residual + at,
-                           0,
-                           o.activation};
-      k.epilogue(&e);
-    }
-  }
-}
-
 void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
   const Layout l = make_layout(problem, e.target, params);
   const Problem& p = l.p;
@@ -344,9 +298,10 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
             const int64_t begin = std::max<int64_t>(0, -t);
             const int64_t end = std::min(pixels, s.out - t);
             if (end > begin) {
-              finish(apart, k, o, c + (m - m0) * args.c_row + begin, args.c_row, features,
-                     end - begin, g, m % p.k,
-                     y_row + s.residue * p.y.sp[2] + (t + begin) * apart.y.sp[2] + m % p.k * p.y.k);
+              finish_planes(
+                  apart, k, o, c + (m - m0) * args.c_row + begin, args.c_row, features, end - begin,
+                  g, m % p.k,
+                  y_row + s.residue * p.y.sp[2] + (t + begin) * apart.y.sp[2] + m % p.k * p.y.k);
             }
             m += features;
           }
