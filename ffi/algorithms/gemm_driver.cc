@@ -1274,7 +1274,6 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   const double unit = static_cast<double>(p.win[0] * p.win[1]);
   const double copy = p.x.c == 1 ? 2.0 : 4.0;
   const double run = static_cast<double>(ceil_div(p.c, k.width));
-  cost += lone_element_cycles(p);
   if (lowering == Lowering::kWindow) {
     const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
     cost += rows * static_cast<double>(strip_columns(p, disjoint, p.out[2])) * unit * run * copy;
