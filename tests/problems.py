@@ -98,8 +98,9 @@ def draw(
 ) -> Problem:
     """A small random problem. kind: "any", or one that a certain algorithm is made for."""
     while True:
-        rank = int(rng.choice([1, 2, 2, 2, 3]))
         pick = kind or "any"
+        tiled = pick in ("winograd", "sfc")
+        rank = 2 if tiled else int(rng.choice([1, 2, 2, 2, 3]))
 
         def ints(low: int, high: int, rank: int = rank) -> tuple[int, ...]:
             return tuple(int(v) for v in rng.integers(low, high + 1, rank))
@@ -129,6 +130,8 @@ def draw(
             window = tuple(max(1, s - int(d)) for s, d in zip(size, ints(0, 2), strict=True))
             stride, rdil = (1,) * rank, stride
             padding = tuple((int(a), int(b)) for a, b in zip(ints(0, 2), ints(0, 2), strict=True))
+        if tiled:
+            window, stride, rdil, ldil, batch_groups = (3, 3), (1, 1), (1, 1), (1, 1), 1
         lhs, rhs = LAYOUTS[rank][int(rng.integers(len(LAYOUTS[rank])))]
         out = LAYOUTS[rank][int(rng.integers(len(LAYOUTS[rank])))][0]
         problem = make(

@@ -68,7 +68,7 @@ def test_equals_the_scalar_chain(algorithm: str, dtype: str, seed: int) -> None:
                 np.testing.assert_array_equal(result, expected, f"{problem} {isa} {params}")
 
 
-@pytest.mark.parametrize("seed", range(DRAWS))
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(("algorithm", "dtype"), [k for k in KERNELS if k[0] not in CANONICAL])
 def test_other_families_keep_to_their_bound(algorithm: str, dtype: str, seed: int) -> None:
     """Within the bound, whatever the plan; and the same bits on every set and thread."""

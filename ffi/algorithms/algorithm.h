@@ -142,6 +142,11 @@ const Caches& caches();
 // The number of threads that is worth waking for this much arithmetic.
 int64_t useful_threads(const Problem& p, int64_t threads);
 
+// Modelled cycles of moving, one by one, elements of x and y that have neither channels nor pixels
+// for neighbours (images are: CHWN): what such layouts cost an algorithm that takes no images as
+// lanes.
+double lone_element_cycles(const Problem& p);
+
 // Stores of whole vectors of features may pass the caches by: they are aligned in y.
 bool streamable(const Problem& p, const Kernels& k, ConstPtr y);
 // Makes such stores of this thread visible to the others.

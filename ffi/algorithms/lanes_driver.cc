@@ -610,6 +610,11 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   // One row has nothing to share, nor have narrow windows of a channel that move by two columns.
   if (expands(p) || (p.out[1] > 1 && (p.stride[2] == 1 || p.win[2] > 3))) {
     params[kLanesSweep] = max_sweep(p, *t.kernels);
+    // An image beyond the cache is read in fewer streams.
+    const int64_t image = p.g * p.c * p.in[0] * p.in[1] * p.in[2] * t.kernels->size;
+    if (p.stride[2] == 1 && image > caches().l2) {
+      params[kLanesSweep] = std::min<int64_t>(params[kLanesSweep], 5);
+    }
   }
   if (params[kLanesSweep] > 0 || readable_in_place(p)) params[kLanesStrip] = 0;
   if (params[kLanesStrip] == 0) {
@@ -676,7 +681,7 @@ void lanes_run(const Problem& p, const Params& params, const Operands& o, const 
   }
 }
 
-double lanes_cost(const Problem& p, const Target& t, const Params&) {
+double lanes_cost(const Problem& p, const Target& t, const Params& params) {
   const double vectors = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width));
   const double taps = static_cast<double>(p.n * p.pixels()) * static_cast<double>(p.reduction());
   // One load per fma; several channels per group are copied into lanes first.
@@ -684,9 +689,12 @@ double lanes_cost(const Problem& p, const Target& t, const Params&) {
     const double channels = static_cast<double>(p.n);
     return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
   }
-  if (p.c == 1) return vectors * taps * 0.9;
+  // A permutation for every three of them, no copy.
+  if (params[kLanesSweep] > 0 && p.c > 1) return vectors * taps * 0.75;
+  const double lone = lone_element_cycles(p);
+  if (p.c == 1) return vectors * taps * 0.9 + lone;
   const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
-  return vectors * (taps * 1.3 + read * 3.2);
+  return vectors * (taps * 1.3 + read * 3.2) + lone;
 }
 
 std::vector<ParamSpec> lanes_param_specs() {

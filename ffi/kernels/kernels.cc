@@ -20,9 +20,14 @@ template <typename T, int NV, int MR>
 constexpr void fill_tile(Kernels& k) {
   if constexpr (MR > 0) {
     static_assert(MR * NV + NV + 1 <= kRegisters, "the tile does not fit the register file");
-    k.packed[NV][MR] = gemm_tile<MR, NV, false, T>;
+    k.packed[NV][MR] = gemm_tile<MR, NV, Form::kPacked, T>;
     // Integers are packed always.
-    if constexpr (!std::is_same_v<T, Pair>) k.strided[NV][MR] = gemm_tile<MR, NV, true, T>;
+    if constexpr (!std::is_same_v<T, Pair>) {
+      k.strided[NV][MR] = gemm_tile<MR, NV, Form::kStrided, T>;
+      if constexpr (MR <= kMaxIndirectMr) {
+        k.indirect[NV][MR] = gemm_tile<MR, NV, Form::kIndirect, T>;
+      }
+    }
     fill_tile<T, NV, MR - 1>(k);
   }
 }
@@ -83,7 +88,9 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
 #include "kernels/tiles.inc"
 #undef JAXWIN_TILE
   // Pairs are moved as floats are.
-  k.copy = copy<std::conditional_t<std::is_same_v<T, Pair>, float, T>>;
+  using Moved = std::conditional_t<std::is_same_v<T, Pair>, float, T>;
+  k.copy = copy<Moved>;
+  k.stream_transpose = stream_transpose<Moved>;
   k.activations = activations;
   if constexpr (!std::is_same_v<T, Pair>) {
     constexpr int kPixels = kRegisters >= 32 ? 16 : 12;

@@ -27,6 +27,8 @@ struct Run {
 // The chain is one fma per (t, i) in this order; it starts from C where `load`, else from zero.
 // Where `add`, its value is added to C with one more rounding (chunked reductions), else stored.
 // Reads of B: columns [0, NV * W) by the packed form, [0, cols) by the strided form.
+// The indirect form finds every row of A by itself, in a table of offsets; -1 stands for zeros:
+//   A[r, t, i] = (o < 0 ? zeros : a + o)[i],  o = table[r * table_row + run[t].a]
 struct GemmArgs {
   const void* a;
   const void* b;
@@ -43,6 +45,9 @@ struct GemmArgs {
   int64_t stream;   // stores pass the caches by; cols = NV * W, C in whole aligned vectors, no add
   int64_t blocks;   // LanesFn only
   int64_t b_block;  // LanesFn only
+  const int64_t* table;  // these three: the indirect form only
+  int64_t table_row;
+  const void* zeros;
 };
 using GemmFn = void (*)(const GemmArgs*);
 
@@ -115,6 +120,7 @@ using CopyFn = void (*)(void* dst, int64_t dst_ld, const void* src, int64_t src_
 
 inline constexpr int kMaxNv = 4;
 inline constexpr int kMaxMr = 16;
+inline constexpr int kMaxIndirectMr = 8;   // each row of A takes an address register
 inline constexpr int kMaxSweep = 7;        // output rows
 inline constexpr int kMaxSweepWindow = 7;  // columns
 inline constexpr int kMaxSweepStride = 2;
@@ -127,6 +133,7 @@ struct Kernels {
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
+  GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
   int max_pixels;
   LanesFn lanes[kMaxMr + 1];           // [P]
   LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
@@ -135,6 +142,9 @@ struct Kernels {
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   CopyFn copy;
+  // The same where src_ld = 1 and every dst + j * dst_ld and count are whole cache lines; stores pass
+  // the caches by.
+  CopyFn stream_transpose;
   // The same between words and the elements of an array; null where that is not a type of theirs.
   // Read: `count` neighbours become words, the last one filled up with zero. Pack: n do.
   CopyFn read[kDtypes];

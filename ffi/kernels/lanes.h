@@ -100,6 +100,15 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
             in[r] = row < static_cast<uint64_t>(g->rows) ? load(from, s->in_tail) : zero<T>();
           }
         }
+        if (kExpand) {
+          // The neighbours in memory, which the next vector of features reads; a row once or twice.
+          JAXWIN_UNROLL
+          for (int r = 0; r < R; ++r) {
+            if (r + 1 == R || run - g->runs < g->row_step) {
+              __builtin_prefetch(at + run->a + r * g->x_row + kWidth<T>);
+            }
+          }
+        }
         const T* w = s->w + run->b + i * g->w_col;
         if constexpr (kExpand) {
           const int32_t* index = g->table;
@@ -145,6 +154,7 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
       T* to = s->y + r * g->y_row;
       if (kPlain) {
         store(to, acc[kDone][r]);
+        if (kExpand) __builtin_prefetch(to + kWidth<T>, 1);
       } else {
         store(to, acc[kDone][r], s->tail);
       }

@@ -15,9 +15,9 @@ extern "C" {
   __attribute__((visibility("default"))) void JAXWIN_PASTE(name, JAXWIN_TARGET)
 #define JAXWIN_TABLE (*jaxwin::JAXWIN_TARGET::kernels(static_cast<jaxwin::Word>(word)))
 JAXWIN_SYMBOL(jaxwin_test_gemm_)
-(int64_t word, int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
+(int64_t word, int64_t mr, int64_t nv, int64_t form, const jaxwin::GemmArgs* args) {
   const jaxwin::Kernels& k = JAXWIN_TABLE;
-  (strided != 0 ? k.strided : k.packed)[nv][mr](args);
+  (form == 0 ? k.packed : form == 1 ? k.strided : k.indirect)[nv][mr](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t word, int64_t pixels, const jaxwin::GemmArgs* args) {
   JAXWIN_TABLE.lanes[pixels](args);
