@@ -415,6 +415,12 @@ def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...
     )
 
 
+_FIXED = operator.attrgetter(
+    *("window_strides", "lhs_dilation", "rhs_dilation", "rhs_reversal"),
+    *("lhs_spec", "rhs_spec", "out_spec", "lhs_dtype", "rhs_dtype", "out_dtype"),
+)
+
+
 def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
     """What two problems must share so that one may lend the other its parameters."""
     rhs, rhs_spec = problem.rhs_shape, problem.rhs_spec
@@ -429,19 +435,10 @@ def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
         isa,
         direction,
         tuple(fixed),
-        problem.window_strides,
-        problem.lhs_dilation,
-        problem.rhs_dilation,
-        problem.rhs_reversal,
-        problem.lhs_spec,
-        rhs_spec,
-        problem.out_spec,
+        _FIXED(problem),
         # dense, grouped, depthwise
         0 if groups == 1 else 2 if rhs[rhs_spec[1]] == 1 else 1,
         problem.batch_group_count > 1,
-        problem.lhs_dtype,
-        problem.rhs_dtype,
-        problem.out_dtype,
     )
 
 
@@ -484,7 +481,8 @@ class _Places(Generic[_T]):
         """(distance, what is there) of a few that are within the limit, the nearest first."""
         if self._lines is None:
             self._lines = self._in_lines()
-        here, *others = self._point(sizes)
+        point = self._point(sizes)
+        here, others = point[0], point[1:]
         taken: list[list[_T]] = []
         for _ in range(_ATTEMPTS):
             best, chosen = limit, None
