@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -138,6 +140,16 @@ def test_every_tile(isa: str, dtype: str) -> None:
                         continue
                 result = problems.run(problem, x, w, "im2win", isa=isa, params=params)
                 np.testing.assert_array_equal(result, expected, f"mr {mr} nv {nv} k {k}")
+
+
+def test_the_readme_names_every_algorithm() -> None:
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("the tests are not in a checkout")
+    table = readme.read_text().split("## Algorithms")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == sorted(ALGORITHMS)
 
 
 @pytest.mark.parametrize(
