@@ -153,9 +153,7 @@ def test_the_epilogue_is_that_of_all_algorithms(dtype: str, activation: str | No
         return np.asarray(y.astype(jnp.float32))
 
     expected = run("rows")
-    for algorithm in OTHERS:
-        if "rejected" in _ffi.candidates(LARGE.native())[algorithm]:
-            continue
+    for algorithm in ("winograd", "sfc"):
         tolerance = 1e-4 if dtype == "float32" else 0.1
         np.testing.assert_allclose(run(algorithm), expected, rtol=tolerance, atol=tolerance)
 

@@ -18,7 +18,7 @@ const std::vector<int64_t>& tiles() {
 }
 
 std::string rejects(const Problem& p) {
-  const std::string why = tile_rejects(p);
+  std::string why = tile_rejects(p);
   if (!why.empty() || kDtypeRows[p.dtype].word != kPair) return why;
   // The transform of the results gives 36 times them, in 32 bits.
   const double most = p.dtype == kU8 ? 255.0 * 255.0 : 128.0 * 128.0;
