@@ -13,6 +13,7 @@ from jaxwin._conv import conv, pack
 from jaxwin._deviation import Deviation, Difference, LayerDeviation, deviation
 from jaxwin._explain import Explanation, ExplanationRow, explain
 from jaxwin._install import install, installed, is_installed, uninstall
+from jaxwin._layouts import from_layout, to_layout
 from jaxwin._pack import PackedWeights, unpack
 from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
 from jaxwin._problem import Problem
@@ -38,11 +39,13 @@ __all__ = [
     "explain",
     "export_safety_checks",
     "fold_batch_norm",
+    "from_layout",
     "install",
     "installed",
     "is_installed",
     "pack",
     "record",
+    "to_layout",
     "tune",
     "uninstall",
     "unpack",

@@ -134,7 +134,12 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
             for channel in range(c):
                 acc = step(acc, (z, u, v), channel)
         return _to_output(problem, acc)
-    rows = list(itertools.product(range(c), range(window[0]), range(window[1])))
+    # A depth that is only summed over comes first: images in blocks have the order of images.
+    first = out[0] == 1 and window[0] == size[0] > 1 and low[0] == 0 and ldil[0] == rdil[0] == 1
+    if first and not (problem.spatial_rank == 3 and problem.rhs_reversal[:1] == (True,)):
+        rows = [(i, z, u) for z in range(window[0]) for i in range(c) for u in range(window[1])]
+    else:
+        rows = list(itertools.product(range(c), range(window[0]), range(window[1])))
     total = None
     for begin in range(0, len(rows), problem.chunk_rows):
         acc = zeros.copy()
