@@ -69,12 +69,15 @@ def _named() -> dict[str, tuple[Layout, int]]:
     result: dict[str, tuple[Layout, int]] = {}
     for rank in (2, 1, 3):
         s = _SPATIAL[rank]
-        names = {f"N{s}C": Layout("last"), f"NC{s}": Layout("first"), f"C{s}N": Layout("images")}
+        names = {f"N{s}C": Layout("last")}
+        if rank == 2:
+            names["channels_last"] = Layout("last")
+        names[f"NC{s}"] = Layout("first")
+        if rank == 2:
+            names["channels_first"] = Layout("first")
+        names[f"C{s}N"] = Layout("images")
         names |= {f"C{s}N{block}": Layout("images", block) for block in _BLOCKS}
         result |= {name: (layout, 0 if rank == 2 else rank) for name, layout in names.items()}
-        if rank == 2:
-            result["channels_last"] = result["NHWC"]
-            result["channels_first"] = result["NCHW"]
     return result
 
 

@@ -140,13 +140,13 @@ def test_every_tile(isa: str, dtype: str) -> None:
 
 
 def test_every_algorithm_can_be_chosen() -> None:
-    """The heuristic uses the whole registry but the baselines."""
+    """The heuristic uses the whole registry but the baselines, and what is for little memory."""
     chosen = set()
     for seed in range(300):
         rng = np.random.default_rng(seed)
         problem = problems.draw(rng, list(ALGORITHMS)[seed % len(ALGORITHMS)])
         chosen.add(_ffi.make_plan(problem.native())["plan"]["algorithm"])
-    assert chosen == set(CANONICAL) - {"im2col"}
+    assert chosen == set(CANONICAL) - {"im2col", "kn2col_aa"}
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ X = np.zeros((3, 5, 5, 4), np.float32)
 X8 = np.zeros((1, 4, 5, 5, 8), np.float32)
 W = np.zeros((3, 3, 4, 6), np.float32)
 ERRORS = {
-    "to_layout: unknown layout 'HWNC'; choose one of 'NHWC', 'NCHW', 'CHWN'": lambda: (
+    "to_layout: unknown layout 'HWNC'; choose one of 'NHWC', 'channels_last', 'NCHW'": lambda: (
         jaxwin.to_layout(X, "HWNC")
     ),
     "to_layout: unknown source 'N'": lambda: jaxwin.to_layout(X, "NCHW", source="N"),

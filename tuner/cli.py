@@ -30,6 +30,7 @@ from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import (
     database_commands,
     exits,
+    layout_command,
     machine,
     model_bench,
     models,
@@ -64,6 +65,7 @@ for _command in (
     record_command.record,
     verify_command.command,
     report_command.command,
+    layout_command.command,
     *database_commands.COMMANDS,
 ):
     main.add_command(_command)
