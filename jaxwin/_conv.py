@@ -95,8 +95,8 @@ def conv(
             f"conv: x must have 3, 4 or 5 dimensions (batch, channels and 1 to 3 spatial), got "
             f"shape {x.shape}; add a batch dimension to a single example with x[None]"
             if not arrangement.block
-            else f"conv: x in layout {layout!r} must have 4, 5 or 6 dimensions (blocks, channels, 1 "
-            f"to 3 spatial and images), got shape {x.shape}; convert it with jaxwin.to_layout"
+            else f"conv: x in layout {layout!r} must have 4, 5 or 6 dimensions (blocks, channels, "
+            f"1 to 3 spatial and images), got shape {x.shape}; convert it with jaxwin.to_layout"
         )
     _layouts.check_blocks("conv", layout, arrangement, x.shape)
     if w.ndim != rank + 2:
@@ -104,8 +104,8 @@ def conv(
             f"conv: w must have as many dimensions as x, (window..., C / groups, K), got w.shape="
             f"{w.shape} for x.shape={x.shape}"
             if not arrangement.block
-            else f"conv: w must have {rank + 2} dimensions, (window..., C / groups, K), got w.shape="
-            f"{w.shape} for x.shape={x.shape} in layout {layout!r}"
+            else f"conv: w must have {rank + 2} dimensions, (window..., C / groups, K), got "
+            f"w.shape={w.shape} for x.shape={x.shape} in layout {layout!r}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -199,8 +199,8 @@ def conv(
         )
         return _layouts.into(result, images, blocks)
 
-    # Blocks are a spatial dimension in front, of three in all if there is but one other, so that the
-    # native core tells them from rows of pixels.
+    # Blocks are a spatial dimension in front, of three in all if there is but one other, so that
+    # the native core tells them from rows of pixels.
     front = max(1, 3 - rank) if arrangement.block else 0
     ones = (1,) * front
     added = tuple(range(2, 1 + front))  # dimensions of size 1 in blocked arrays
