@@ -28,21 +28,26 @@ def algorithm_names() -> tuple[str, ...]:
     return tuple(row["name"] for row in registry()["algorithms"])
 
 
-def _rows(isa: str) -> list[dict[str, Any]]:
-    """The algorithms of the CPU, or for "cuda" those of CUDA."""
-    rows: list[dict[str, Any]] = (registry()["cuda"] if isa == "cuda" else registry())["algorithms"]
-    return rows
+def side(isa: str) -> str:
+    """Whose kernels an instruction set's rows are of: "" the CPU's, "cuda" the GPU's."""
+    return "cuda" if isa.startswith("cuda") else ""
+
+
+def rows(isa: str = "") -> list[dict[str, Any]]:
+    """The registry's algorithms for an instruction set: the CPU's, or CUDA's."""
+    found: list[dict[str, Any]] = (registry()["cuda"] if side(isa) else registry())["algorithms"]
+    return found
 
 
 @functools.cache
 def parameter_names(algorithm: str, isa: str = "") -> tuple[str, ...] | None:
     """Names of an algorithm's parameters in their order; None where there is no such algorithm.
 
-    isa: "cuda" for the algorithms of CUDA.
+    isa: one of CUDA's for the algorithms of CUDA.
     """
     if algorithm == XLA:
         return ()
-    for row in _rows(isa):
+    for row in rows(isa):
         if row["name"] == algorithm:
             return tuple(spec["name"] for spec in row["params"])
     return None
@@ -98,14 +103,14 @@ def threads() -> int:
 def abi(algorithm: str, isa: str = "") -> str:
     """The state of an algorithm's kernels: measurements hold as long as it stays the same.
 
-    Of "xla" it is the version of jaxlib. isa: "cuda" for the algorithms of CUDA.
+    Of "xla" it is the version of jaxlib. isa: one of CUDA's for the algorithms of CUDA.
 
     Raises:
         KeyError: there is no such algorithm.
     """
     if algorithm == XLA:
         return f"jaxlib {jaxlib.version.__version__}"
-    for row in _rows(isa):
+    for row in rows(isa):
         if row["name"] == algorithm:
             return str(row["abi"])
     raise KeyError(algorithm)
@@ -113,4 +118,4 @@ def abi(algorithm: str, isa: str = "") -> str:
 
 def kernels() -> list[str]:
     """Every algorithm with the state of its kernels, as "algorithm abi"; those of CUDA too."""
-    return [f"{row['name']} {row['abi']}" for isa in ("", "cuda") for row in _rows(isa)]
+    return [f"{row['name']} {row['abi']}" for isa in ("", "cuda") for row in rows(isa)]

@@ -297,7 +297,8 @@ _BEST = """
 SELECT p.key, m.algorithm, m.parameters, m.isa, m.threads, m.ns_median, m.created, m.confirmed,
        min(m.preference)
 FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
-WHERE m.family = 'canonical' AND m.machine_id IN (SELECT value FROM json_each(?1))
+WHERE (m.family = 'canonical' OR (m.family = 'tensor' AND m.isa = 'cuda-tensor'))
+  AND m.machine_id IN (SELECT value FROM json_each(?1))
   AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?2))
 GROUP BY m.problem_id, m.isa, m.threads, m.algorithm
 UNION ALL
@@ -663,17 +664,17 @@ def _why_not(
     row: tuple[Any, ...], known: dict[str, Machine], here: Machine, isa: str, threads: int
 ) -> str:
     machine_id, algorithm, parameters, row_isa, row_threads, family, abi, status, _, error = row
-    if family == "any" and _settings.family() == "any":
+    if family == "any" and (_settings.family() == "any" or row_isa == "cuda-tensor"):
         return ""
-    if family != "canonical":
+    if family != "canonical" and not (family == "tensor" and row_isa == "cuda-tensor"):
         return f"the numbers of the family {family} were not asked for"
     machine = known.get(machine_id)
     if machine is None or here.likeness(machine) == "other":
         return f"measured on another machine ({machine or 'unknown'})"
-    if algorithm not in _registry.algorithm_names():
+    if _registry.parameter_names(algorithm, row_isa) is None:
         return "this jaxwin has no such algorithm"
-    if abi != _registry.abi(algorithm):
-        return f"measured with other kernels (abi {abi}, here {_registry.abi(algorithm)})"
+    if abi != _registry.abi(algorithm, row_isa):
+        return f"measured with other kernels (abi {abi}, here {_registry.abi(algorithm, row_isa)})"
     if status != "ok":
         return f"{status}: {error}" if error else str(status)
     if row_isa != isa:
@@ -683,7 +684,7 @@ def _why_not(
     if here.likeness(machine) != "same":
         return f"measured on a related machine ({machine}: other caches)"
     try:
-        parse_parameters(algorithm, parameters)
+        parse_parameters(algorithm, parameters, row_isa)
     except ValueError as wrong:
         return str(wrong)
     return ""

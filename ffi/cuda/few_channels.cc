@@ -123,9 +123,9 @@ void build(const Problem& p, const Types& t, const Params& v, const Buffers& b, 
   o.set("JAXWIN_TM", v[kTm]);
   o.set("JAXWIN_TN", v[kTn]);
   o.set("JAXWIN_THREADS", threads);
-  // Registers: 128 for each of 512 threads.
-  constexpr int64_t kResident = 512;
-  o.set("JAXWIN_BLOCKS", std::max<int64_t>(1, kResident / threads));
+  // Registers: 128 for each of 512 threads, more for many sums.
+  const int64_t resident = v[kTm] * v[kTn] >= 64 && threads < 256 ? 384 : 512;
+  o.set("JAXWIN_BLOCKS", std::max<int64_t>(1, resident / threads));
   o.set("JAXWIN_B", side_by_side ? 0 : 1);
   o.set("JAXWIN_X_PLANES", p.x.c != 1 && p.x.sp[2] == 1 ? 1 : 0);
   o.set("JAXWIN_Y_VECTOR", vector_y ? 1 : 0);

@@ -132,12 +132,12 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_few_channels(JAXWIN_ARGS Con
   const int warp = thread / 32, lane = thread % 32;
   const int across = warp % (kAcross / kWarpAcross) * kWarpAcross + lane % kWarpAcross;
   const int down = warp / (kAcross / kWarpAcross) * kWarpDown + lane / kWarpAcross;
-  const float* at[kTm];
+  int at[kTm];
   float sum[kTm][kTn];
 #pragma unroll
   for (int i = 0; i < kTm; ++i) {
     const int pixel = i * kDown + down;
-    at[i] = values + pixel / kBx * p.stride[1] * line + pixel % kBx * p.stride[2] * a.c;
+    at[i] = pixel / kBx * p.stride[1] * line + pixel % kBx * p.stride[2] * a.c;
 #pragma unroll
     for (int j = 0; j < kTn; ++j) sum[i][j] = 0.0F;
   }
@@ -155,7 +155,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_few_channels(JAXWIN_ARGS Con
       float left[kTm];
       Four right[kTn / 4];
 #pragma unroll
-      for (int i = 0; i < kTm; ++i) left[i] = at[i][offset];
+      for (int i = 0; i < kTm; ++i) left[i] = values[at[i] + offset];
 #pragma unroll
       for (int j = 0; j < kTn / 4; ++j) {
         right[j] = *reinterpret_cast<const Four*>(b + k * kBn + (j * kAcross + across) * 4);
