@@ -145,7 +145,8 @@ def _decide(
         return _automatic(problem, algorithm, max_workspace, exact, gpu_mode, table)
     if exact and family(algorithm) == "tensor":
         raise ValueError(f"algorithm: {algorithm!r} is below the precision that was asked for")
-    row = table and table.named(problem, isa_of(problem, exact), 1, algorithm)
+    isa = isa_of(problem, exact)
+    row = None if table is None else table.named(problem, isa, 1, algorithm)
     if row is not None:
         plan = propose(problem, row, max_workspace)
         if isinstance(plan, Plan):

@@ -144,6 +144,18 @@ def problems(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[Problem,
     return counts
 
 
+def problems_by_precision(
+    fn: Callable[..., Any], *args: Any, **kwargs: Any
+) -> dict[tuple[Problem, bool], int]:
+    """As `problems`, with whether the precision forbids tensor cores."""
+    counts: dict[tuple[Problem, bool], int] = {}
+    for (problem, native, options), count in _found(fn, args, kwargs, by_precision=True).items():
+        if native:
+            key = problem, dict(options)["exact"]
+            counts[key] = counts.get(key, 0) + count
+    return counts
+
+
 def _found(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, by_precision: bool
 ) -> dict[tuple[Any, ...], int]:

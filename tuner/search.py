@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxwin import _registry
-from jaxwin._machine import Machine, this_machine
+from jaxwin import _cuda, _registry
+from jaxwin._machine import Machine, this_gpu, this_machine
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row
@@ -149,7 +149,7 @@ class Context:
 
     again: measures also what is in the database. storage: of optuna, shared with other machines
     of this kind; None for none. near: rows of near problems. family: "any" compares the winner with
-    XLA, too.
+    XLA, too; on a GPU, where XLA is the incumbent, that is done in any case.
     """
 
     measurer: Measurer
@@ -196,7 +196,7 @@ class _Search:
         self.problem, self.context, self._progress = problem, context, progress
         self.space = Space(problem, context.isa, context.threads, MAX_WORKSPACE)
         self.outcome = Outcome(problem, "unsupported", "no native kernel")
-        self.machine = this_machine()
+        self.machine = machine_of(context.isa)
         self.ratios: dict[Candidate, float] = {}  # time relative to the default plan's
         self.bad: dict[Candidate, str] = {}
         self.current: Candidate | None = None  # the confirmed winner so far
@@ -230,7 +230,8 @@ class _Search:
         else:
             self._progress("the fastest once more", total, total)
             self._final(self._hopeful())
-        if self.context.family == "any" and outcome.winner is not None:
+        compares = self.context.family == "any" or self.space.side != ""
+        if compares and outcome.winner is not None:
             self._progress("XLA", total, total)
             self._compare_xla(outcome.winner)
         return outcome
@@ -250,16 +251,16 @@ class _Search:
         for row in context.database.measurements(self.problem):
             if row.family == "any":
                 same = row.machine.id == self.machine.id and row.threads == context.threads
+                same = same and row.isa == context.isa
                 current = row.algorithm == _registry.XLA and row.abi == _registry.abi(row.algorithm)
                 self._xla_known |= same and current and not context.again
                 continue
-            known = row.algorithm in _registry.algorithm_names()
-            if not known or row.abi != _registry.abi(row.algorithm) or row.isa != context.isa:
+            names = _registry.parameter_names(row.algorithm, context.isa)
+            if row.isa != context.isa or names is None or row.parameters.keys() != set(names):
                 continue
-            names = _registry.parameter_names(row.algorithm) or ()
-            if row.parameters.keys() != set(names):
+            if row.abi != _registry.abi(row.algorithm, context.isa):
                 continue
-            candidate = Candidate(row.algorithm, tuple(row.parameters[name] for name in names))
+            candidate = self._candidate(row)
             same = (
                 self.machine.likeness(row.machine) == "same"
                 or row.machine.id == self.machine.id  # a CPU that does not say what it is
@@ -272,8 +273,7 @@ class _Search:
                 confirmed += [row] * row.confirmed
         if confirmed:
             newest = max(confirmed, key=lambda row: row.created)
-            names = _registry.parameter_names(newest.algorithm) or ()
-            winner = Candidate(newest.algorithm, tuple(newest.parameters[name] for name in names))
+            winner = self._candidate(newest)
             self.current = None if winner in self.bad else winner
         if context.again:
             self._previous, self.current = self.current, None
@@ -286,6 +286,10 @@ class _Search:
             if candidate not in self.bad and row.ns_median is not None:
                 self.ratios[candidate] = row.ns_median / anchor.ns_median
                 self._hopes[candidate] = (row.ns_min or 0.0) / (anchor.ns_min or row.ns_median)
+
+    def _candidate(self, row: Measurement) -> Candidate:
+        names = _registry.parameter_names(row.algorithm, self.context.isa) or ()
+        return self.space.candidate(row.algorithm, (row.parameters[name] for name in names))
 
     # --- what to try -------------------------------------------------------------------------
 
@@ -331,7 +335,7 @@ class _Search:
         space = self.space
         lent = []
         for row in self.context.near(self.problem):
-            candidate = Candidate(row.algorithm, row.params)
+            candidate = space.candidate(row.algorithm, row.params)
             if space.plan(candidate) is not None:
                 lent.append(candidate)
         defaults = sorted(space.defaults.values(), key=lambda c: (space.cost(c), c))
@@ -465,6 +469,7 @@ class _Search:
                     ns_mad=finding.mad_ns if ok else None,
                     repeats=finding.calls,
                     error=finding.error,
+                    family=_family(self.context.isa),
                     confirmed=ok and candidate == confirmed,
                     machine=self.machine,
                 )
@@ -541,7 +546,9 @@ class _Search:
         """Whether XLA is faster than the winner; its numbers are others, so it is no candidate."""
         outcome, context = self.outcome, self.context
         dtypes = {self.problem.lhs_dtype, self.problem.rhs_dtype, self.problem.out_dtype}
-        if dtypes != {"float32"} or (self._xla_known and not outcome.measured):
+        if dtypes != {"float32"} and not self.space.side:
+            return
+        if self._xla_known and not outcome.measured:
             return
         plan = self.space.plan(winner)
         assert plan is not None
@@ -647,7 +654,8 @@ class _Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
         self._algorithm = algorithm
-        names = _registry.parameter_names(algorithm) or ()
+        self._side = space.side
+        names = _registry.parameter_names(algorithm, space.side) or ()
         self._distributions: dict[str, Any] = {
             name: optuna.distributions.CategoricalDistribution(values)
             for name, values in zip(names, space.values[algorithm], strict=True)
@@ -664,7 +672,8 @@ class _Study:
         self._told: set[Candidate] = set()
 
     def _candidate(self, params: dict[str, Any]) -> Candidate:
-        return Candidate(self._algorithm, tuple(params[name] for name in self._distributions))
+        values = tuple(params[name] for name in self._distributions)
+        return Candidate(self._algorithm, values, self._side)
 
     def known(self) -> dict[Candidate, float]:
         """What the study knows."""
@@ -707,9 +716,21 @@ class _Study:
         self._asked.clear()
 
 
+def machine_of(isa: str) -> Machine:
+    """What measurements with an instruction set are filed under: for CUDA's the GPU, too."""
+    found = this_gpu() if _registry.side(isa) else None
+    return found or this_machine()
+
+
+def _family(isa: str) -> str:
+    """The numerical family within which candidates are compared."""
+    return "tensor" if isa == _cuda.TENSOR_ISA else "canonical"
+
+
 def study_name(problem: Problem, algorithm: str, context: Context, machine: Machine) -> str:
     """The same for the same problem and kernels on machines of one kind."""
     kind = dataclasses.replace(machine, brand="", stepping=0, isa_flags="", usable_cores=1).id
-    facts = (problem.key, kind, algorithm, _registry.abi(algorithm), context.isa, context.threads)
+    abi = _registry.abi(algorithm, context.isa)
+    facts = (problem.key, kind, algorithm, abi, context.isa, context.threads)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return f"jaxwin {algorithm} {digest}: {problem}"[:200]

@@ -41,7 +41,9 @@ PROBLEMS = {
     "two_stage": _make(1, 256, 256, (14, 14), (3, 3)),
     "few_channels": _make(64, 3, 64, (224, 224), (7, 7), stride=(2, 2)),
     "depthwise": _make(64, 128, 128, (56, 56), (3, 3), groups=128),
-    "lanes_grad": _make(128, 64, 128, (56, 56), (54, 54), batch_groups=128, layout=("CHWN", "IHWO")),
+    "lanes_grad": _make(
+        128, 64, 128, (56, 56), (54, 54), batch_groups=128, layout=("CHWN", "IHWO")
+    ),
     "grouped": _make(64, 128, 128, (56, 56), (3, 3), groups=32),
     "direct": _make(2, 8, 8, (9, 9), (3, 3)),
     "tensor": _make(64, 64, 128, (56, 56), (3, 3)),
