@@ -37,6 +37,23 @@ _MOST_CALLS = 32
 _BOUNDS = {"tf32": 2.0**-9, "bfloat16": 2.0**-7, "float16": 2.0**-9}
 _EXACT_BOUND = 2.0**-16  # float32 sums of any order, and cuDNN's transforms
 
+
+# Each one program: what is done operation by operation is compiled so, too.
+@jax.jit
+def _all_finite(results: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(result).all() for result in results]).all()
+
+
+@jax.jit
+def _differing(results: list[jax.Array], others: list[jax.Array]) -> jax.Array:
+    return jnp.stack([(a != b).sum() for a, b in zip(results, others, strict=True)]).sum()
+
+
+@jax.jit
+def _worst(result: jax.Array, expected: jax.Array, size: jax.Array) -> jax.Array:
+    return (jnp.abs(result.astype(jnp.float32) - expected) / jnp.maximum(size, 1e-20)).max()
+
+
 _struct: Any = jax.ShapeDtypeStruct
 _finished: Any = jax.block_until_ready
 
@@ -69,11 +86,13 @@ class Subject:
         self.calls = max(1, min(wanted, _MOST_BYTES // max(size, 1)))
         if rehearsing():
             self.calls = 2
-        keys = iter(jax.random.split(jax.random.key(seed), self.calls * len(shapes)))
+        generator = jax.random.key(seed, impl="rbg")  # compiles fast
+        keys = iter(jax.random.split(generator, self.calls * len(shapes)))
         self.operands = [
             tuple(jax.random.normal(next(keys), shape, problem.lhs_dtype) for shape in shapes)
             for _ in range(self.calls)
         ]
+        self.temporary_bytes: int | None = None  # of the program compiled last, by XLA's account
         self._bits: list[jax.Array] | None = None
         self._expected: dict[int, tuple[jax.Array, jax.Array]] = {}
 
@@ -91,6 +110,8 @@ class Subject:
 
         jitted = jax.jit(program, donate_argnums=0, keep_unused=True)
         compiled = jitted.lower([out] * self.calls, self.operands).compile()
+        memory = compiled.memory_analysis()
+        self.temporary_bytes = None if memory is None else int(memory.temp_size_in_bytes)
         held = [jnp.full(out.shape, jnp.nan, out.dtype) for _ in range(self.calls)]
         if plan.workspace_bytes > 0:  # memory that XLA will use again
             jnp.full(plan.workspace_bytes, 0xFF, jnp.uint8).block_until_ready().delete()
@@ -123,14 +144,12 @@ class Subject:
         return answer[0].astype(problem.out_dtype)
 
     def _judge(self, plan: Plan, results: list[jax.Array]) -> tuple[str, str]:
-        if not all(bool(jnp.isfinite(result).all()) for result in results):
+        if not bool(_all_finite(results)):
             return "wrong", "leaves a part of its result unwritten"
         canonical = _cuda.family(plan.algorithm) == "canonical"
         if canonical and self._bits is not None:
-            for result, bits in zip(results, self._bits, strict=True):
-                if not bool(jnp.array_equal(result, bits)):
-                    count = int((result != bits).sum())
-                    return "wrong", f"{count} of {result.size} values differ from the first plan's"
+            if count := int(_differing(results, self._bits)):
+                return "wrong", f"{count} values differ from the first plan's"
             return "ok", ""
         single = self.problem.lhs_dtype == "float32"
         float32_sums = canonical or _cuda.family(plan.algorithm) == "pieces" or self.exact
@@ -139,8 +158,7 @@ class Subject:
             bound = _BOUNDS["tf32" if single else self.problem.lhs_dtype]
         for number in {0, len(results) - 1}:
             expected, size = self._reference(number)
-            error = jnp.abs(results[number].astype(jnp.float32) - expected)
-            worst = float((error / jnp.maximum(size, 1e-20)).max())
+            worst = float(_worst(results[number], expected, size))
             if not worst <= bound:
                 told = f"{worst:g} of the products' magnitude, allowed are {bound:g}"
                 return "wrong", f"differs from XLA's result by {told}"
