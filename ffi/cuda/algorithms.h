@@ -88,8 +88,8 @@ struct Algorithm {
   const char* name;
   const char* summary;
   const char* source;  // paper and section
-  // "canonical": the bits of README.md's contract. "pieces": float32 like those, but sums of several
-  // chains. "tensor": tensor cores.
+  // "canonical": the bits of README.md's contract. "pieces": float32 like those, but sums of
+  // several chains. "tensor": tensor cores.
   const char* family;
   const char* files;  // the name of its source here and in kernels/, for `abi`
   std::vector<const char*> dtypes;

@@ -26,8 +26,8 @@ struct GemmShape {
 
 GemmShape gemm_shape(const Types& t, const Params& v, Kind kind) {
   const bool mma = kind == Kind::kTensor;
-  GemmShape s{mma, v[kBm], v[kBn], v[kBk], v[kTm], v[kTn], v[kStages], 0, 16 / type_bytes(t.operand),
-              1,   1};
+  GemmShape s{
+      mma, v[kBm], v[kBn], v[kBk], v[kTm], v[kTn], v[kStages], 0, 16 / type_bytes(t.operand), 1, 1};
   if (s.tm > 0 && s.tn > 0) s.threads = (s.bm / s.tm) * (s.bn / s.tn) * (mma ? 32 : 1);
   if (mma) s.pieces = v[kUnroll];
   if (kind == Kind::kPieces) s.pieces = v[kLast];
@@ -89,7 +89,7 @@ Sides sides(const Problem& p, const GemmShape& s, const Types& t, const Buffers&
 }
 
 constexpr int64_t kMostPieces = 64;
-constexpr int64_t kLeastPiece = 16;  // elements of a piece
+constexpr int64_t kLeastPiece = 16;    // elements of a piece
 constexpr int64_t kSliceColumns = 32;  // kSlice of kernels/gemm.cuh
 
 int64_t gemm_shared_bytes(const Types& t, const GemmShape& s, int a_side) {
@@ -444,9 +444,9 @@ std::vector<Algorithm> gemm_algorithms() {
   r.push_back(gemm_algorithm<Kind::kChain>(
       "im2win", "implicit im2win: window order in shared memory, tiles by asynchronous copies",
       "arXiv 2306.14316, with the window tensor never built", im2win_rejects));
-  Algorithm full = gemm_algorithm<Kind::kChain>(
-      "im2win_full", "the window tensor is built first, then multiplied", "arXiv 2306.14316",
-      full_rejects);
+  Algorithm full = gemm_algorithm<Kind::kChain>("im2win_full",
+                                                "the window tensor is built first, then multiplied",
+                                                "arXiv 2306.14316", full_rejects);
   full.defaults = [](const Problem& p, const Types& t) {
     Params v = gemm_defaults(windowed_problem(p), t, Kind::kChain);
     v[kPack] = 1;

@@ -162,18 +162,13 @@ bool is_depthwise(const Problem& p) { return p.k == 1 && p.n == 1 && p.g > 1; }
 
 bool grad_vector(const Problem& p, const Buffers& b, int64_t v) {
   if (v == 1) return true;
-  const bool w = aligned(b.w, 4 * v) && p.w_first % v == 0 &&
-                 multiples({{p.c, p.w.c},
-                            {p.win[0], p.w.sp[0]},
-                            {p.win[1], p.w.sp[1]},
-                            {p.win[2], p.w.sp[2]}},
-                           v);
+  const bool w =
+      aligned(b.w, 4 * v) && p.w_first % v == 0 &&
+      multiples({{p.c, p.w.c}, {p.win[0], p.w.sp[0]}, {p.win[1], p.w.sp[1]}, {p.win[2], p.w.sp[2]}},
+                v);
   if (!is_depthwise(p)) return w && p.w.k == 1 && p.k % v == 0 && multiples({{p.g, p.w.g}}, v);
   return w && p.w.g == 1 && p.x.g == 1 && p.g % v == 0 && aligned(b.x, 4 * v) &&
-         multiples({{p.c, p.x.c},
-                    {p.in[0], p.x.sp[0]},
-                    {p.in[1], p.x.sp[1]},
-                    {p.in[2], p.x.sp[2]}},
+         multiples({{p.c, p.x.c}, {p.in[0], p.x.sp[0]}, {p.in[1], p.x.sp[1]}, {p.in[2], p.x.sp[2]}},
                    v);
 }
 
@@ -286,8 +281,8 @@ double grad_cost(const Problem& p, const Types&, const Params& v) {
   const double chain = static_cast<double>(chunks_of(p).length) *
                        (40 + taps * static_cast<double>(v[kGradVector])) *
                        std::max(1.0, threads / (kProcessors * 32 * 16));
-  return std::max({loads / 32 / kProcessors, steps / 100 / kProcessors, moved * 4 / 18 / kProcessors,
-                   chain}) +
+  return std::max({loads / 32 / kProcessors, steps / 100 / kProcessors,
+                   moved * 4 / 18 / kProcessors, chain}) +
          results * chunks / 300 + 5000;
 }
 

@@ -28,7 +28,6 @@ def test_a_dry_run_survives_a_crash(tmp_path: Path) -> None:
     assert all(row["right"] == 1 and not row["wrong"] for row in data["bits"].values())
     assert [row["key"] for row in data["rows"]] == [
         "batch 1/0/float32/highest",
-        "batch 1/0/float32/default",
         "batch 1/0/bfloat16/",
     ]
     for row in data["rows"]:

@@ -5,9 +5,9 @@
 // over it by a table of offsets. So the reduction has no padding, however few channels there are.
 // Filters come in pieces by asynchronous copies. One chain per result, the canonical order.
 //
-// Definitions: JAXWIN_BX, _BY (columns and rows of pixels of a block), _BN (features), _BK (steps of
-// the filter at a time), _TM, _TN (pixels and features of a thread), _THREADS, _BLOCKS, _B (how the
-// filter lies, as in gemm.cuh), _X_PLANES (channels are not neighbours), _Y_VECTOR, _DIMS.
+// Definitions: JAXWIN_BX, _BY (columns and rows of pixels of a block), _BN (features), _BK (steps
+// of the filter at a time), _TM, _TN (pixels and features of a thread), _THREADS, _BLOCKS, _B (how
+// the filter lies, as in gemm.cuh), _X_PLANES (channels are not neighbours), _Y_VECTOR, _DIMS.
 
 namespace jaxwin {
 namespace cuda {
@@ -175,8 +175,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_few_channels(JAXWIN_ARGS Con
     const int pixel = i * kDown + down;
     const int py = oy + pixel / kBx, px = ox + pixel % kBx;
     if (py >= p.out[1] || px >= p.out[2]) continue;
-    const int there = p.y_first + g * a.y_g + image * a.y_n + oz * p.y_sp[0] + py * p.y_sp[1] +
-                      px * p.y_sp[2];
+    const int there =
+        p.y_first + g * a.y_g + image * a.y_n + oz * p.y_sp[0] + py * p.y_sp[1] + px * p.y_sp[2];
 #pragma unroll
     for (int j = 0; j < kTn; j += 4) {
       const int column = first_column + (j / 4 * kAcross + across) * 4;

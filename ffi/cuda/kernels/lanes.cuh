@@ -236,8 +236,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_lanes_grad(JAXWIN_ARGS ConvArgs a) {
   const Part& p = a.part[0];
   const int chunk = static_cast<int>(blockIdx.x) / a.row_blocks;  // of this launch
   const int tiles_x = (p.out[2] + kTapsX - 1) / kTapsX, tiles_y = (p.out[1] + kTapsY - 1) / kTapsY;
-  int rest =
-      static_cast<int>(blockIdx.x) % a.row_blocks * kThreads + static_cast<int>(threadIdx.x);
+  int rest = static_cast<int>(blockIdx.x) % a.row_blocks * kThreads + static_cast<int>(threadIdx.x);
   const int lanes = a.g * a.k / kVector;
   const int lane = rest % lanes * kVector;
   rest /= lanes;
