@@ -24,7 +24,8 @@ demo: .venv/.stamp-demo
 	$(PYTHON_IN) examples/train_digits.py
 
 test: .venv/.stamp-test
-	$(PYTHON_IN) -m pytest -q tests
+	@# The tests of a file stay together: some share what is expensive to set up.
+	$(PYTHON_IN) -m pytest -q -n 2 --dist loadscope tests
 
 lint: .venv/.stamp-dev
 	$(PYTHON_IN) -m ruff check .

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "algorithms/registry.h"
 #include "attributes.h"
 #include "plan.h"
 #include "problem.h"
@@ -125,10 +126,11 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype, D
   *wrong = make_plan(fresh->problem, site->request, &fresh->plan);
   if (!wrong->empty() && fresh->plan.target.kernels == nullptr) {
     // The program was compiled on a machine with another instruction set: the same bits by a
-    // plan of this one.
+    // plan of this one. In other families than the canonical they depend on the parameters.
     PlanRequest request = site->request;
     request.isa.clear();
-    request.params.clear();
+    const Algorithm* named = find_algorithm(request.algorithm);
+    if (named == nullptr || named->canonical()) request.params.clear();
     *wrong = make_plan(fresh->problem, request, &fresh->plan);
   }
   const bool epilogue =

@@ -92,7 +92,9 @@ nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
   for (size_t i = 0; i < plan.algorithm->params.size(); ++i) params.append(plan.params[i]);
   d["params"] = params;
   d["workspace_bytes"] = plan.workspace_bytes;
-  d["cost"] = plan.algorithm->cost(p, plan.target, plan.params);
+  d["cost"] = plan.algorithm->cycles(p, plan.target, plan.params);
+  d["family"] = plan.algorithm->family;
+  d["error_bound"] = plan.algorithm->error(p, plan.params);
   return d;
 }
 
@@ -240,7 +242,7 @@ nb::dict registry() {
     row["name"] = a->name;
     row["summary"] = a->summary;
     row["source"] = a->source;
-    row["family"] = "canonical";
+    row["family"] = a->family;
     row["abi"] = abi(a->name);
     nb::list dtypes;
     for (const Dtype d : a->dtypes) dtypes.append(kDtypeRows[d].name);
@@ -262,11 +264,12 @@ nb::dict registry() {
     row["tiles"] = tiles;
     row["max_pixels"] = k->max_pixels;
     nb::list sweeps;
-    for (int window = 1; window <= kMaxSweepWindow; ++window) {
-      for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
-        int rows = kMaxSweep;
-        while (rows > 0 && k->sweep[window][stride][rows] == nullptr) --rows;
-        if (rows > 0) sweeps.append(nb::make_tuple(window, stride, rows));
+    for (int expand = 0; expand < 2; ++expand) {
+      for (int window = 1; window <= kMaxSweepWindow; ++window) {
+        for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
+          const int rows = max_sweep(*k, expand, window, stride);
+          if (rows > 0) sweeps.append(nb::make_tuple(expand, window, stride, rows));
+        }
       }
     }
     row["sweeps"] = sweeps;

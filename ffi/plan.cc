@@ -20,8 +20,9 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
   if (plan->target.kernels == nullptr) {
     return "isa: this CPU does not run '" + request.isa + "'";
   }
-  if (request.algorithm == "auto") {
-    plan->algorithm = choose_algorithm(p, plan->target, request.max_workspace);
+  const bool any_family = request.algorithm == "any";
+  if (request.algorithm == "auto" || any_family) {
+    plan->algorithm = choose_algorithm(p, plan->target, request.max_workspace, any_family);
     if (plan->algorithm == nullptr) return "no algorithm computes this problem";
   } else {
     plan->algorithm = find_algorithm(request.algorithm);

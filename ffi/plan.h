@@ -13,8 +13,8 @@
 namespace jaxwin {
 
 struct PlanRequest {
-  std::string algorithm = "auto";
-  std::string isa;  // "": the best
+  std::string algorithm = "auto";  // or "auto": the best canonical one; "any": of all
+  std::string isa;                 // "": the best
   int64_t threads = 1;
   int64_t max_workspace = -1;   // bytes; negative: any
   std::vector<int64_t> params;  // empty: the algorithm's defaults

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 namespace jaxwin {
 namespace {
@@ -37,10 +38,18 @@ int64_t elements(const std::vector<int64_t>& shape) {
   return total;
 }
 
+// A depth over which is only summed, as over the images: that of the weight gradient of a window of
+// depth 1. Where the images come in blocks (CHWN8), their number is such a depth.
+bool sums_over_depth(const Problem& p) {
+  return p.out[0] == 1 && p.win[0] > 1 && p.win[0] == p.in[0] && p.pad[0] == 0 &&
+         p.rhs_dilation[0] == 1 && p.lhs_dilation[0] == 1 && p.w.sp[0] > 0;
+}
+
 int64_t chunk_rows(const Problem& p) {
-  if (p.window() <= p.pixels()) return 0;
+  const int64_t depth = sums_over_depth(p) ? p.win[0] : 1;
+  if (p.window() / depth <= p.pixels()) return 0;
   bool overlapping = false;
-  for (int d = 0; d < 3; ++d) overlapping = overlapping || p.stride[d] < p.win[d];
+  for (int d = depth > 1 ? 1 : 0; d < 3; ++d) overlapping = overlapping || p.stride[d] < p.win[d];
   if (!overlapping) return 0;
   // About a thousand pixels: their rows of input and output gradient stay in a second-level cache.
   constexpr int64_t kChunkPixels = 1024;
@@ -181,6 +190,12 @@ std::string make_problem(const ConvParams& a, Problem* p) {
   if (a.rhs_panel > 0 && p->w_first != 0) return "rhs_panel: packed filters cannot be reversed";
   p->panel = a.rhs_panel;
   p->chunk_rows = chunk_rows(*p);
+  if (p->chunk_rows > 0 && sums_over_depth(*p)) {
+    std::swap(p->c, p->win[0]);
+    std::swap(p->x.c, p->x.sp[0]);
+    std::swap(p->w.c, p->w.sp[0]);
+    p->in[0] = p->win[0];
+  }
   return {};
 }
 

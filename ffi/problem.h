@@ -71,7 +71,8 @@ struct Problem {
   // the logical shape alone. 0: one chain over (x, y, z, channel). Else, for shapes that look like
   // weight gradients (a window larger than the output, overlapping from pixel to pixel): chains
   // over the rows (channel, z, y) of the window, each along x; so many rows to a chunk, chunks
-  // added in order.
+  // added in order. A depth that is only summed over comes before the channels: there, make_problem
+  // lets the two change places, so that images in blocks have the order of images.
   int64_t chunk_rows = 0;
 
   // Some window position reads padding.

@@ -13,16 +13,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin import _compat, _explain, _pack, _registry
+from jaxwin import _compat, _explain, _layouts, _pack, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 from jaxwin._pack import PackedWeights
 
 Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[int, int]]
 
-# Layout names: those of rank 2 spatial dimensions stand for their family at any rank.
-_CHANNELS_LAST = ("NHWC", "channels_last", "NWC", "NDHWC")
-_CHANNELS_FIRST = ("NCHW", "channels_first", "NCW", "NCDHW")
-_RANK_OF_LAYOUT = {"NWC": 1, "NCW": 1, "NDHWC": 3, "NCDHW": 3}
+_PRECISIONS = (None, "default", "high", "highest", "fastest")
 _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 
@@ -45,6 +42,7 @@ def conv(
     activation: str | None = None,
     layout: str = "NHWC",
     algorithm: str = "auto",
+    precision: str | None = None,
     max_workspace: int | None = None,
 ) -> jax.Array:
     """Convolve, and apply ``activation(conv + bias + residual)`` in the same pass.
@@ -53,7 +51,7 @@ def conv(
     can be differentiated, in forward and reverse mode and to any order, and batched by ``vmap``.
 
     Args:
-      x: input of shape (N, spatial..., C); (N, C, spatial...) with a channels-first layout.
+      x: input of shape (N, spatial..., C), or as `layout` says.
       w: weights of shape (window..., C / groups, K), whatever the layout of ``x``; or what
         `jaxwin.pack` has made of them.
       stride: step of the window: an int, or one per spatial dimension.
@@ -65,12 +63,17 @@ def conv(
       residual: shape of the output, or None.
       activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"gelu"`` (tanh
         approximation), ``"silu"``, ``"tanh"``, ``"sigmoid"``, or None; each as in ``jax.nn``.
-      layout: ``"NHWC"`` (or ``"channels_last"``) or ``"NCHW"`` (or ``"channels_first"``), at any
-        rank; ``"NWC"``, ``"NDHWC"``, ``"NCW"``, ``"NCDHW"`` name the same at their own rank. Holds
-        for ``x``, ``residual`` and the result.
+      layout: of ``x``, ``residual`` and the result. ``"NHWC"`` (or ``"channels_last"``),
+        ``"NCHW"`` (or ``"channels_first"``), ``"CHWN"``, or ``"CHWN8"`` or ``"CHWN16"``: images in
+        blocks, (ceil(N / 8), C, spatial..., 8), as `jaxwin.to_layout` makes them. Those names hold
+        at any rank; ``"NWC"``, ``"NDHWC"``, ``"CWN8"`` and so on name the same at their own.
       algorithm: ``"auto"``, the name of an algorithm, ``"xla"``, or ``"any"`` (as ``"auto"``, but
-        XLA where it was measured to be faster), for this convolution; those of its gradients, and
-        of a ``vmap`` over weights, are planned on their own.
+        also algorithms of other numerical families, which round otherwise, where they are faster,
+        and XLA where it was measured to be), for this convolution; those of its gradients, and of a
+        ``vmap`` over weights, are planned on their own, in the canonical family.
+      precision: ``None``, or lax's ``"default"``, ``"high"`` or ``"highest"``, which make no
+        difference on the CPU; ``"fastest"`` makes ``algorithm="any"`` of ``"auto"``, and is no
+        different from ``None`` where an algorithm is named.
       max_workspace: upper limit in bytes for the workspace of this convolution, or None.
 
     Returns:
@@ -85,16 +88,24 @@ def conv(
         _pack.check(w)
     else:
         w = _array("w", w)
-    rank = x.ndim - 2
+    arrangement = _layouts.parse("conv", layout, x.ndim)
+    rank = arrangement.spatial_rank(x.ndim)
     if not 1 <= rank <= 3:
         raise ValueError(
             f"conv: x must have 3, 4 or 5 dimensions (batch, channels and 1 to 3 spatial), got "
             f"shape {x.shape}; add a batch dimension to a single example with x[None]"
+            if not arrangement.block
+            else f"conv: x in layout {layout!r} must have 4, 5 or 6 dimensions (blocks, channels, 1 "
+            f"to 3 spatial and images), got shape {x.shape}; convert it with jaxwin.to_layout"
         )
-    if w.ndim != x.ndim:
+    _layouts.check_blocks("conv", layout, arrangement, x.shape)
+    if w.ndim != rank + 2:
         raise ValueError(
             f"conv: w must have as many dimensions as x, (window..., C / groups, K), got w.shape="
             f"{w.shape} for x.shape={x.shape}"
+            if not arrangement.block
+            else f"conv: w must have {rank + 2} dimensions, (window..., C / groups, K), got w.shape="
+            f"{w.shape} for x.shape={x.shape} in layout {layout!r}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -103,11 +114,10 @@ def conv(
         )
     _check_dtype("w", w, x)
 
-    channels_last = _is_channels_last(layout, rank)
     strides = _per_dimension("stride", stride, rank)
     dilations = _per_dimension("dilation", dilation, rank)
     groups = _integer("groups", groups)
-    channels = x.shape[-1 if channels_last else 1]
+    channels = arrangement.features(x.shape)
     features = w.shape[-1]
     if groups < 1:
         raise ValueError(f"conv: groups must be at least 1, got groups={groups}")
@@ -134,7 +144,7 @@ def conv(
             "jaxwin.pack the groups of the convolution"
         )
 
-    spatial = x.shape[1:-1] if channels_last else x.shape[2:]
+    spatial = arrangement.spatial(x.shape)
     window = [(k - 1) * d + 1 if k else 0 for k, d in zip(w.shape, dilations, strict=False)]
     pads = _pads(padding, spatial, window, strides)
 
@@ -146,6 +156,13 @@ def conv(
     if not any(algorithm in algorithms(platform) for platform in ("cpu", "cuda")):
         here = algorithms(_explain.default_platform())
         raise ValueError(f"conv: unknown algorithm {algorithm!r}; choose one of {_names(here)}")
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"conv: unknown precision {precision!r}; choose one of {_names(_PRECISIONS[1:])}, or "
+            "None"
+        )
+    if precision == "fastest":
+        algorithm, precision = "any" if algorithm == "auto" else algorithm, None
     if max_workspace is not None:
         max_workspace = _integer("max_workspace", max_workspace)
         if max_workspace < 0:
@@ -154,18 +171,51 @@ def conv(
                 f"max_workspace={max_workspace}"
             )
 
-    ndim = x.ndim
-    data = (0, ndim - 1, *range(1, ndim - 1)) if channels_last else tuple(range(ndim))
+    if arrangement.block and rank == 3:  # blocks would be a fourth spatial dimension
+        n = arrangement.images(x.shape)
+        images, blocks = _layouts.Layout("images"), arrangement
+        if residual is not None:
+            residual = _array("residual", residual)
+            if residual.ndim != x.ndim or residual.shape[-1] != blocks.block:
+                raise ValueError(
+                    f"conv: residual must have the shape of the output, in layout {layout!r}, got "
+                    f"{residual.shape}"
+                )
+            residual = _layouts.out_of(residual, blocks, blocks.images(residual.shape), images)
+        result = conv(
+            _layouts.out_of(x, blocks, n, images),
+            w,
+            stride=strides,
+            padding=pads,
+            dilation=dilations,
+            groups=groups,
+            bias=bias,
+            residual=residual,
+            activation=activation,
+            layout="CHWN",
+            algorithm=algorithm,
+            precision=precision,
+            max_workspace=max_workspace,
+        )
+        return _layouts.into(result, images, blocks)
+
+    # Blocks are a spatial dimension in front, of three in all if there is but one other, so that the
+    # native core tells them from rows of pixels.
+    front = max(1, 3 - rank) if arrangement.block else 0
+    ones = (1,) * front
+    added = tuple(range(2, 1 + front))  # dimensions of size 1 in blocked arrays
+    ndim = rank + 2 + front
+    data = arrangement.specification(ndim)
     kernel = (ndim - 1, ndim - 2, *range(ndim - 2))
     params: dict[str, Any] = {
-        "window_strides": strides,
-        "padding": pads,
-        "lhs_dilation": (1,) * rank,
-        "rhs_dilation": dilations,
+        "window_strides": ones + strides,
+        "padding": ((0, 0),) * front + pads,
+        "lhs_dilation": ones + (1,) * rank,
+        "rhs_dilation": ones + dilations,
         "dimension_numbers": lax.ConvDimensionNumbers(data, kernel, data),
         "feature_group_count": groups,
         "batch_group_count": 1,
-        "precision": _compat.canonicalize_precision(None),
+        "precision": _compat.canonicalize_precision(precision),
         "preferred_element_type": None,
         "out_sharding": None,
     }
@@ -182,16 +232,26 @@ def conv(
         residual = _array("residual", residual)
         _check_dtype("residual", residual, x)
         struct: Any = jax.ShapeDtypeStruct
-        shapes = (struct(v.shape, v.dtype) for v in (x, w))
+        shapes = (
+            struct(s, v.dtype) for v, s in ((x, _with(x.shape, added)), (w, ones + tuple(w.shape)))
+        )
         out = jax.eval_shape(lambda x, w: fused_conv(x, w, **params), *shapes)
-        if residual.shape != out.shape:
+        expected = tuple(size for d, size in enumerate(out.shape) if d not in added)
+        if residual.shape != expected:
             raise ValueError(
-                f"conv: residual must have the shape of the output, {out.shape}, got "
+                f"conv: residual must have the shape of the output, {expected}, got "
                 f"{residual.shape}"
             )
-    return fused_conv(
-        x,
-        w.array if isinstance(w, PackedWeights) else w,
+        residual = lax.expand_dims(residual, added)
+    if isinstance(w, PackedWeights):
+        weights = w.array if packing is not None else lax.expand_dims(w.array, range(front))
+    else:
+        weights = lax.expand_dims(w, range(front))
+    if packing is not None:
+        packing = packing._replace(shape=ones + packing.shape)
+    result = fused_conv(
+        lax.expand_dims(x, added),
+        weights,
         bias,
         residual,
         activation=activation,
@@ -200,6 +260,7 @@ def conv(
         packed=packing,
         **params,
     )
+    return lax.squeeze(result, added)
 
 
 def pack(
@@ -259,6 +320,14 @@ def pack(
     return _pack.pack_for(w, groups, problem)
 
 
+def _with(shape: Sequence[int], added: Sequence[int]) -> tuple[int, ...]:
+    """The shape with dimensions of size 1 at these positions."""
+    result = list(shape)
+    for d in added:
+        result.insert(d, 1)
+    return tuple(result)
+
+
 def _names(names: Any) -> str:
     return ", ".join(repr(name) for name in names)
 
@@ -305,21 +374,6 @@ def _per_dimension(name: str, value: Any, rank: int) -> tuple[int, ...]:
     if min(values) < 1:
         raise ValueError(f"conv: {name} must be at least 1, got {name}={value!r}")
     return values
-
-
-def _is_channels_last(layout: str, rank: int) -> bool:
-    if layout not in _CHANNELS_LAST + _CHANNELS_FIRST:
-        raise ValueError(
-            f"conv: unknown layout {layout!r}; choose one of "
-            f"{_names(_CHANNELS_LAST + _CHANNELS_FIRST)}"
-        )
-    last = layout in _CHANNELS_LAST
-    if _RANK_OF_LAYOUT.get(layout, rank) != rank:
-        raise ValueError(
-            f"conv: layout {layout!r} has {_RANK_OF_LAYOUT[layout]} spatial dimensions but x has "
-            f"{rank}; {'NHWC' if last else 'NCHW'!r} holds at any rank"
-        )
-    return last
 
 
 def _pads(

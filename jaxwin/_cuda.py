@@ -22,7 +22,6 @@ from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 
 ISA = "cuda"  # of plans; of measurements: those with the bits of the contract
-TENSOR_ISA = "cuda-tensor"  # of measurements where tensor cores and other sums are allowed
 MODES = ("auto", "all", "off")
 _SIXTEEN_BITS = ("bfloat16", "float16")
 _INCUMBENT = "cuDNN through XLA, until a kernel is measured to be faster on this GPU"
@@ -82,11 +81,11 @@ def is_exact(precision: Any) -> bool:
 
 def isa_of(problem: Problem, exact: bool) -> str:
     """What a problem's measurements are filed under: `ISA` where the contract on bits holds."""
-    return ISA if exact and problem.lhs_dtype == "float32" else TENSOR_ISA
+    return ISA if exact and problem.lhs_dtype == "float32" else _registry.TENSOR_ISA
 
 
 def families(isa: str) -> tuple[str, ...]:
-    """The numerical families that may compute what is filed under `ISA` or `TENSOR_ISA`."""
+    """The numerical families that may compute what is filed under an instruction set."""
     if isa == ISA:
         return ("canonical",)
     return tuple(dict.fromkeys(row["family"] for row in registry().values()))

@@ -7,15 +7,47 @@ native core's heuristic, XLA. Nothing here runs when a compiled program does.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from jaxwin import _cuda, _ffi, _record, _registry, _settings, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """What a comparison of plans wants; None: as it would be.
+
+    algorithm: "xla" or the name of an algorithm, for the problems that it can compute. isa: the
+    instruction set. threads: how many the plan is for.
+    """
+
+    algorithm: str | None = None
+    isa: str | None = None
+    threads: int | None = None
+
+
+_forced: contextvars.ContextVar[Forced | None] = contextvars.ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def forcing(forced: Forced) -> Iterator[None]:
+    """Decisions in this context, on the CPU, are as `forced` wants them.
+
+    Of what is compiled in it nothing may be found in JAX's caches: jit a function of its own.
+    """
+    token = _forced.set(forced)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def decide(
@@ -29,11 +61,12 @@ def decide(
 ) -> Decision:
     """The plan for a problem under the environment as it is now.
 
-    algorithm: "auto", "any" (XLA may take part in it, as with JAXWIN_FAMILY=any), "xla", or the
-        name of an algorithm, which must be able to compute the problem. max_workspace: bytes, or
-        None for any. enforce: whether a program is being compiled, so that JAXWIN_MODE=require
-        raises here and the problem is recorded. platform: "cpu" or "cuda". exact: whether precision
-        forbids tensor cores; of meaning on CUDA only.
+    algorithm: "auto" (the canonical family), "any" (XLA and the algorithms of other numerical
+        families take part, as with JAXWIN_FAMILY=any), "xla", or the name of an algorithm, which
+        must be able to compute the problem. max_workspace: bytes, or None for any. enforce: whether
+        a program is being compiled, so that JAXWIN_MODE=require raises here and the problem is
+        recorded. platform: "cpu" or "cuda". exact: whether precision forbids tensor cores; of
+        meaning on CUDA only.
 
     Raises:
         ValueError: the algorithm is unknown, or it was asked for by name and cannot compute the
@@ -58,6 +91,12 @@ def decide(
     table = None if mode == "off" else _tuning.table()
     isa = _registry.best_isa(settings.max_isa)
     threads = settings.threads or _registry.threads()
+    forced = _forced.get()
+    if forced is not None:
+        isa, threads, enforce = forced.isa or isa, forced.threads or threads, False
+        if forced.algorithm is not None:
+            with contextlib.suppress(ValueError):
+                return _decide(problem, forced.algorithm, max_workspace, isa, threads, table)
     decision = _decide(problem, algorithm, max_workspace, isa, threads, table)
     untried = decision.tier in ("transferred", "heuristic")
     if enforce:
@@ -109,11 +148,11 @@ def _decide(
     reason = unsupported(problem)
     if not reason:
         native = problem.native()
+        if algorithm == "any":
+            other = _of_another_family(problem, native, isa, threads, max_workspace, table)
+            if other is not None:
+                return other
         if table is not None and choose:
-            if algorithm == "any":
-                row = table.named(problem, isa, threads, _registry.XLA)
-                if row is not None and row.wins:
-                    return Decision("tuned", None, "XLA was measured to be faster", row)
             row = table.exact(problem, isa, threads)
             if row is not None:
                 plan = propose(native, row, isa, threads, max_workspace)
@@ -136,6 +175,33 @@ def _decide(
     if not choose:
         raise ValueError(f"algorithm: {algorithm!r} cannot compute {problem}: {reason}")
     return Decision(_registry.XLA, None, reason)
+
+
+def _of_another_family(
+    problem: Problem,
+    native: dict[str, Any],
+    isa: str,
+    threads: int,
+    max_workspace: int | None,
+    table: Table | None,
+) -> Decision | None:
+    """What is faster than the canonical family: by measurement, or by the model where none is."""
+    if table is not None:
+        row = table.other(problem, isa, threads)
+        if row is not None and row.algorithm == _registry.XLA:
+            return Decision("tuned", None, "XLA was measured to be faster", row)
+        if row is not None:
+            plan = propose(native, row, isa, threads, max_workspace)
+            if isinstance(plan, Plan):
+                return Decision("tuned", plan, row=row)
+        if table.exact(problem, isa, threads) is not None:
+            return None
+    plan = _make_plan(native, "any", (), isa, threads, max_workspace)
+    if isinstance(plan, str) or _registry.family(plan.algorithm) == _registry.CANONICAL:
+        return None
+    if table is not None and table.named(problem, isa, threads, plan.algorithm) is not None:
+        return None
+    return Decision("heuristic", plan)
 
 
 @functools.cache

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxwin import _compat, _cuda, _dispatch, _ffi, _install, _settings, _tuning
+from jaxwin import _compat, _cuda, _dispatch, _ffi, _install, _registry, _settings, _tuning
 from jaxwin._fused import fused_conv_p
 from jaxwin._plan import Decision, Plan
 from jaxwin._primitive import conv_p
 from jaxwin._problem import Problem, from_parameters
-from jaxwin._registry import parameter_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,8 @@ class ExplanationRow:
     rejected: why each of the other algorithms was not taken, by name.
     measured: for "tuned", "transferred" and "requested" the measurement behind it, if there is one,
     and in what its problem differs from this one. unused: why other measurements of this problem
-    were not taken.
+    were not taken. family: the numerical family; "canonical" has the bits that the README promises,
+    "any" is XLA's.
     """
 
     problem: Problem
@@ -46,6 +46,7 @@ class ExplanationRow:
     rejected: dict[str, str]
     measured: str = ""
     unused: tuple[str, ...] = ()
+    family: str = _registry.CANONICAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Explanation:
         for row in self.rows:
             notes = [f"{row.tier}: {row.measured}"] if row.measured else []
             notes += [f"not used: {text}" for text in row.unused]
+            if row.family not in (_registry.CANONICAL, "any"):
+                notes.append(f"numbers of the family {row.family}, not the canonical ones")
             if notes:
                 lines += [str(row.problem), *(f"  {note}" for note in notes)]
         return "\n".join(lines)
@@ -243,7 +246,9 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
                 _cuda.isa_of(problem, options.get("exact", False)),
                 lambda row: _cuda.propose(problem, row, options.get("max_workspace")),
             ),
+            _registry.family(plan.algorithm, plan.isa),
         )
+    any_family = options.get("algorithm") == "any" or _settings.family() == "any"
     rejected = {}
     for name, candidate in _ffi.candidates(
         problem.native(), isa=plan.isa, threads=plan.threads
@@ -254,6 +259,8 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
             rejected[name] = candidate["rejected"]
         elif decision.tier == "requested":
             rejected[name] = "not asked for"
+        elif candidate["family"] != _registry.CANONICAL and not any_family:
+            rejected[name] = f"another numerical family ({candidate['family']}): not asked for"
         elif decision.row is not None:
             rejected[name] = f"not the {decision.tier} choice"
         else:
@@ -278,6 +285,7 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
                 problem.native(), row, plan.isa, plan.threads, options.get("max_workspace")
             ),
         ),
+        _registry.family(plan.algorithm),
     )
 
 
@@ -311,11 +319,13 @@ def _unused(
 
 
 def _xla_row(problem: Problem, count: int, reason: str, rejected: dict[str, str]) -> ExplanationRow:
-    return ExplanationRow(problem, count, "xla", "xla", {}, "", 0, 0, reason, rejected)
+    return ExplanationRow(
+        problem, count, "xla", "xla", {}, "", 0, 0, reason, rejected, family="any"
+    )
 
 
 def _named_parameters(plan: Plan) -> dict[str, int]:
-    names = parameter_names(plan.algorithm, plan.isa)
+    names = _registry.parameter_names(plan.algorithm, plan.isa)
     if names is None:
         raise KeyError(plan.algorithm)
     return dict(zip(names, plan.params, strict=True))

@@ -13,6 +13,9 @@ from jaxwin import _ffi
 from jaxwin._settings import settings
 
 XLA = "xla"  # lax's own convolution, where it is named beside the algorithms with kernels
+TENSOR = "tensor"  # the numerical family of tensor cores
+TENSOR_ISA = "cuda-tensor"  # of measurements where tensor cores and other sums are allowed
+CANONICAL = "canonical"  # the numerical family with the bits that the README promises
 
 
 @functools.cache
@@ -116,6 +119,40 @@ def abi(algorithm: str, isa: str = "") -> str:
     raise KeyError(algorithm)
 
 
-def kernels() -> list[str]:
-    """Every algorithm with the state of its kernels, as "algorithm abi"; those of CUDA too."""
-    return [f"{row['name']} {row['abi']}" for isa in ("", "cuda") for row in rows(isa)]
+def is_usual(family: str, isa: str) -> bool:
+    """Whether measurements of a family compete for an instruction set where nobody asked for more.
+
+    That is the canonical family; and for `TENSOR_ISA` all kernels, under the name "tensor".
+    """
+    return family == CANONICAL or (isa == TENSOR_ISA and family == TENSOR)
+
+
+@functools.cache
+def family(algorithm: str, isa: str = "") -> str:
+    """The numerical family of an algorithm; algorithms of one family give the same bits.
+
+    Of "xla" it is "any": its numbers are whatever XLA makes them. isa: "cuda" for the algorithms
+    of CUDA.
+
+    Raises:
+        KeyError: there is no such algorithm.
+    """
+    if algorithm == XLA:
+        return "any"
+    for row in rows(isa):
+        if row["name"] == algorithm:
+            return str(row["family"])
+    raise KeyError(algorithm)
+
+
+def kernels(canonical: bool | None = None) -> list[str]:
+    """Every algorithm with the state of its kernels, as "algorithm abi"; those of CUDA too.
+
+    canonical: only those of the canonical family, or only those of the others.
+    """
+    return [
+        f"{row['name']} {row['abi']}"
+        for isa in ("", "cuda")
+        for row in rows(isa)
+        if canonical is None or canonical == (row["family"] == CANONICAL)
+    ]

@@ -229,8 +229,8 @@ class Row:
     """An algorithm's best measurement for one problem, instruction set and thread count in a file.
 
     params: in the order of the registry. nanoseconds: the median of the measurement. wins: whether
-    no other algorithm's is better; of "xla", which stands outside of the canonical family, whether
-    it was found to be faster than the winner of that family.
+    no other algorithm's is better; outside of the canonical family ("xla" among them) whether it
+    was found to be faster than the winner of that family.
     """
 
     problem: Problem
@@ -243,6 +243,7 @@ class Row:
     created: str
     path: Path
     wins: bool = True
+    family: str = _registry.CANONICAL
 
     def __str__(self) -> str:
         return f"{self.nanoseconds / 1e3:.1f} us on {self.created[:10]}, {self.path}"
@@ -291,28 +292,36 @@ def machines(connection: sqlite3.Connection) -> dict[str, Machine]:
 
 
 # One row per problem, instruction set, thread count and algorithm, the winner first: the bare
-# columns are those of the row that has the least preference, as SQLite promises. Of XLA's the last
-# comparison with the winner counts.
+# columns are those of the row that has the least preference, as SQLite promises. Of other families
+# the last comparison with the winner counts, and in that the one that was confirmed.
 _BEST = """
 SELECT p.key, m.algorithm, m.parameters, m.isa, m.threads, m.ns_median, m.created, m.confirmed,
-       min(m.preference)
+       m.family, min(m.preference)
 FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
-WHERE (m.family = 'canonical' OR (m.family = 'tensor' AND m.isa = 'cuda-tensor'))
-  AND m.machine_id IN (SELECT value FROM json_each(?1))
-  AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?2))
+WHERE m.machine_id IN (SELECT value FROM json_each(?1))
+  AND (m.family = 'canonical' AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?2))
+       OR m.family = 'tensor' AND m.isa = 'cuda-tensor' AND m.algorithm <> 'xla'
+         AND m.algorithm || ' ' || m.abi IN (
+           SELECT value FROM json_each(?2) UNION SELECT value FROM json_each(?3)))
 GROUP BY m.problem_id, m.isa, m.threads, m.algorithm
 UNION ALL
-SELECT p.key, m.algorithm, '{}', m.isa, m.threads, m.ns_median, max(m.created), m.confirmed, 0
-FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
-WHERE m.family = 'any' AND m.machine_id IN (SELECT value FROM json_each(?1))
-  AND m.algorithm = 'xla' AND m.abi = ?3
-GROUP BY m.problem_id, m.isa, m.threads
-ORDER BY 9
+SELECT key, algorithm, parameters, isa, threads, ns_median, created, confirmed, family, 0
+FROM (
+  SELECT p.key, m.*,
+         max(m.created || m.confirmed || printf('%020d', 1000000000000000000 - m.ns_median))
+  FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
+  WHERE m.family <> 'canonical' AND (m.family <> 'tensor' OR m.isa <> 'cuda-tensor')
+    AND m.machine_id IN (SELECT value FROM json_each(?1))
+    AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?3))
+  GROUP BY m.problem_id, m.isa, m.threads, m.algorithm, m.family)
+ORDER BY 10
 """
 
 
 def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
-    kernels, xla = json.dumps(_registry.kernels()), _registry.abi(_registry.XLA)
+    kernels = json.dumps(_registry.kernels(canonical=True))
+    xla = f"{_registry.XLA} {_registry.abi(_registry.XLA)}"
+    others = json.dumps([*_registry.kernels(canonical=False), xla])
     rows: list[Row] = []
     bad = 0
     parsed: dict[str, Problem] = {}
@@ -325,12 +334,16 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
                 if not likeness[kind]:
                     continue
                 seen: set[tuple[str, Any, Any]] = set()
-                found = connection.execute(_BEST, (json.dumps(likeness[kind]), kernels, xla))
-                for key, algorithm, parameters, isa, threads, ns, created, confirmed, _ in found:
+                found = connection.execute(_BEST, (json.dumps(likeness[kind]), kernels, others))
+                for values in found:
+                    key, algorithm, parameters, isa, threads, ns, created, confirmed = values[:8]
+                    family = str(values[8])
+                    usual = _registry.is_usual(family, str(isa))
                     try:
                         if key not in parsed:
                             parsed[key] = Problem.from_key(key)
-                        native = algorithm != _registry.XLA
+                        if not usual and family != _registry.family(algorithm, str(isa)):
+                            raise ValueError(f"{algorithm} is of another family")
                         row = Row(
                             problem=parsed[key],
                             algorithm=algorithm,
@@ -341,13 +354,14 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
                             same_machine=kind == "same",
                             created=str(created),
                             path=path,
-                            wins=(key, isa, threads) not in seen if native else bool(confirmed),
+                            wins=(key, isa, threads) not in seen if usual else bool(confirmed),
+                            family=family,
                         )
-                    except (TypeError, ValueError, OverflowError):
+                    except (TypeError, ValueError, KeyError, OverflowError):
                         bad += 1
                     else:
                         rows.append(row)
-                        if native:
+                        if usual:
                             seen.add((key, isa, threads))
     except Unusable as error:
         return File(tier, path, error.state, str(error)), []
@@ -525,13 +539,19 @@ class Table:
         self.files = tuple(file for file, _ in loaded)
         self._exact: dict[tuple[Problem, str, int], Row] = {}
         self._named: dict[tuple[Problem, str, int, str], Row] = {}
+        self._others: dict[tuple[Problem, str, int], Row] = {}
         self._classes: dict[tuple[Any, ...], _Class] = {}
         for _, rows in loaded:
             for row in rows:
                 key = row.problem, row.isa, row.threads
                 if row.same_machine:
                     self._named.setdefault((*key, row.algorithm), row)
-                if row.wins and row.algorithm != _registry.XLA:
+                if row.wins and not _registry.is_usual(row.family, row.isa):
+                    known = self._others.get(key)
+                    if row.same_machine and (known is None or known.path == row.path):
+                        if known is None or row.nanoseconds < known.nanoseconds:
+                            self._others[key] = row
+                elif row.wins:
                     if row.same_machine:
                         self._exact.setdefault(key, row)
                     self._classes.setdefault(_class(row.problem, row.isa), _Class()).add(row)
@@ -543,6 +563,13 @@ class Table:
     def exact(self, problem: Problem, isa: str, threads: int) -> Row | None:
         """The winner of exactly this problem, within the canonical family."""
         return self._exact.get((problem, isa, threads))
+
+    def other(self, problem: Problem, isa: str, threads: int) -> Row | None:
+        """The fastest row of exactly this problem in other families, XLA's among them.
+
+        Only what was found to be faster than the winner of the canonical family.
+        """
+        return self._others.get((problem, isa, threads))
 
     def named(self, problem: Problem, isa: str, threads: int, algorithm: str) -> Row | None:
         """An algorithm's best row of exactly this problem, whether it wins or not."""
@@ -664,9 +691,11 @@ def _why_not(
     row: tuple[Any, ...], known: dict[str, Machine], here: Machine, isa: str, threads: int
 ) -> str:
     machine_id, algorithm, parameters, row_isa, row_threads, family, abi, status, _, error = row
-    if family == "any" and (_settings.family() == "any" or row_isa == "cuda-tensor"):
+    if family != _registry.CANONICAL and _settings.family() == "any":
         return ""
-    if family != "canonical" and not (family == "tensor" and row_isa == "cuda-tensor"):
+    if family == "any" and row_isa == _registry.TENSOR_ISA:
+        return ""
+    if not _registry.is_usual(family, row_isa):
         return f"the numbers of the family {family} were not asked for"
     machine = known.get(machine_id)
     if machine is None or here.likeness(machine) == "other":

@@ -46,41 +46,46 @@ def missing(reason: str) -> None:
 
 
 @functools.cache
-def _kernel_commands(folder: Path) -> dict[str, tuple[list[str], Path]]:
-    """For every target (instruction set): the compiler's command line, and the object."""
-    commands = {}
+def _kernel_commands(folder: Path) -> dict[str, list[tuple[list[str], Path]]]:
+    """For every target (instruction set): the compiler's command lines, and the objects."""
+    commands: dict[str, list[tuple[list[str], Path]]] = {}
     for entry in json.loads((folder / "compile_commands.json").read_text()):
         words = shlex.split(entry["command"])
         target = [word.split("=")[1] for word in words if word.startswith("-DJAXWIN_TARGET=")]
-        if target and "-DJAXWIN_TEST_KERNELS" not in words:
+        if target and "-DJAXWIN_PLAIN_SYMBOLS" not in words:
             output = folder / words[words.index("-o") + 1]
-            commands[target[0]] = (words, output)
+            commands.setdefault(target[0], []).append((words, output))
     return commands
 
 
-def kernel_objects() -> dict[str, Path]:
-    """The object file of the micro-kernels for every instruction set."""
-    objects = {target: path for target, (_, path) in _kernel_commands(build_folder()).items()}
-    for path in objects.values():
+def kernel_objects() -> dict[str, list[Path]]:
+    """The object files of the micro-kernels for every instruction set."""
+    found = {
+        target: [path for _, path in commands]
+        for target, commands in _kernel_commands(build_folder()).items()
+    }
+    for path in (path for paths in found.values() for path in paths):
         if not path.is_file():
             missing(f"{path} was not built")
-    return objects
+    return found
 
 
 def plain_library(folder: Path) -> Path:
-    """Compiles the micro-kernels, with the build's own flags, to a library of plain symbols."""
-    build = build_folder()
-    running, objects = [], []
-    for target, (words, _) in _kernel_commands(build).items():
-        words = list(words)
-        objects.append(str(folder / f"{target}.o"))
-        words[words.index("-o") + 1] = objects[-1]
-        running.append(subprocess.Popen([*words, "-DJAXWIN_TEST_KERNELS"], cwd=build))
-    assert running, "the build has no micro-kernels"
-    assert all(process.wait() == 0 for process in running)
+    """Links the build's micro-kernels, as they are, to a library of plain symbols."""
+    build, objects = build_folder(), kernel_objects()
+    assert objects, "the build has no micro-kernels"
+    source = _ROOT / "ffi" / "kernels" / "plain_symbols.cc"
+    parts = [str(path) for paths in objects.values() for path in paths]
+    for target, commands in _kernel_commands(build).items():
+        # For any CPU: what an instruction set needs is in its objects.
+        words = [word for word in commands[0][0] if not word.startswith("-m")]
+        parts.append(str(folder / f"{target}.o"))
+        words[words.index("-o") + 1] = parts[-1]
+        words[words.index("-c") + 1] = str(source)
+        subprocess.run(words, cwd=build, check=True)
     library = folder / "kernels.so"
     # -z now: the emulated code must find its calls resolved
-    link = [words[0], "-shared", "-Wl,-z,now", "-Wl,-z,defs", "-o", str(library), *objects, "-lm"]
+    link = [words[0], "-shared", "-Wl,-z,now", "-Wl,-z,defs", "-o", str(library), *parts, "-lm"]
     subprocess.run(link, check=True)
     return library
 

@@ -138,7 +138,12 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray, piece: int = 0) ->
                 acc = zeros.copy()
             acc = step(acc, (z, u, v), channel)
         return _to_output(problem, acc if total is None else total + acc)
-    rows = list(itertools.product(range(c), range(window[0]), range(window[1])))
+    # A depth that is only summed over comes first: images in blocks have the order of images.
+    first = out[0] == 1 and window[0] == size[0] > 1 and low[0] == 0 and ldil[0] == rdil[0] == 1
+    if first and not (problem.spatial_rank == 3 and problem.rhs_reversal[:1] == (True,)):
+        rows = [(i, z, u) for z in range(window[0]) for i in range(c) for u in range(window[1])]
+    else:
+        rows = list(itertools.product(range(c), range(window[0]), range(window[1])))
     total = None
     for begin in range(0, len(rows), problem.chunk_rows):
         acc = zeros.copy()
@@ -153,6 +158,14 @@ def float64(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> tuple[np.ndar
     """The convolution in float64, and the same of the absolute values (for error bounds)."""
     magnitudes = (np.abs(v.astype(np.float64)) for v in (lhs, rhs))
     return _sums(problem, lhs, rhs, np.float64), _sums(problem, *magnitudes, np.float64)
+
+
+def scale(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """max |x| times the sum of |w| of each result's feature: what error bounds are multiples of."""
+    sums = np.abs(rhs.astype(np.float64)).sum(tuple(problem.rhs_spec[1:]))
+    shape = [1] * len(problem.out_shape)
+    shape[problem.out_spec[1]] = -1
+    return np.abs(lhs.astype(np.float64)).max(initial=0.0) * sums.reshape(shape)
 
 
 def _exact(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:

@@ -88,8 +88,15 @@ class SweepArgs(ctypes.Structure):
                 "w_block",
                 "y_row",
                 "y_col",
+                "row_step",
+                "rows",
+                "border",
+                "in_cols",
+                "channels",
+                "span",
             )
         ),
+        ("table", ctypes.c_void_p),
     ]
 
 
@@ -175,13 +182,13 @@ def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
     np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8), what)
 
 
-@pytest.mark.parametrize("dtype", WORDS)
-@pytest.mark.parametrize("strided", [0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "strided"),  # integers are packed always
+    [(dtype, strided) for dtype in WORDS for strided in (0, 1) if not (dtype == PAIRS and strided)],
+)
 @pytest.mark.parametrize(("mr", "nv"), TILES)
 def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> None:
     full = _width("avx512", dtype)
-    if dtype == PAIRS and strided:
-        pytest.skip("integers are packed always")
     rng = np.random.default_rng([mr, nv, strided])
     # Runs of odd lengths, out of order; rows of A overlap, as windows do.
     lengths = [5, 1, 7]
@@ -279,22 +286,35 @@ def test_gemm_past_the_caches(kernels: Kernels, dtype: str, mr: int, nv: int) ->
     _same(results[1], results[0], "stream")
 
 
-@pytest.mark.parametrize(("window", "stride", "most"), ISAS["avx512"]["sweeps"])
-def test_sweep(kernels: Kernels, window: int, stride: int, most: int) -> None:
-    """Against the tiles of pixels, one pixel and one vector at a time."""
+@pytest.mark.parametrize(("expand", "window", "stride", "most"), ISAS["avx512"]["sweeps"])
+def test_sweep(kernels: Kernels, expand: int, window: int, stride: int, most: int) -> None:
+    """Against the tiles of pixels, one pixel and one vector at a time, on expanded input."""
     dtype = "float32"
     full = _width("avx512", dtype)
-    rng = np.random.default_rng([window, stride])
+    rng = np.random.default_rng([expand, window, stride])
+    channels, features = (2, 4) if expand else (1, 1)
+    span = full // features * channels
     n, wide = 5, window + 3
+    lane = np.arange(full)
+    table = guarded(
+        np.array([lane // features * channels + i for i in range(channels)], np.int32).view(
+            np.int64
+        )
+    )
     for rows in range(1, most + 1):
-        for cols in (full - 3, 2 * full + 5):
+        for cols, border in ((full - 4, rows % 2), (2 * full, 1 - rows % 2)):
+            in_cols = cols // features * channels
             # A column that is skipped at both ends, except where there is but one output.
             q_begin, q_end = 1, (n - 1) * stride + window - 1
-            x_col, taps = cols + 2, 2
+            x_col, taps = in_cols + 2, 2
             x_row = (q_end + 3) * x_col
-            runs = guarded(np.array([(x_row + 1, full, 1), (0, 0, 1)], np.int64))
-            x = _matrix(rng, dtype, (rows + 1) * x_row + cols)
-            w_col = taps * full + 1
+            # The second run's first row and the first run's last row are not there, with a border.
+            runs = guarded(np.array([(x_row + 1, channels * full, 0), (0, 0, -1)], np.int64))
+            if not border:
+                runs[:, 2] += 1
+            row_step, in_rows = 1, rows + 1 - 2 * border
+            x = _matrix(rng, dtype, (rows + 1) * x_row + in_cols)
+            w_col = taps * channels * full + 1
             w_block = window * w_col + wide
             blocks = -(-cols // full)
             w = _matrix(rng, dtype, blocks * w_block)
@@ -305,32 +325,44 @@ def test_sweep(kernels: Kernels, window: int, stride: int, most: int) -> None:
                 SweepArgs(
                     *(v.ctypes.data for v in (x, w, y, runs)),
                     *(len(runs), n, cols, x_row, x_col, q_begin, q_end),
-                    *(w_col, w_block, y_row, y_col),
+                    *(w_col, w_block, y_row, y_col, row_step, in_rows, border),
+                    *(in_cols, channels, span, table.ctypes.data),
                 )
             )
+            buffers = (x, w, y, runs, table)
             kernels.emulated(
-                "sweep", dtype, window, stride, rows, arguments, buffers=(x, w, y, runs)
+                "sweep", dtype, expand, window, stride, rows, arguments, buffers=buffers
             )
+            feature = np.arange(cols)
+            first = feature // features * channels  # the channel that a feature begins with
             for isa in REFERENCES:
                 width = _width(isa, dtype)
                 expected = start.copy()
-                for r, o, j in itertools.product(range(rows), range(n), range(0, cols, width)):
-                    seen = [
-                        (run[0] + q * x_col, kx * w_col + run[1], 1)
-                        for kx in range(window)
-                        if q_begin <= (q := o * stride + kx) < q_end
-                        for run in runs
-                    ]
-                    piece = _gemm_args(
-                        x[r * x_row + j :],
-                        w[j // full * w_block + j % full :],
-                        expected[r * y_row + o * y_col + j :],
-                        np.array(seen, np.int64),
-                        cols=min(width, cols - j),
-                        blocks=1,
-                    )
-                    kernels.native(isa, "lanes", dtype, 1, piece)
-                _same(y, expected, f"{isa} rows {rows} cols {cols}")
+                for r, o in itertools.product(range(rows), range(n)):
+                    inputs, filters = [], []
+                    for kx, run in itertools.product(range(window), runs):
+                        if not q_begin <= (q := o * stride + kx) < q_end:
+                            continue
+                        real = 0 <= run[2] + r * row_step < in_rows
+                        at = r * x_row + q * x_col + run[0] if real else 0
+                        for i in range(channels):
+                            inputs.append(x[at + first + i] * np.float32(real))
+                            block = feature // full * w_block + kx * w_col + run[1] + i * full
+                            filters.append(w[block + feature % full])
+                    a = guarded(np.concatenate([*inputs, np.zeros(full, dtype)]))
+                    b = guarded(np.concatenate([*filters, np.zeros(full, dtype)]))
+                    seen = np.array([(t * cols, t * cols, 1) for t in range(len(inputs))], np.int64)
+                    for j in range(0, cols, width):
+                        piece = _gemm_args(
+                            a[j:],
+                            b[j:],
+                            expected[r * y_row + o * y_col + j :],
+                            seen,
+                            cols=min(width, cols - j),
+                            blocks=1,
+                        )
+                        kernels.native(isa, "lanes", dtype, 1, piece)
+                _same(y, expected, f"{isa} rows {rows} cols {cols} border {border}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -29,6 +29,7 @@ from jaxwin import _record, _registry, _settings
 from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import (
     database_commands,
+    deviation_command,
     exits,
     machine,
     model_bench,
@@ -63,6 +64,7 @@ for _command in (
     tune_command.run,
     record_command.record,
     verify_command.command,
+    deviation_command.command,
     report_command.command,
     *database_commands.COMMANDS,
 ):

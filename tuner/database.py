@@ -53,7 +53,7 @@ class DatabaseError(Exception):
     """A database that cannot be used; the text is one line for the user."""
 
 
-def _now() -> str:
+def now() -> str:
     return _utc(datetime.datetime.now(datetime.UTC))
 
 
@@ -87,7 +87,7 @@ class Measurement:
     family: str = "canonical"
     confirmed: bool = False
     machine: Machine = dataclasses.field(default_factory=this_machine)
-    created: str = dataclasses.field(default_factory=_now)
+    created: str = dataclasses.field(default_factory=now)
     uid: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class Measurement:
             ns_mad=None,
             repeats=0,
             confirmed=False,
-            created=_now(),
+            created=now(),
             uid=uuid.uuid4().hex,
         )
 

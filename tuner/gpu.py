@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxwin import _cuda, _lowering, _registry
+from jaxwin import _cuda, _fused, _lowering, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
-from jaxwin.tuner.through_jax import convolve
 
 # For tests, where there is no GPU: everything but the kernels, which the CPU's take the place of.
 REHEARSAL = "JAXWIN_TUNER_REHEARSAL"
@@ -131,9 +130,9 @@ class Subject:
         problem = self.problem
         if plan.algorithm == _registry.XLA:
             precision = jax.lax.Precision.HIGHEST if self.exact else None
-            return convolve(problem, x, w, *epilogue, algorithm="xla", precision=precision)
+            return _fused.of_problem(problem, x, w, *epilogue, algorithm="xla", precision=precision)
         if rehearsing():
-            return convolve(problem, x, w, *epilogue, algorithm="auto")
+            return _fused.of_problem(problem, x, w, *epilogue, algorithm="auto")
         wide = _cuda.operand_dtype(problem, plan.algorithm) != problem.lhs_dtype
         operands = [a.astype(jnp.float32) if wide else a for a in (x, w, *epilogue)]
         results = [_struct(problem.out_shape, jnp.float32 if wide else problem.out_dtype)]
@@ -169,18 +168,17 @@ class Subject:
     def _reference(self, number: int) -> tuple[jax.Array, jax.Array]:
         """XLA's result for the operands of a call in float32, and the sum of the magnitudes."""
         if number not in self._expected:
-            problem = self.problem
+            problem = dataclasses.replace(self.problem, out_dtype="float32")
             highest: Any = {"algorithm": "xla", "precision": jax.lax.Precision.HIGHEST}
-            highest["out_dtype"] = "float32"
             wide = [a.astype(jnp.float32) for a in self.operands[number]]
 
             def compute(*operands: Any) -> Any:
-                return convolve(problem, *operands, **highest)
+                return _fused.of_problem(problem, *operands, **highest)
 
             bare = dataclasses.replace(problem, activation=None)
 
             def magnitude(*operands: Any) -> Any:
-                return convolve(bare, *(jnp.abs(a) for a in operands), **highest)
+                return _fused.of_problem(bare, *(jnp.abs(a) for a in operands), **highest)
 
             self._expected[number] = jax.jit(compute)(*wide), jax.jit(magnitude)(*wide)
         return self._expected[number]

@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxwin import _cuda, _registry
+from jaxwin import _registry
 from jaxwin._machine import Machine, this_gpu, this_machine
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row
 from jaxwin.tuner import measure
-from jaxwin.tuner.database import Database, Measurement
+from jaxwin.tuner.database import Database, Measurement, now
 from jaxwin.tuner.laboratory import Finding
 from jaxwin.tuner.space import Candidate, Space
 
@@ -44,6 +44,7 @@ _EXTRA_COMPARISONS = 2  # of finalists, where the samples do not tell
 _SLOWER_THAN = 2.0  # a candidate that much slower than the fastest is dropped early
 _PLAUSIBLE = 3.0  # algorithms that the cost model finds that much slower have their default tried
 _RANKED_PER_ALGORITHM = 3
+_OTHERS = 8  # candidates of other numerical families that are compared with the winner
 _CENTRES = 2  # of the fastest candidates, whose neighbours are tried
 
 
@@ -100,8 +101,9 @@ class Outcome:
     ratio: the default plan's time relative to the winner's, in the last comparison. noise: the
     spread of the default plan's samples there (scaled median absolute deviation, relative).
     measured: how many candidates this search measured. known: how many were known before.
-    bad: candidates that did not pass, by status. xla_ratio: XLA's time relative to the winner's,
-    where JAXWIN_FAMILY=any has it take part.
+    bad: candidates that did not pass, by status. others: where JAXWIN_FAMILY=any has them take
+    part, the times of XLA and of the best candidates of algorithms of other numerical families,
+    relative to the winner's.
     """
 
     problem: Problem
@@ -117,12 +119,11 @@ class Outcome:
     known: int = 0
     bad: dict[str, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
-    xla_ratio: float | None = None
+    others: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        if self.xla_ratio is None:
-            return self._words()
-        return f"{self._words()}; XLA takes {self.xla_ratio:.2f} of its time"
+        times = [f"{name} takes {ratio:.2f} of its time" for name, ratio in self.others.items()]
+        return "; ".join([self._words(), *times])
 
     def _words(self) -> str:
         if self.winner is None or self.status == "undecided":
@@ -149,7 +150,8 @@ class Context:
 
     again: measures also what is in the database. storage: of optuna, shared with other machines
     of this kind; None for none. near: rows of near problems. family: "any" compares the winner with
-    XLA, too; on a GPU, where XLA is the incumbent, that is done in any case.
+    XLA and with algorithms of other numerical families, too. On a GPU it is compared with XLA, the
+    incumbent there, in any case.
     """
 
     measurer: Measurer
@@ -206,7 +208,7 @@ class _Search:
         self._shared: dict[Candidate, float] = {}  # ratios that other machines of this kind found
         self._studies: dict[str, _Study] = {}
         self._default_ns: list[float] = []
-        self._xla_known = False
+        self._others_known: set[str] = set()  # algorithms
 
     def run(self, deadline: float) -> Outcome:
         outcome, effort = self.outcome, self.context.effort
@@ -232,8 +234,8 @@ class _Search:
             self._final(self._hopeful())
         compares = self.context.family == "any" or self.space.side != ""
         if compares and outcome.winner is not None:
-            self._progress("XLA", total, total)
-            self._compare_xla(outcome.winner)
+            self._progress("other families", total, total)
+            self._compare_others(outcome.winner)
         return outcome
 
     def close(self) -> None:
@@ -249,14 +251,15 @@ class _Search:
         rows: dict[Candidate, Measurement] = {}
         confirmed: list[Measurement] = []
         for row in context.database.measurements(self.problem):
-            if row.family == "any":
-                same = row.machine.id == self.machine.id and row.threads == context.threads
-                same = same and row.isa == context.isa
-                current = row.algorithm == _registry.XLA and row.abi == _registry.abi(row.algorithm)
-                self._xla_known |= same and current and not context.again
-                continue
             names = _registry.parameter_names(row.algorithm, context.isa)
-            if row.isa != context.isa or names is None or row.parameters.keys() != set(names):
+            known = names is not None
+            if row.family != _family(context.isa):
+                same = row.machine.id == self.machine.id and row.threads == context.threads
+                current = known and row.abi == _registry.abi(row.algorithm, context.isa)
+                if same and current and row.isa == context.isa and not context.again:
+                    self._others_known.add(row.algorithm)
+                continue
+            if not known or row.isa != context.isa or row.parameters.keys() != set(names or ()):
                 continue
             if row.abi != _registry.abi(row.algorithm, context.isa):
                 continue
@@ -542,46 +545,71 @@ class _Search:
             outcome.status = "undecided"
             outcome.reason = f"the machine is too busy: samples spread by {outcome.noise:.0%}"
 
-    def _compare_xla(self, winner: Candidate) -> None:
-        """Whether XLA is faster than the winner; its numbers are others, so it is no candidate."""
+    def _compare_others(self, winner: Candidate) -> None:
+        """Whether XLA or an algorithm of another family is faster than the winner.
+
+        Their numbers are others, so they are no candidates.
+        """
         outcome, context = self.outcome, self.context
+        space, candidates = self.space, []
+        if not space.side:
+            space = Space(
+                self.problem, context.isa, context.threads, MAX_WORKSPACE, canonical=False
+            )
+            candidates = [*space.defaults.values()]
+            candidates += [c for c in space.ranked() if c not in candidates]
+            candidates = candidates[:_OTHERS]
         dtypes = {self.problem.lhs_dtype, self.problem.rhs_dtype, self.problem.out_dtype}
-        if dtypes != {"float32"} and not self.space.side:
-            return
-        if self._xla_known and not outcome.measured:
+        if dtypes == {"float32"} or self.space.side:
+            candidates.append(self.space.candidate(_registry.XLA, ()))
+        known = {candidate.algorithm for candidate in candidates} <= self._others_known
+        if not candidates or (known and not outcome.measured):
             return
         plan = self.space.plan(winner)
         assert plan is not None
-        xla = Plan(_registry.XLA, context.isa, context.threads, (), 0)
-        ours, theirs = context.measurer.compare(
+        plans = [space.plan(c) or _xla_plan(context) for c in candidates]
+        ours, *theirs = context.measurer.compare(
             self.problem,
-            [plan, xla],
+            [plan, *plans],
             rounds=context.effort.final_rounds,
             min_seconds=context.effort.min_seconds,
             slower_than=_SLOWER_THAN,
             budget_seconds=context.effort.seconds / 2,
         )
-        ok = theirs.status == "ok"
-        faster = ok and Paired.of(theirs, ours).faster()
-        row = Measurement(
-            self.problem,
-            _registry.XLA,
-            {},
-            context.isa,
-            context.threads,
-            theirs.status,
-            ns_min=min(theirs.ns) if ok else None,
-            ns_median=theirs.median_ns if ok else None,
-            ns_mad=theirs.mad_ns if ok else None,
-            repeats=theirs.calls,
-            error=theirs.error,
-            family="any",
-            confirmed=faster,
-            machine=self.machine,
-        )
-        context.database.add([row])
-        if ok:
-            outcome.xla_ratio = Paired.of(theirs, ours).ratio
+        paired = {
+            c: Paired.of(finding, ours)
+            for c, finding in zip(candidates, theirs, strict=True)
+            if finding.status == "ok"
+        }
+        best: dict[str, Candidate] = {}
+        for candidate in sorted(paired, key=lambda c: paired[c].cautious):
+            best.setdefault(candidate.algorithm, candidate)
+        confirmed = {c for c in best.values() if paired[c].faster()}
+        created = now()
+        rows = []
+        for candidate, finding in zip(candidates, theirs, strict=True):
+            ok = finding.status == "ok"
+            rows.append(
+                Measurement(
+                    self.problem,
+                    candidate.algorithm,
+                    candidate.parameters,
+                    context.isa,
+                    context.threads,
+                    finding.status,
+                    ns_min=min(finding.ns) if ok else None,
+                    ns_median=finding.median_ns if ok else None,
+                    ns_mad=finding.mad_ns if ok else None,
+                    repeats=finding.calls,
+                    error=finding.error,
+                    family=_registry.family(candidate.algorithm, context.isa),
+                    confirmed=candidate in confirmed,
+                    machine=self.machine,
+                    created=created,
+                )
+            )
+        context.database.add(rows)
+        outcome.others = {name: paired[candidate].ratio for name, candidate in best.items()}
 
     def _compared(self, candidates: list[Candidate]) -> dict[Candidate, Finding]:
         effort = self.context.effort
@@ -594,6 +622,10 @@ class _Search:
             budget_seconds=effort.seconds / 2,
         )
         return dict(zip(candidates, findings, strict=True))
+
+
+def _xla_plan(context: Context) -> Plan:
+    return Plan(_registry.XLA, context.isa, context.threads, (), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -724,7 +756,7 @@ def machine_of(isa: str) -> Machine:
 
 def _family(isa: str) -> str:
     """The numerical family within which candidates are compared."""
-    return "tensor" if isa == _cuda.TENSOR_ISA else "canonical"
+    return _registry.TENSOR if isa == _registry.TENSOR_ISA else _registry.CANONICAL
 
 
 def study_name(problem: Problem, algorithm: str, context: Context, machine: Machine) -> str:

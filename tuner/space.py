@@ -42,10 +42,19 @@ class Space:
 
     On the CPU and for "cuda" these are of the canonical family; for "cuda-tensor" of all of them.
     An algorithm's parameters take the values of its ParamSpecs and those of its default plan.
-    max_workspace: bytes, as in `make_plan`.
+    max_workspace: bytes, as in `make_plan`. canonical: whether the algorithms of the canonical
+    numerical family are meant, or those of all others.
     """
 
-    def __init__(self, problem: Problem, isa: str, threads: int, max_workspace: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        isa: str,
+        threads: int,
+        max_workspace: int,
+        *,
+        canonical: bool = True,
+    ) -> None:
         self.problem, self.isa, self.threads = problem, isa, threads
         self.side = _registry.side(isa)
         self._native = problem.native()
@@ -58,6 +67,8 @@ class Space:
             return
         views = self._views()
         for row in _registry.rows(isa):
+            if not self.side and canonical != (row["family"] == _registry.CANONICAL):
+                continue
             view = views.get(row["name"], {"rejected": "another family"})
             if "rejected" in view:
                 continue

@@ -50,9 +50,10 @@ class Options:
     threads: None for as many as dispatch would use. budget_seconds: for everything, None for no
     limit but the effort's. timeout_seconds: how long a candidate may be silent. again: measure also
     what is in the database. storage: URL of an optuna storage that machines of one kind share.
-    database: None for the default. family: "canonical", or "any" for a comparison with XLA; None
-    for what JAXWIN_FAMILY says. device: "cpu" or "cuda"; None for the GPU where there is one that
-    JAX can use. exact: whether float32 on a GPU is tuned for precision HIGHEST.
+    database: None for the default. family: "canonical", or "any" for a comparison with other
+    families and XLA; None for what JAXWIN_FAMILY says. device: "cpu" or "cuda"; None for the GPU
+    where there is one that JAX can use. exact: whether float32 on a GPU is tuned for precision
+    HIGHEST.
     """
 
     effort: str = "quick"

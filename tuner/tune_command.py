@@ -41,9 +41,9 @@ thread by the CPU time of the process, with more by the clock on the wall. The f
 compared with the default plan once more, in a new process. A new winner must be faster by 1 % and
 by more than the samples' noise.
 
-With --family any the winner is then compared with XLA. Where XLA is faster, programs with
-JAXWIN_FAMILY=any or `jaxwin.conv(algorithm="any")` take it. Its numbers differ in the last bits, so
-that is for who does not need the same bits everywhere.
+With --family any the winner is then compared with XLA and with the algorithms of other numerical
+families. Where one is faster, programs with JAXWIN_FAMILY=any or `jaxwin.conv(algorithm="any")`
+take it. Its numbers differ, so that is for who does not need the same bits everywhere.
 
 On a machine with an NVIDIA GPU that JAX can use, it is the GPU that is tuned (--device). XLA, that
 is cuDNN, is compared with the winner there in any case. With --precision default programs take the
@@ -248,7 +248,8 @@ def _forget(result: tune.Result) -> None:
 @click.option(
     "--family",
     type=click.Choice(_settings.FAMILIES),
-    help="`any` compares winners with XLA, too.  [default: JAXWIN_FAMILY, else canonical]",
+    help="`any` compares winners with XLA and other numerical families, too.  "
+    "[default: JAXWIN_FAMILY, else canonical]",
 )
 @click.option(
     "--device",

@@ -30,11 +30,10 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxwin import _ffi, _lowering, _registry
+from jaxwin import _ffi, _fused, _lowering, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
 from jaxwin.tuner import gpu, machine, measure
-from jaxwin.tuner.through_jax import convolve
 
 # For tests: candidates that shall go wrong, as "KIND ALGORITHM PARAMETERS" with ";" between them,
 # such as "crash direct 4,3,0,0,0,1,0". "late-crash" crashes when timed, the others when checked.
@@ -43,6 +42,7 @@ FAULTS = "JAXWIN_TUNER_FAULTS"
 _GUARD = 256  # bytes on both sides of a result or workspace
 _FILLING = 0xA5
 _XLA_ERROR = 1e-4  # of the largest value: what other orders of summation may make
+_EXACT = 0.0
 
 
 class _Guarded:
@@ -134,14 +134,32 @@ class _Problem:
                 return "wrong", "leaves a part of its result unwritten"
             self.reference = result
             return "ok", ""
-        return self._compare(result)
+        return self._compare(result, self._error(plan))
 
-    def _compare(self, result: NDArray[Any], exact: bool = True) -> tuple[str, str]:
+    def _error(self, plan: Plan) -> float:
+        """How far results may be from the reference, as a share of its largest value."""
+        if plan.algorithm == _registry.XLA:
+            return _XLA_ERROR
+        if _registry.family(plan.algorithm) == _registry.CANONICAL or self.out_dtype.kind in "iu":
+            return _EXACT
+        made = _ffi.make_plan(
+            self.problem.native(),
+            algorithm=plan.algorithm,
+            isa=plan.isa,
+            threads=plan.threads,
+            params=plan.params,
+        )
+        rounding = float(jax.numpy.finfo(self.out_dtype).eps)  # type: ignore[no-untyped-call]
+        return float(made["plan"]["error_bound"]) + rounding
+
+    def _compare(self, result: NDArray[Any], error_bound: float) -> tuple[str, str]:
         assert self.reference is not None
-        if not exact:
-            # Standard normal operands: sums of n terms are about sqrt(n), their rounding less.
-            error = float(np.abs(result - self.reference).astype(np.float64).max(initial=0.0))
-            limit = _XLA_ERROR * max(1.0, float(np.abs(self.reference).max(initial=0.0)))
+        if error_bound != _EXACT:
+            # Standard normal operands: their sums are smaller than what an algorithm's bound is a
+            # multiple of, as n to sqrt(n), and so are the errors.
+            difference = result.astype(np.float64) - self.reference.astype(np.float64)
+            error = float(np.abs(difference).max(initial=0.0))
+            limit = error_bound * max(1.0, float(np.abs(self.reference).max(initial=0.0)))
             near = error <= limit and result.shape == self.reference.shape
             return (
                 ("ok", "") if near else ("wrong", f"differs by {error:g} from the default plan's")
@@ -169,7 +187,7 @@ class _Problem:
             if native:
                 result = call(*operands, **attributes)[0]
             else:
-                result = convolve(problem, *operands, algorithm=_registry.XLA)
+                result = _fused.of_problem(problem, *operands, algorithm=_registry.XLA)
             return result
 
         jitted = jax.jit(program, donate_argnums=1, keep_unused=True)
@@ -182,7 +200,7 @@ class _Problem:
             self.held = compiled(self.operands, held).block_until_ready()
             return self.held
 
-        status, error = self._compare(np.asarray(run()), exact=native)
+        status, error = self._compare(np.asarray(run()), self._error(plan))
         return run, status, error
 
 

@@ -73,12 +73,25 @@ struct Execution {
 inline constexpr int kMaxParams = 8;
 using Params = std::array<int64_t, kMaxParams>;  // values in the order of Algorithm::params
 
+// The unit roundoff of what a problem is computed in; 0 for integers, whose sums are exact.
+double unit_roundoff(const Problem& p);
+// Algorithm::error_bound of one chain over the whole reduction.
+double chain_error(const Problem& p);
+
 // One tunable, as data: the tuner builds its search space from these.
 struct ParamSpec {
   const char* name;
   const char* description;
   std::vector<int64_t> values;  // worth trying; `check` decides what is valid
 };
+
+// The family of all algorithms that give the bits which README.md promises.
+inline constexpr const char* kCanonical = "canonical";
+
+// Modelled cycles of moving, one by one, elements of x and y that have neither channels nor pixels
+// for neighbours (images are: CHWN): what such layouts cost an algorithm that takes no images as
+// lanes.
+double lone_element_cycles(const Problem& p);
 
 struct Algorithm {
   const char* name;
@@ -101,6 +114,25 @@ struct Algorithm {
   bool takes_packed = false;
   // What `run` would otherwise derive from the plan in every call; may be null.
   std::shared_ptr<const void> (*prepare)(const Problem&, const Target&, const Params&) = nullptr;
+  // Algorithms of another numerical family round otherwise: they run only where they are named or
+  // where any family is allowed ("any"), and are held to error_bound instead of equal bits. Their
+  // bits may depend on nothing but the problem and the parameters.
+  const char* family = kCanonical;
+  // How far a result may be from the exact one, before it is rounded to its dtype, as a multiple of
+  // max |x| times the sum of |w| over its feature's filter. Null: that of the canonical chain.
+  double (*error_bound)(const Problem&, const Params&) = nullptr;
+
+  // Whether it reads neighbouring images as vectors (CHWN), or `cost` knows what they are to it.
+  bool knows_images = false;
+
+  // `cost`, and what it need not know about.
+  double cycles(const Problem& p, const Target& t, const Params& params) const {
+    return cost(p, t, params) + (knows_images ? 0.0 : lone_element_cycles(p));
+  }
+  bool canonical() const { return std::strcmp(family, kCanonical) == 0; }
+  double error(const Problem& p, const Params& params) const {
+    return error_bound != nullptr ? error_bound(p, params) : chain_error(p);
+  }
 
   // `rejects`, and what it need not know about.
   std::string refuses(const Problem& p) const {

@@ -10,10 +10,12 @@
 namespace jaxwin {
 
 enum class Lowering {
-  kDirect,   // A is the input itself
-  kRows,     // A is a copy of the input rows with their padding, channels innermost
-  kWindow,   // A is a strip in window order: im2win
-  kColumns,  // A is the explicit patch matrix: im2col
+  kDirect,    // A is the input itself
+  kRows,      // A is a copy of the input rows with their padding, channels innermost
+  kWindow,    // A is a strip in window order: im2win
+  kColumns,   // A is the explicit patch matrix: im2col
+  kWidth,     // A is lowered along the width only: MEC
+  kIndirect,  // A is the input itself, each pixel of a window found in a buffer of offsets
 };
 
 // Positions in Params.
@@ -64,7 +66,7 @@ struct Tile {
   int64_t mr, nv;
 };
 double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
-Tile best_tile(const Kernels& k, int64_t rows, int64_t columns);
+Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most = kMaxMr);
 
 // Applies the epilogue to `words` (all set but the residual) and writes them to y as its
 // elements, where those are not words: element [r][j] to y_offset + r * y_row + j * y_col.
@@ -76,5 +78,10 @@ void finish_words(const Problem& p, const Kernels& k, const Operands& o, Epilogu
 // at `y_offset` (from o.y), columns are features k0... of group g.
 void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
                  int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset);
+
+// The same for c[feature][pixel]: pixels [0, n) of features k0 .. k0 + features, which may be in y
+// already where neighbouring pixels are neighbours there. p.y.sp[2] is the distance of two pixels.
+void finish_planes(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
+                   int64_t features, int64_t n, int64_t g, int64_t k0, int64_t y_offset);
 
 }  // namespace jaxwin

@@ -244,20 +244,21 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
   add_skipped_nonfinite(p, o, e);
 }
 
-// The sweep for a window of this many columns: rows of its highest tile, 0 where there is none.
+// Whether a sweep spreads the channels of a group over its features.
+bool expands(const Problem& p) { return p.c > 1 || p.k > 1; }
+
+// Output rows of the highest sweep, 0 where there is none. Its lanes are whole groups, whose
+// channels lie side by side and fit one vector.
 int64_t max_sweep(const Problem& p, const Kernels& k) {
-  if (!readable_in_place(p) || p.y.k != 1 || p.win[2] > kMaxSweepWindow ||
-      p.stride[2] > kMaxSweepStride || (p.stride[2] > 1 && p.rhs_dilation[2] > 1)) {
-    return 0;
-  }
-  int64_t rows = kMaxSweep;
-  while (rows > 0 && k.sweep[p.win[2]][p.stride[2]][rows] == nullptr) --rows;
-  return rows;
+  const bool in_place = p.plain() && p.y.k == 1 && (p.c == 1 || p.x.c == 1) && p.x.g == p.c;
+  const bool fits = p.c <= p.k && k.width % p.k == 0;
+  if (!in_place || !fits || (p.stride[2] > 1 && p.rhs_dilation[2] > 1)) return 0;
+  return max_sweep(k, expands(p) ? 1 : 0, p.win[2], p.stride[2]);
 }
 
-// Depthwise, channels side by side in the input and the output: some output rows and a vector of
-// channels at a time, swept along x, so that an input vector is loaded once for all columns of the
-// window. Window positions on padding are left out.
+// Features as lanes, side by side in the input and the output: some output rows and a vector of
+// features at a time, swept along x, so that an input vector is loaded once for all columns of the
+// window. Columns of the window on padding are left out.
 void run_sweep(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
   const Forward f = make_forward(p, e.target, params);
   const Kernels& k = *e.target.kernels;
@@ -267,62 +268,69 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   pack_filters(p, f, k, o.w, pool, packed);
   const int64_t most = params[kLanesSweep];
   const int64_t dilation = p.rhs_dilation[2];
+  std::vector<int32_t> table(expands(p) ? f.column : 0);
+  for (int64_t i = 0; i < static_cast<int64_t>(table.size()); ++i) {
+    table[i] = static_cast<int32_t>(i % f.width / p.k * p.c + i / f.width);
+  }
+  SweepArgs shared{};
+  shared.w = packed;
+  shared.cols = flat.k;
+  shared.x_row = p.stride[1] * p.x.sp[1];
+  shared.x_col = dilation * p.x.sp[2];
+  shared.w_col = p.win[1] * p.win[0] * f.column;
+  shared.w_block = p.reduction() * f.width;
+  shared.y_row = p.y.sp[1];
+  shared.y_col = dilation * p.y.sp[2];
+  shared.row_step = p.stride[1];
+  shared.rows = p.in[1];
+  shared.in_cols = p.g * p.c;
+  shared.channels = p.c;
+  shared.span = f.width / p.k * p.c;
+  shared.table = table.data();
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t) {
     const int64_t rblock = task % f.row_blocks;
     const int64_t oz = task / f.row_blocks % p.out[0];
     const int64_t n = task / f.row_blocks / p.out[0];
-    const int64_t r1 = std::min((rblock + 1) * f.rows, p.out[1]);
+    const int64_t r0 = rblock * f.rows;
+    const int64_t r1 = std::min(r0 + f.rows, p.out[1]);
     const Progression z = window_positions(p, 0, oz);
     std::vector<Run> runs;
-    for (int64_t r = rblock * f.rows; r < r1;) {
-      // Rows that see the same part of the window.
-      const Progression y = window_positions(p, 1, r);
-      int64_t same = r + 1;
-      for (; same < r1; ++same) {
-        const Progression other = window_positions(p, 1, same);
-        if (other.first != y.first || other.n != y.n) break;
-      }
+    const int64_t tiles = ceil_div(r1 - r0, most);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row = r0 + (r1 - r0) * t / tiles;
+      const int64_t rows = r0 + (r1 - r0) * (t + 1) / tiles - row;
+      SweepArgs args = shared;
       runs.clear();
-      for (int64_t iy = y.first; iy < y.first + y.n; ++iy) {
+      for (int64_t iy = 0; iy < p.win[1]; ++iy) {
+        // Rows of the input for the first and the last row of the tile.
+        const int64_t first = row * p.stride[1] - p.pad[1] + iy * p.rhs_dilation[1];
+        const int64_t last = first + (rows - 1) * p.stride[1];
+        if (last < 0 || first >= p.in[1]) continue;
+        if (first < 0 || last >= p.in[1]) args.border = 1;
         for (int64_t iz = z.first; iz < z.first + z.n; ++iz) {
           runs.push_back({iz * p.rhs_dilation[0] * p.x.sp[0] + iy * p.rhs_dilation[1] * p.x.sp[1],
-                          (iy * p.win[0] + iz) * f.width, 1});
+                          (iy * p.win[0] + iz) * f.column, first});
         }
       }
-      SweepArgs args{};
-      args.w = packed;
       args.runs = runs.data();
       args.n_runs = static_cast<int64_t>(runs.size());
-      args.cols = flat.k;
-      args.x_row = p.stride[1] * p.x.sp[1];
-      args.x_col = dilation * p.x.sp[2];
-      args.w_col = p.win[1] * p.win[0] * f.width;
-      args.w_block = p.window() * f.width;
-      args.y_row = p.y.sp[1];
-      args.y_col = dilation * p.y.sp[2];
-      const int64_t tiles = ceil_div(same - r, most);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = r + (same - r) * t / tiles;
-        const int64_t rows = r + (same - r) * (t + 1) / tiles - row;
-        const int64_t at = n * p.y.n + oz * p.y.sp[0] + row * p.y.sp[1];
-        // With dilation, the columns of one residue after those of another.
-        for (int64_t j = 0; j < std::min(dilation, p.out[2]); ++j) {
-          const int64_t first = j * p.stride[2] - p.pad[2];  // input column of q = 0
-          args.x = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
-                   (row * p.stride[1] - p.pad[1]) * p.x.sp[1] + first * p.x.sp[2];
-          args.y = o.y + at + j * p.y.sp[2];
-          args.n = ceil_div(p.out[2] - j, dilation);
-          args.q_begin = std::max<int64_t>(0, ceil_div(-first, dilation));
-          args.q_end = std::max(args.q_begin, ceil_div(p.in[2] - first, dilation));
-          k.sweep[p.win[2]][p.stride[2]][rows](&args);
-        }
-        for (int64_t i = row; i < row + rows && o.has_epilogue(); ++i) {
-          const int64_t y_at = at + (i - row) * p.y.sp[1];
-          finish_rows(flat, k, o, o.y + y_at, p.y.sp[2], p.out[2], flat.k, 0, 0, y_at);
-        }
+      const int64_t at = n * p.y.n + oz * p.y.sp[0] + row * p.y.sp[1];
+      // With dilation, the columns of one residue after those of another.
+      for (int64_t j = 0; j < std::min(dilation, p.out[2]); ++j) {
+        const int64_t first = j * p.stride[2] - p.pad[2];  // input column of q = 0
+        args.x = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
+                 (row * p.stride[1] - p.pad[1]) * p.x.sp[1] + first * p.x.sp[2];
+        args.y = o.y + at + j * p.y.sp[2];
+        args.n = ceil_div(p.out[2] - j, dilation);
+        args.q_begin = std::max<int64_t>(0, ceil_div(-first, dilation));
+        args.q_end = std::max(args.q_begin, ceil_div(p.in[2] - first, dilation));
+        k.sweep[expands(p) ? 1 : 0][p.win[2]][p.stride[2]][rows](&args);
       }
-      r = same;
+      for (int64_t i = row; i < row + rows && o.has_epilogue(); ++i) {
+        const int64_t y_at = at + (i - row) * p.y.sp[1];
+        finish_rows(flat, k, o, o.y + y_at, p.y.sp[2], p.out[2], flat.k, 0, 0, y_at);
+      }
     }
   });
   add_skipped_nonfinite(p, o, e);
@@ -596,15 +604,21 @@ std::string lanes_rejects(const Problem& p) {
 Params lanes_defaults(const Problem& p, const Target& t) {
   Params params{};
   params[kLanesPixels] = t.kernels->max_pixels;
-  params[kLanesStrip] = p.chunk_rows == 0 && readable_in_place(p) ? 0 : 1;
+  params[kLanesStrip] = 1;
   if (p.chunk_rows > 0) return params;
   const int64_t threads = useful_threads(p, t.threads);
+  // One row has nothing to share, nor have narrow windows of a channel that move by two columns.
+  if (expands(p) || (p.out[1] > 1 && (p.stride[2] == 1 || p.win[2] > 3))) {
+    params[kLanesSweep] = max_sweep(p, *t.kernels);
+    // An image beyond the cache is read in fewer streams.
+    const int64_t image = p.g * p.c * p.in[0] * p.in[1] * p.in[2] * t.kernels->size;
+    if (p.stride[2] == 1 && image > caches().l2) {
+      params[kLanesSweep] = std::min<int64_t>(params[kLanesSweep], 5);
+    }
+  }
+  if (params[kLanesSweep] > 0 || readable_in_place(p)) params[kLanesStrip] = 0;
   if (params[kLanesStrip] == 0) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
-    // One row has nothing to share, nor have narrow windows that move by two columns.
-    if (p.out[1] > 1 && (p.stride[2] == 1 || p.win[2] > 3)) {
-      params[kLanesSweep] = max_sweep(p, *t.kernels);
-    }
     const int64_t others = p.n * p.out[0];
     params[kLanesRows] = threads == 1 || others >= 4 * threads
                              ? 0
@@ -639,7 +653,7 @@ std::string lanes_check(const Problem& p, const Target& t, const Params& params)
   }
   if (params[kLanesRows] < 0 || params[kLanesCols] < 0) return "rows, cols: negative";
   if (params[kLanesStrip] != 0 && params[kLanesStrip] != 1) return "strip: 0 or 1";
-  if (params[kLanesStrip] == 0 && !readable_in_place(p)) {
+  if (params[kLanesStrip] == 0 && params[kLanesSweep] == 0 && !readable_in_place(p)) {
     return "strip: the input cannot be read in place";
   }
   if (params[kLanesSweep] != 0 &&
@@ -667,7 +681,7 @@ void lanes_run(const Problem& p, const Params& params, const Operands& o, const 
   }
 }
 
-double lanes_cost(const Problem& p, const Target& t, const Params&) {
+double lanes_cost(const Problem& p, const Target& t, const Params& params) {
   const double vectors = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width));
   const double taps = static_cast<double>(p.n * p.pixels()) * static_cast<double>(p.reduction());
   // One load per fma; several channels per group are copied into lanes first.
@@ -676,6 +690,8 @@ double lanes_cost(const Problem& p, const Target& t, const Params&) {
     return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
   }
   if (p.c == 1) return vectors * taps * 0.9;
+  // A permutation for every three of them, no copy.
+  if (params[kLanesSweep] > 0) return vectors * taps * 0.75;
   const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
   return vectors * (taps * 1.3 + read * 3.2);
 }
@@ -688,7 +704,7 @@ std::vector<ParamSpec> lanes_param_specs() {
       {"strip", "1: a padded copy of the block's input; 0: read in place but at borders", {0, 1}},
       {"sweep",
        "output rows of the tile that is swept along x; 0: tiles of pixels",
-       {0, 1, 2, 3, 4, 5}},
+       {0, 1, 2, 3, 4, 5, 6, 7}},
   };
 }
 

@@ -7,6 +7,12 @@
 // vectors: the input gradients of first layers, the last layers of generators. With lhs_dilation
 // the outputs of all residues share their loads, as rows of one tile (residues as in the segregated
 // algorithm, arXiv 2209.03704). Input rows that are padding are skipped.
+//
+// Where the images lie next to each other (CHWN, and CHWN8, whose blocks of images are the z of
+// this problem), the images of neighbouring pixels are lanes together, so that vectors are full for
+// any batch (the CHWN and CHWN8 kernels of arXiv 2408.00278 take vectors of images alone). Without
+// strips that is the direct algorithm of these layouts, with them im2win: the rows under a window
+// lie in the order of the reduction.
 
 #include <algorithm>
 #include <limits>
@@ -18,52 +24,59 @@
 namespace jaxwin {
 namespace {
 
-enum PlanarParam { kPlanarMr, kPlanarNv, kPlanarRows, kPlanarCols, kPlanarParams };
+enum PlanarParam { kPlanarMr, kPlanarNv, kPlanarRows, kPlanarCols, kPlanarStrip, kPlanarParams };
 
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 
-// The outputs of one residue of the last dimension. Lane j computes output t = j + shift, from
-// columns j * advance + i * dilation - pad, i < win: the same for every residue.
+// The outputs of one residue of the last dimension. Pixel j of the lanes is output t = j + shift,
+// from columns j * advance + i * dilation - pad, i < win: the same for every residue.
 struct Class {
   int64_t residue, out, win, first, step, shift;
 };
 
 struct Layout {
-  Problem p;  // collapsed
+  Problem p;       // collapsed, n = 1 where images are lanes
+  int64_t images;  // lanes of a pixel
   int64_t mr, nv, rows, cols;
   int64_t width;
   int64_t period;              // residues of the output columns
   std::vector<Class> classes;  // by decreasing `win`: these times p.k are the rows of the product
   int64_t advance, dilation, pad;
-  int64_t win;     // window positions of the first class
-  int64_t filter;  // floats of one row of the gathered filter
-  int64_t lane_begin, lane_end;
+  int64_t win;                 // window positions of the first class
+  int64_t filter;              // floats of one row of the gathered filter
+  int64_t begin, end;          // pixels that the lanes are
   bool in_place;               // the micro-kernel reads the input itself
   int64_t in_rows, lane, row;  // of the strip: input rows, floats of one set of columns, of a row
   int64_t row_blocks, col_blocks;
   int64_t w_floats, strip_floats, tile_floats;  // shared; per thread
 
-  int64_t lanes() const { return lane_end - lane_begin; }
+  int64_t pixels() const { return end - begin; }
   int64_t product_rows() const { return static_cast<int64_t>(classes.size()) * p.k; }
 };
 
 struct Columns {
   int64_t first, count;
 };
-Columns columns(const Layout& l, int64_t lane0, int64_t lane1) {
-  return {lane0 * l.advance - l.pad,
-          (lane1 - 1 - lane0) * l.advance + (l.win - 1) * l.dilation + 1};
+Columns columns(const Layout& l, int64_t pixel0, int64_t pixel1) {
+  return {pixel0 * l.advance - l.pad,
+          (pixel1 - 1 - pixel0) * l.advance + (l.win - 1) * l.dilation + 1};
 }
 
 // Input rows from the first to the last that one output row reads.
 int64_t strip_rows(const Problem& p) {
-  return std::min((p.win[1] - 1) * p.rhs_dilation[1] / p.lhs_dilation[1] + 2, p.in[1]);
+  const int64_t more = p.lhs_dilation[1] > 1 ? 2 : 1;
+  return std::min((p.win[1] - 1) * p.rhs_dilation[1] / p.lhs_dilation[1] + more, p.in[1]);
 }
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params) {
   Layout l{};
   l.p = collapse(problem);
   const Problem& p = l.p;
+  l.images = 1;
+  if (p.n > 1 && p.x.n == 1 && p.y.n == 1) {
+    l.images = p.n;
+    l.p.n = 1;
+  }
   l.width = t.kernels->width;
   l.mr = params[kPlanarMr];
   l.nv = params[kPlanarNv];
@@ -77,30 +90,31 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.advance = residues[0].stride;
   l.dilation = residues[0].dilation;
   l.pad = reference == nullptr ? 0 : reference->pad;
-  l.lane_begin = std::numeric_limits<int64_t>::max();
+  l.begin = std::numeric_limits<int64_t>::max();
   for (size_t r = 0; r < residues.size(); ++r) {
     const Residue& s = residues[r];
     const int64_t shift = s.win == 0 ? 0 : (s.pad - l.pad) / l.advance;
     l.classes.push_back({static_cast<int64_t>(r), s.out, s.win, s.first, s.step, shift});
-    l.lane_begin = std::min(l.lane_begin, -shift);
-    l.lane_end = std::max(l.lane_end, s.out - shift);
+    l.begin = std::min(l.begin, -shift);
+    l.end = std::max(l.end, s.out - shift);
   }
   std::stable_sort(l.classes.begin(), l.classes.end(),
                    [](const Class& a, const Class& b) { return a.win > b.win; });
   l.win = l.classes[0].win;
   l.filter = l.win * p.win[1] * p.win[0] * p.c;
   l.rows = params[kPlanarRows] == 0 ? p.out[1] : std::min(params[kPlanarRows], p.out[1]);
-  l.cols = params[kPlanarCols] == 0 ? l.lanes() : std::min(params[kPlanarCols], l.lanes());
+  l.cols = params[kPlanarCols] == 0 ? l.pixels()
+                                    : std::min(ceil_div(params[kPlanarCols], l.images), l.pixels());
   l.row_blocks = ceil_div(p.out[1], l.rows);
-  l.col_blocks = ceil_div(l.lanes(), l.cols);
-  const Columns all = columns(l, l.lane_begin, l.lane_end);
-  l.in_place = p.plain() && p.x.sp[2] == 1 && l.advance == 1 && all.first >= 0 &&
-               all.first + all.count <= p.in[2];
+  l.col_blocks = ceil_div(l.pixels(), l.cols);
+  const Columns all = columns(l, l.begin, l.end);
+  l.in_place = params[kPlanarStrip] == 0 && p.plain() && p.x.sp[2] == l.images && l.advance == 1 &&
+               all.first >= 0 && all.first + all.count <= p.in[2];
   if (!l.in_place) {
     const Columns block = columns(l, 0, l.cols);
     l.in_rows = strip_rows(p);
     // Vectors may read past the last column of a set.
-    l.lane = round_up(ceil_div(block.count, l.advance), l.width) + l.width;
+    l.lane = round_up(ceil_div(block.count, l.advance) * l.images, l.width) + l.width;
     // An odd number of cache lines, or channels one after another would share few sets.
     l.row = round_up(l.lane * l.advance, 16);
     if (l.row / 16 % 2 == 0) l.row += 16;
@@ -117,18 +131,17 @@ void gather_filters(const Layout& l, const Kernels& k, ConstPtr w, Ptr dst) {
   const Problem& p = l.p;
   for (int64_t g = 0; g < p.g; ++g) {
     for (const Class& s : l.classes) {
-      for (int64_t f = 0; f < p.k; ++f, dst += l.filter) {
-        Ptr to = dst;
-        for (int64_t i = 0; i < s.win; ++i) {
-          for (int64_t y = 0; y < p.win[1]; ++y) {
-            for (int64_t z = 0; z < p.win[0]; ++z, to += p.c) {
-              ConstPtr from = w + g * p.w.g + f * p.w.k + z * p.w.sp[0] + y * p.w.sp[1] +
-                              (s.first + i * s.step) * p.w.sp[2];
-              k.pack[p.dtype](to, 0, from, 0, p.w.c, 1, p.c);
-            }
+      Ptr to = dst;
+      for (int64_t i = 0; i < s.win; ++i) {
+        for (int64_t y = 0; y < p.win[1]; ++y) {
+          for (int64_t z = 0; z < p.win[0]; ++z, to += p.c) {
+            ConstPtr from =
+                w + g * p.w.g + z * p.w.sp[0] + y * p.w.sp[1] + (s.first + i * s.step) * p.w.sp[2];
+            k.pack[p.dtype](to, l.filter, from, p.w.k, p.w.c, p.k, p.c);
           }
         }
       }
+      dst += p.k * l.filter;
     }
   }
 }
@@ -157,14 +170,23 @@ void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression
         const int64_t end =
             std::clamp<int64_t>(ceil_div(p.in[2] - q, l.advance), begin, std::max(begin, count));
         Ptr lane = to + s * l.lane;
-        if (end > begin) {
-          k.read[p.dtype](lane + begin, l.row, row + (q + begin * l.advance) * p.x.sp[2], p.x.c,
-                          p.x.sp[2] * l.advance, p.c, end - begin);
+        const int64_t step = p.x.sp[2] * l.advance;
+        ConstPtr from = row + (q + begin * l.advance) * p.x.sp[2];
+        if (end > begin && l.images == 1) {
+          k.read[p.dtype](lane + begin, l.row, from, p.x.c, step, p.c, end - begin);
+        } else if (end > begin && step == l.images) {
+          k.read[p.dtype](lane + begin * l.images, l.row, from, p.x.c, 1, p.c,
+                          (end - begin) * l.images);
+        } else if (end > begin) {
+          for (int64_t c = 0; c < p.c; ++c) {
+            k.read[p.dtype](lane + c * l.row + begin * l.images, l.images, from + c * p.x.c, step,
+                            1, end - begin, l.images);
+          }
         }
-        for (int64_t c = 0; c < p.c && (begin > 0 || end < l.lane); ++c) {
+        for (int64_t c = 0; c < p.c; ++c) {
           Ptr at = lane + c * l.row;
-          at.zero(begin);
-          (at + end).zero(l.lane - end);
+          at.zero(begin * l.images);
+          (at + end * l.images).zero(l.lane - end * l.images);
         }
       }
     }
@@ -184,7 +206,8 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
   reduction->begin.assign(1, 0);
   for (int64_t i = 0; i < l.win; ++i) {
     const int64_t q = i * l.dilation;
-    const int64_t column = l.in_place ? q : q % l.advance * l.lane + q / l.advance;
+    const int64_t column =
+        l.in_place ? q * l.images : q % l.advance * l.lane + q / l.advance * l.images;
     for (int64_t u = 0; u < y.n; ++u) {
       for (int64_t d = 0; d < z.n; ++d) {
         const int64_t a =
@@ -203,49 +226,23 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
   }
 }
 
-// Pixels [0, n) of features k0 .. k0 + features: c[feature][pixel] goes to y (in place if it is
-// there), then the epilogue. p.y.sp[2] is the distance of two pixels.
-void finish(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
-            int64_t features, int64_t n, int64_t g, int64_t k0, int64_t y_offset) {
-  if (!p.plain()) {
-    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
-    const EpilogueArgs words{c, ld, features, n, bias, 1, 0, nullptr, 0, o.activation};
-    finish_words(p, k, o, words, y_offset, p.y.k, p.y.sp[2]);
+// Lanes [0, n) from output (t, image 0) + `lane` on of one class, for features k0 ...; p: its
+// outputs.
+void finish_lanes(const Layout& l, const Problem& p, const Kernels& k, const Operands& o, Ptr c,
+                  int64_t ld, int64_t features, int64_t lane, int64_t n, int64_t g, int64_t k0,
+                  int64_t y_offset) {
+  if (l.images == 1) {
+    finish_planes(p, k, o, c, ld, features, n, g, k0, y_offset + lane * p.y.sp[2]);
     return;
   }
-  Ptr y = o.y + y_offset;
-  ConstPtr bias = o.bias == nullptr ? ConstPtr{} : o.bias + g * p.k + k0;
-  ConstPtr residual = o.residual == nullptr ? ConstPtr{} : o.residual + y_offset;
-  if (p.y.sp[2] == 1) {
-    if (c.at != y.at) k.copy(y, p.y.k, c, ld, 1, features, n);
-    if (!o.has_epilogue()) return;
-    const EpilogueArgs e{y, p.y.k, features, n, bias, 1, 0, residual, p.y.k, o.activation};
-    k.epilogue(&e);
-    return;
-  }
-  if (p.y.k == 1) {
-    k.copy(y, p.y.sp[2], c, 1, ld, n, features);
-    if (!o.has_epilogue()) return;
-    const EpilogueArgs e{y, p.y.sp[2], n, features, bias, 0, 1, residual, p.y.sp[2], o.activation};
-    k.epilogue(&e);
-    return;
-  }
-  for (int64_t j = 0; j < features; ++j) {
-    k.copy(y + j * p.y.k, p.y.sp[2], c + j * ld, 1, 0, n, 1);
-    for (int64_t i = 0; i < n && o.has_epilogue(); ++i) {
-      const int64_t at = i * p.y.sp[2] + j * p.y.k;
-      const EpilogueArgs e{y + at,
-                           0,
-                           1,
-                           1,
-                           bias == nullptr ? ConstPtr{} : bias + j,
-                           0,
-                           0,
-                           residual == nullptr ? ConstPtr{} : residual + at,
-                           0,
-                           o.activation};
-      k.epilogue(&e);
-    }
+  Problem pixel = p;  // the images of one, or of all where these follow each other
+  pixel.y.sp[2] = 1;
+  const int64_t together = p.y.sp[2] == l.images ? lane + n : l.images;
+  for (int64_t at = lane; at < lane + n;) {
+    const int64_t count = std::min(lane + n, (at / together + 1) * together) - at;
+    finish_planes(pixel, k, o, c + (at - lane), ld, features, count, g, k0,
+                  y_offset + at / l.images * p.y.sp[2] + at % l.images);
+    at += count;
   }
 }
 
@@ -255,7 +252,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const Kernels& k = *e.target.kernels;
   Problem apart = p;  // the outputs of one class
   apart.y.sp[2] *= l.period;
-  const bool direct_store = apart.y.sp[2] == 1 && is_sum(p.out_dtype);
+  const bool direct_store = apart.y.sp[2] == l.images && is_sum(p.out_dtype);
   Ptr w = e.workspace;
   Ptr scratch = w + l.w_floats;
   const int64_t own = l.strip_floats + l.tile_floats;
@@ -272,22 +269,23 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     const int64_t g = task / l.col_blocks / l.row_blocks / p.out[0] / p.n;
     const int64_t y0 = rb * l.rows;
     const int64_t y1 = std::min(y0 + l.rows, p.out[1]);
-    const int64_t lane0 = l.lane_begin + cb * l.cols;
-    const int64_t lane1 = std::min(lane0 + l.cols, l.lane_end);
+    const int64_t pixel0 = l.begin + cb * l.cols;
+    const int64_t pixel1 = std::min(pixel0 + l.cols, l.end);
+    const int64_t lanes = (pixel1 - pixel0) * l.images;
     Ptr strip_data = scratch + worker * own;
     Ptr tile = strip_data + l.strip_floats;
     ConstPtr x = o.x + n * p.x.n + g * p.x.g;
 
     const Progression z = window_positions(p, 0, oz);
-    const Columns cols = columns(l, lane0, lane1);
-    Strip strip{x + z.at * p.x.sp[0] + cols.first, z.at_step * p.x.sp[0], p.x.sp[1], p.x.c,
-                p.in[1]};
+    const Columns cols = columns(l, pixel0, pixel1);
+    Strip strip{x + z.at * p.x.sp[0] + cols.first * l.images, z.at_step * p.x.sp[0], p.x.sp[1],
+                p.x.c, p.in[1]};
     if (!l.in_place) strip = {strip_data, l.in_rows * p.c * l.row, p.c * l.row, l.row, l.in_rows};
     int64_t filled = 0;  // input rows before this one are in their slots, or were
 
     Reduction reduction;
     const int64_t product_rows = l.product_rows();
-    const int64_t vectors = ceil_div(lane1 - lane0, l.width);
+    const int64_t vectors = ceil_div(lanes, l.width);
     const int64_t tiles = ceil_div(vectors, l.nv);
     for (int64_t oy = y0; oy < y1; ++oy) {
       const Progression y = window_positions(p, 1, oy);
@@ -304,23 +302,23 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       const int64_t y_row = n * p.y.n + g * p.y.g + oz * p.y.sp[0] + oy * p.y.sp[1];
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t from = vectors * i / tiles * l.width;
-        const int64_t pixels = std::min(vectors * (i + 1) / tiles * l.width, lane1 - lane0) - from;
-        const int64_t nv = ceil_div(pixels, l.width);
+        const int64_t count = std::min(vectors * (i + 1) / tiles * l.width, lanes) - from;
+        const int64_t nv = ceil_div(count, l.width);
         const int64_t row_tiles = ceil_div(product_rows, std::min<int64_t>(l.mr, k.max_mr[nv]));
         for (int64_t f = 0; f < row_tiles; ++f) {
           const int64_t m0 = product_rows * f / row_tiles;
           const int64_t m1 = product_rows * (f + 1) / row_tiles;
-          // To y itself where all pixels of the tile are outputs next to each other there.
+          // To y itself where all lanes of the tile are outputs next to each other there.
           const Class& only = l.classes[m0 / p.k];
-          const bool to_y = direct_store && l.lanes() == only.out;
-          const int64_t y_at = y_row + m0 * p.y.k + lane0 + from;
+          const bool to_y = direct_store && l.pixels() == only.out;
+          const int64_t y_at = y_row + m0 * p.y.k + pixel0 * l.images + from;
           GemmArgs args{};
           args.a = w + (g * product_rows + m0) * l.filter;
           args.a_row = l.filter;
           args.a_step = 1;
           args.b = strip.data + from;
           args.b_step = strip.channel;
-          args.cols = pixels;
+          args.cols = count;
           const Ptr c = to_y ? o.y + y_at : tile;
           args.c = c;
           args.c_row = to_y ? p.y.k : nv * l.width;
@@ -340,13 +338,13 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
             const Class& s = l.classes[m / p.k];
             const int64_t features = std::min(m1, (m / p.k + 1) * p.k) - m;
             // The lanes of this tile that are outputs of this class.
-            const int64_t t = lane0 + from + s.shift;
+            const int64_t t = (pixel0 + s.shift) * l.images + from;
             const int64_t begin = std::max<int64_t>(0, -t);
-            const int64_t end = std::min(pixels, s.out - t);
+            const int64_t end = std::min(count, s.out * l.images - t);
             if (end > begin) {
-              finish(apart, k, o, c + (m - m0) * args.c_row + begin, args.c_row, features,
-                     end - begin, g, m % p.k,
-                     y_row + s.residue * p.y.sp[2] + (t + begin) * apart.y.sp[2] + m % p.k * p.y.k);
+              finish_lanes(l, apart, k, o, c + (m - m0) * args.c_row + begin, args.c_row, features,
+                           t + begin, end - begin, g, m % p.k,
+                           y_row + s.residue * p.y.sp[2] + m % p.k * p.y.k);
             }
             m += features;
           }
@@ -354,7 +352,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       }
     }
   });
-  add_skipped_nonfinite(p, o, e);
+  add_skipped_nonfinite(problem, o, e);
 }
 
 std::string rejects(const Problem& p) {
@@ -385,7 +383,7 @@ double step_cycles(const Layout& l, const Kernels& k, int64_t mr, int64_t nv) {
 }
 
 double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64_t nv_limit) {
-  const int64_t vectors = ceil_div(std::min(l.cols, l.lanes()), l.width);
+  const int64_t vectors = ceil_div(std::min(l.cols, l.pixels()) * l.images, l.width);
   const int64_t tiles = ceil_div(vectors, nv_limit);
   const int64_t nv = ceil_div(vectors, tiles);
   const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
@@ -407,10 +405,13 @@ Params defaults(const Problem& problem, const Target& t) {
     params[kPlanarMr] = k.max_mr[nv];
     params[kPlanarNv] = nv;
   }
+  // Rows of images are long: in place, channels of one pixel would be pages apart and share few
+  // sets of the caches.
+  params[kPlanarStrip] = l.images > 1 ? 1 : 0;
   const auto strip = [&] { return make_layout(problem, t, params).strip_floats; };
-  const int64_t limit = std::min(kStripBytes, caches().l2 / 2) / k.size;
+  const int64_t limit = std::min(kStripBytes, caches().l2 / (l.images > 1 ? 4 : 2)) / k.size;
   const int64_t vector = params[kPlanarNv] * k.width;
-  for (int64_t cols = l.lanes(); strip() > limit && cols > vector;) {
+  for (int64_t cols = l.pixels() * l.images; strip() > limit && cols > vector;) {
     cols = round_up(ceil_div(cols, 2), vector);
     params[kPlanarCols] = cols;
   }
@@ -427,6 +428,7 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   if (nv < 1 || nv > kMaxNv || t.kernels->max_mr[nv] == 0) return "nv: no such tile";
   if (params[kPlanarMr] < 1 || params[kPlanarMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
   if (params[kPlanarRows] < 0 || params[kPlanarCols] < 0) return "rows, cols: negative";
+  if (params[kPlanarStrip] != 0 && params[kPlanarStrip] != 1) return "strip: 0 or 1";
   Params least = params;
   least[kPlanarCols] = nv * t.kernels->width;
   const int64_t limit =
@@ -454,32 +456,48 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
     const double blocks = as_double(p.g * p.n * p.out[0] * l.col_blocks);
     const double rows_read = as_double(p.in[1] + (l.row_blocks - 1) * l.in_rows);
     const double floats = blocks * rows_read * as_double(std::min(p.win[0], p.in[0]) * p.c * l.row);
-    total += floats * (p.x.sp[2] == 1 && l.advance == 1 ? 2.0 / as_double(l.width) : 0.8);
+    const bool contiguous = l.images > 1 || (p.x.sp[2] == 1 && l.advance == 1);
+    total += floats * (contiguous ? 2.0 / as_double(l.width) : 0.8);
   }
-  if (l.period != 1 || p.y.sp[2] != 1) total += rows * as_double(p.out[2] * p.k);
+  if (l.period != 1 || p.y.sp[2] != l.images) {
+    total += rows * as_double(p.out[2] * p.k) *
+             (l.images == 1 ? 1.0 : as_double(l.images) / as_double(l.width) + 2.0);
+  }
+  if (l.images == 1) {
+    total += lone_element_cycles(p);
+  }
   return total + 2.0 * as_double(l.w_floats);
 }
 
 }  // namespace
 
 const Algorithm& algorithm_planar() {
-  static const Algorithm a{
-      "planar",
-      "output pixels as lanes over channel-planar strips of the input, filter broadcast",
-      "this project; residues after arXiv 2209.03704",
-      {kF32, kF64, kBF16, kF16},
-      {{"mr", "output features of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
-       {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
-       {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
-       {"cols",
-        "lanes (output pixels of a residue) per block; 0: the whole row",
-        {0, 64, 128, 256}}},
-      rejects,
-      defaults,
-      check,
-      workspace,
-      run,
-      cost};
+  static const Algorithm a = [] {
+    Algorithm row{
+        "planar",
+        "output pixels as lanes over channel-planar strips of the input, filter broadcast; with "
+        "them "
+        "the images, where these lie next to each other",
+        "this project; residues after arXiv 2209.03704, layouts after arXiv 2408.00278",
+        {kF32, kF64, kBF16, kF16},
+        {{"mr",
+          "output features of the register tile",
+          {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
+         {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
+         {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
+         {"cols",
+          "lanes (output pixels of a residue, and images) per block; 0: the whole row",
+          {0, 64, 128, 256, 512}},
+         {"strip", "1: always a copy of the rows; 0: the input in place where it can be", {0, 1}}},
+        rejects,
+        defaults,
+        check,
+        workspace,
+        run,
+        cost};
+    row.knows_images = true;
+    return row;
+  }();
   return a;
 }
 

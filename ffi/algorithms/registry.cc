@@ -26,17 +26,34 @@ const Algorithm* find_algorithm(const std::string& name) {
   return nullptr;
 }
 
-const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace) {
+double unit_roundoff(const Problem& p) {
+  switch (kDtypeRows[p.dtype].word) {
+    case kFloat:
+      return 0x1p-24;
+    case kDouble:
+      return 0x1p-53;
+    default:
+      return 0;
+  }
+}
+
+double chain_error(const Problem& p) {
+  return static_cast<double>(p.reduction()) * unit_roundoff(p);
+}
+
+const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace,
+                                  bool any_family) {
   const Algorithm* best = nullptr;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Algorithm* a : algorithms()) {
+    if (!any_family && !a->canonical()) continue;
     if (!a->refuses(p).empty()) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
     if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {
       continue;
     }
-    const double cost = a->cost(p, t, params);
+    const double cost = a->cycles(p, t, params);
     if (cost < best_cost) {
       best_cost = cost;
       best = a;
@@ -62,6 +79,22 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
   constexpr double kFlopsPerThread = 1e6;
   const double useful = p.flops() / kFlopsPerThread;
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e6)), 1, threads);
+}
+
+double lone_element_cycles(const Problem& p) {
+  // Each one from a cache line of its own, which other images need again when it is gone.
+  constexpr double kCycles = 40;
+  const auto lone = [](int64_t channels, int64_t channel, int64_t pixels, int64_t pixel) {
+    return !(channels > 1 && channel == 1) && !(pixels > 1 && pixel == 1);
+  };
+  double total = 0;
+  if (p.n > 1 && p.x.n == 1 && lone(p.g * p.c, p.c > 1 ? p.x.c : p.x.g, p.in[2], p.x.sp[2])) {
+    total += kCycles * static_cast<double>(p.n * p.g * p.c * p.in[0] * p.in[1] * p.in[2]);
+  }
+  if (p.n > 1 && p.y.n == 1 && lone(p.g * p.k, p.k > 1 ? p.y.k : p.y.g, p.out[2], p.y.sp[2])) {
+    total += kCycles * static_cast<double>(p.n * p.g * p.k * p.pixels());
+  }
+  return total;
 }
 
 bool streamable(const Problem& p, const Kernels& k, ConstPtr y) {

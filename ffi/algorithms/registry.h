@@ -18,7 +18,9 @@ const std::vector<const Algorithm*>& algorithms();
 const Algorithm* find_algorithm(const std::string& name);
 
 // The algorithm with the lowest modelled cost among those that do not reject the problem and
-// whose workspace fits `max_workspace` bytes (negative: any); null if there is none.
-const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace);
+// whose workspace fits `max_workspace` bytes (negative: any); null if there is none. Of the
+// canonical family, unless any will do.
+const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace,
+                                  bool any_family = false);
 
 }  // namespace jaxwin

@@ -17,13 +17,20 @@
 #include <cstring>
 #include <utility>
 
+#include "algorithms/channels_last.h"
 #include "algorithms/gemm_driver.h"
 #include "algorithms/registry.h"
 
 namespace jaxwin {
 namespace {
 
-enum GradParam { kGradMr, kGradNv, kGradPack, kGradSwap, kGradTile, kGradStream };
+enum GradParam { kGradMr, kGradNv, kGradPack, kGradSwap, kGradTile, kGradStream, kGradCopy };
+
+Params without_copy(const Params& params) {
+  Params rest = params;
+  rest[kGradCopy] = 0;
+  return rest;
+}
 
 struct Layout {
   int64_t mr, nv, panel, panels;
@@ -207,6 +214,10 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
 }
 
 double cost(const Problem& p, const Target& t, const Params& params) {
+  if (params[kGradCopy] != 0) {
+    return static_cast<double>(channels_last_floats(p)) +
+           cost(channels_last(p), t, without_copy(params));
+  }
   const Layout l = make_layout(p, t, params);
   const double mr = static_cast<double>(l.mr);
   const double nv = static_cast<double>(l.nv);
@@ -215,6 +226,9 @@ double cost(const Problem& p, const Target& t, const Params& params) {
   const double step = tile_step_cycles(*t.kernels, l.mr, l.nv);
   const double reduction = p.flops() / 2 / static_cast<double>(p.n * p.g * p.k * p.pixels());
   double total = tiles * (reduction * step * 1.15 + mr * nv);
+  // Images next to each other, channels pages apart: measured.
+  if (!l.chunked && p.x.n == 1 && p.x.c != 1 && p.c > 1) total *= 1.7;
+  if (images_innermost(p)) total *= 2;
   if (l.copy_w) total += static_cast<double>(l.w_floats);
   return total;
 }
@@ -223,6 +237,11 @@ std::string rejects(const Problem&) { return {}; }
 
 Params defaults(const Problem& p, const Target& t) {
   Params params{};
+  if (p.chunk_rows > 0 && images_innermost(p)) {
+    params = defaults(channels_last(p), t);
+    params[kGradCopy] = 1;
+    return params;
+  }
   const Tile tile = best_tile(*t.kernels, std::max<int64_t>(p.n, 1), p.k);
   params[kGradMr] = tile.mr;
   params[kGradNv] = tile.nv;
@@ -265,6 +284,10 @@ Params defaults(const Problem& p, const Target& t) {
 }
 
 std::string check(const Problem& p, const Target& t, const Params& params) {
+  if (params[kGradCopy] != 0) {
+    if (params[kGradCopy] != 1) return "copy: 0 or 1";
+    return check(channels_last(p), t, without_copy(params));
+  }
   const int64_t nv = params[kGradNv];
   if (nv < 1 || nv > kMaxNv || t.kernels->max_mr[nv] == 0) return "nv: no such tile";
   if (params[kGradMr] < 1 || params[kGradMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
@@ -284,11 +307,22 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
 }
 
 int64_t workspace(const Problem& p, const Target& t, const Params& params) {
+  if (params[kGradCopy] != 0) {
+    return channels_last_floats(p) + workspace(channels_last(p), t, without_copy(params));
+  }
   const Layout l = make_layout(p, t, params);
   return l.w_floats + l.y_floats + (l.pack_floats + l.tile_floats) * useful_threads(p, t.threads);
 }
 
 void run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+  if (params[kGradCopy] != 0) {
+    const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+    const Operands copies = copy_channels_last(p, o, *e.target.kernels, pool, e.workspace);
+    Execution rest = e;
+    rest.workspace += channels_last_floats(p);
+    run(channels_last(p), without_copy(params), copies, rest);
+    return;
+  }
   const Layout l = make_layout(p, e.target, params);
   const Kernels& k = *e.target.kernels;
   const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
@@ -416,23 +450,28 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
 }  // namespace
 
 const Algorithm& algorithm_weight_grad() {
-  static const Algorithm a{
-      "weight_grad",
-      "rows are images: outer products of input rows and gradient rows, no transform",
-      "canonical order of the reduction: numerical contract, chunked sums",
-      {kF32, kF64},
-      {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
-       {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
-       {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}},
-       {"swap", "1: rows of the tile are features, columns images", {0, 1}},
-       {"tile", "1: a chunk's images are packed tile by tile; 0: read in place", {0, 1}},
-       {"stream", "1: results that are stored once pass the caches by", {0, 1}}},
-      rejects,
-      defaults,
-      check,
-      workspace,
-      run,
-      cost};
+  static const Algorithm a = [] {
+    Algorithm row{
+        "weight_grad",
+        "rows are images: outer products of input rows and gradient rows, no transform",
+        "canonical order of the reduction: numerical contract, chunked sums",
+        {kF32, kF64},
+        {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
+         {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
+         {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}},
+         {"swap", "1: rows of the tile are features, columns images", {0, 1}},
+         {"tile", "1: a chunk's images are packed tile by tile; 0: read in place", {0, 1}},
+         {"stream", "1: results that are stored once pass the caches by", {0, 1}},
+         {"copy", "1: both operands are first copied, channels and features innermost", {0, 1}}},
+        rejects,
+        defaults,
+        check,
+        workspace,
+        run,
+        cost};
+    row.knows_images = true;
+    return row;
+  }();
   return a;
 }
 

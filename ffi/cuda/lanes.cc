@@ -273,7 +273,8 @@ double grad_cost(const Problem& p, const Types&, const Params& v) {
   // Per step of a thread: the weight, and of the input what did not move along.
   const auto fresh = static_cast<double>(
       v[kTapsY] * std::min<int64_t>(v[kTapsX], ceil_div(p.rhs_dilation[2], p.stride[2])));
-  const double loads = steps / taps * (1 + fresh) / (is_depthwise(p) ? v[kGradVector] : 1);
+  const auto side_by_side = static_cast<double>(is_depthwise(p) ? v[kGradVector] : 1);
+  const double loads = steps / taps * (1 + fresh) / side_by_side;
   const double results = static_cast<double>(p.n * p.g * p.k * p.pixels());
   const auto chunks = static_cast<double>(chunks_of(p).count);
   const double moved = static_cast<double>(p.n * p.g * p.c * p.in[0] * p.in[1] * p.in[2]);

@@ -11,7 +11,9 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-template <int MR, int NV, bool kStrided, typename T>
+enum class Form { kPacked, kStrided, kIndirect };
+
+template <int MR, int NV, Form kForm, typename T>
 void gemm_tile(const GemmArgs* g) {
   using V = Vec<T>;
   constexpr int W = kWidth<T>;
@@ -37,7 +39,11 @@ void gemm_tile(const GemmArgs* g) {
   }
 
   // Four rows share a base pointer: row offsets 0, 1, 2, 3 * a_row are addressing modes.
-  constexpr int kBases = (MR + 3) / 4;
+  // Rows that lie anywhere have each its own.
+  constexpr bool kStrided = kForm == Form::kStrided;
+  constexpr bool kIndirect = kForm == Form::kIndirect;
+  constexpr int kShare = kIndirect ? 1 : 4;
+  constexpr int kBases = (MR + kShare - 1) / kShare;
   const int64_t row = g->a_row;
   const int64_t a_step = kStrided ? g->a_step : 1;
   const int64_t b_step = g->b_step;
@@ -46,7 +52,14 @@ void gemm_tile(const GemmArgs* g) {
     const T* b = static_cast<const T*>(g->b) + run.b;
     const T* base[kBases];
     JAXWIN_UNROLL
-    for (int q = 0; q < kBases; ++q) base[q] = static_cast<const T*>(g->a) + run.a + q * 4 * row;
+    for (int q = 0; q < kBases; ++q) {
+      if constexpr (kIndirect) {
+        const int64_t at = g->table[q * g->table_row + run.a];
+        base[q] = at < 0 ? static_cast<const T*>(g->zeros) : static_cast<const T*>(g->a) + at;
+      } else {
+        base[q] = static_cast<const T*>(g->a) + run.a + q * 4 * row;
+      }
+    }
     for (int64_t i = 0; i < run.len; ++i) {
       V bv[NV];
       JAXWIN_UNROLL
@@ -56,7 +69,7 @@ void gemm_tile(const GemmArgs* g) {
       }
       JAXWIN_UNROLL
       for (int r = 0; r < MR; ++r) {
-        const V av = set1(base[r / 4][(r % 4) * row]);
+        const V av = set1(base[r / kShare][(r % kShare) * row]);
         JAXWIN_UNROLL
         for (int v = 0; v < NV; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
       }

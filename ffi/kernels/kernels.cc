@@ -20,9 +20,14 @@ template <typename T, int NV, int MR>
 constexpr void fill_tile(Kernels& k) {
   if constexpr (MR > 0) {
     static_assert(MR * NV + NV + 1 <= kRegisters, "the tile does not fit the register file");
-    k.packed[NV][MR] = gemm_tile<MR, NV, false, T>;
+    k.packed[NV][MR] = gemm_tile<MR, NV, Form::kPacked, T>;
     // Integers are packed always.
-    if constexpr (!std::is_same_v<T, Pair>) k.strided[NV][MR] = gemm_tile<MR, NV, true, T>;
+    if constexpr (!std::is_same_v<T, Pair>) {
+      k.strided[NV][MR] = gemm_tile<MR, NV, Form::kStrided, T>;
+      if constexpr (MR <= kMaxIndirectMr) {
+        k.indirect[NV][MR] = gemm_tile<MR, NV, Form::kIndirect, T>;
+      }
+    }
     fill_tile<T, NV, MR - 1>(k);
   }
 }
@@ -36,11 +41,11 @@ constexpr void fill_lanes(Kernels& k) {
   }
 }
 
-template <typename T, int KW, int SX, int R = kSweepRows<KW, SX>>
+template <typename T, int KW, int SX, bool kExpand, int R = kSweepRows<KW, SX, kExpand>>
 constexpr void fill_sweep(Kernels& k) {
   if constexpr (R > 0) {
-    k.sweep[KW][SX][R] = sweep_tile<KW, SX, R, T>;
-    fill_sweep<T, KW, SX, R - 1>(k);
+    k.sweep[kExpand][KW][SX][R] = sweep_tile<KW, SX, R, kExpand, T>;
+    fill_sweep<T, KW, SX, kExpand, R - 1>(k);
   }
 }
 
@@ -90,12 +95,14 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
     k.max_pixels = kPixels;
     fill_lanes<T, kPixels>(k);
     if constexpr (std::is_same_v<T, float>) {  // they take long to compile
-      fill_sweep<T, 3, 1>(k);
-      fill_sweep<T, 5, 1>(k);
-      fill_sweep<T, 7, 1>(k);
-      fill_sweep<T, 3, 2>(k);
-      fill_sweep<T, 5, 2>(k);
-      fill_sweep<T, 7, 2>(k);
+      fill_sweep<T, 3, 1, false>(k);
+      fill_sweep<T, 5, 1, false>(k);
+      fill_sweep<T, 7, 1, false>(k);
+      fill_sweep<T, 3, 2, false>(k);
+      fill_sweep<T, 5, 2, false>(k);
+      fill_sweep<T, 7, 2, false>(k);
+      fill_sweep<T, 3, 1, true>(k);
+      fill_sweep<T, 3, 2, true>(k);
     }
     k.epilogue = epilogue<T>;
     k.interleave = interleave<T>;
@@ -162,60 +169,3 @@ constexpr Kernels kTables[kWords] = {make_float(), make_double(), make_pair()};
 const Kernels* kernels(Word word) { return &kTables[word]; }
 
 }  // namespace jaxwin::JAXWIN_TARGET
-
-#if defined(JAXWIN_TEST_KERNELS)
-// Plain symbols for the emulator: leaf code behind one table look-up.
-extern "C" {
-#define JAXWIN_SYMBOL(name) \
-  __attribute__((visibility("default"))) void JAXWIN_PASTE(name, JAXWIN_TARGET)
-#define JAXWIN_TABLE jaxwin::JAXWIN_TARGET::kTables[word]
-JAXWIN_SYMBOL(jaxwin_test_gemm_)
-(int64_t word, int64_t mr, int64_t nv, int64_t strided, const jaxwin::GemmArgs* args) {
-  const jaxwin::Kernels& k = JAXWIN_TABLE;
-  (strided != 0 ? k.strided : k.packed)[nv][mr](args);
-}
-JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t word, int64_t pixels, const jaxwin::GemmArgs* args) {
-  JAXWIN_TABLE.lanes[pixels](args);
-}
-JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
-(int64_t word, int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
-  JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
-}
-JAXWIN_SYMBOL(jaxwin_test_sweep_)
-(int64_t word, int64_t window, int64_t stride, int64_t rows, const jaxwin::SweepArgs* args) {
-  JAXWIN_TABLE.sweep[window][stride][rows](args);
-}
-JAXWIN_SYMBOL(jaxwin_test_epilogue_)(int64_t word, const jaxwin::EpilogueArgs* args) {
-  JAXWIN_TABLE.epilogue(args);
-}
-JAXWIN_SYMBOL(jaxwin_test_copy_)
-(int64_t word, void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t src_step,
- int64_t n, int64_t count) {
-  JAXWIN_TABLE.copy(dst, dst_ld, src, src_ld, src_step, n, count);
-}
-JAXWIN_SYMBOL(jaxwin_test_interleave_)
-(int64_t word, void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows, int64_t src_ld,
- int64_t n, int64_t count) {
-  JAXWIN_TABLE.interleave(dst, dst_ld, rows, n_rows, src_ld, n, count);
-}
-JAXWIN_SYMBOL(jaxwin_test_expand_)
-(int64_t word, void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t n,
- const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span) {
-  JAXWIN_TABLE.expand(dst, dst_ld, src, src_ld, n, table, multiplicity, lanes, span);
-}
-JAXWIN_SYMBOL(jaxwin_test_convert_)
-(int64_t word, int64_t kind, int64_t dtype, void* dst, int64_t dst_ld, const void* src,
- int64_t src_ld, int64_t src_step, int64_t n, int64_t count) {
-  const jaxwin::Kernels& k = JAXWIN_TABLE;
-  (kind == 0   ? k.read
-   : kind == 1 ? k.pack
-               : k.write)[dtype](dst, dst_ld, src, src_ld, src_step, n, count);
-}
-JAXWIN_SYMBOL(jaxwin_test_narrow_epilogue_)
-(int64_t word, int64_t dtype, const jaxwin::EpilogueArgs* args) {
-  JAXWIN_TABLE.narrow_epilogue[dtype](args);
-}
-JAXWIN_SYMBOL(jaxwin_test_accumulate_)
-(int64_t word, void* dst, const void* src, int64_t n) { JAXWIN_TABLE.accumulate(dst, src, n); }
-}
-#endif

@@ -27,6 +27,8 @@ struct Run {
 // The chain is one fma per (t, i) in this order; it starts from C where `load`, else from zero.
 // Where `add`, its value is added to C with one more rounding (chunked reductions), else stored.
 // Reads of B: columns [0, NV * W) by the packed form, [0, cols) by the strided form.
+// The indirect form finds every row of A by itself, in a table of offsets; -1 stands for zeros:
+//   A[r, t, i] = (o < 0 ? zeros : a + o)[i],  o = table[r * table_row + run[t].a]
 struct GemmArgs {
   const void* a;
   const void* b;
@@ -43,6 +45,9 @@ struct GemmArgs {
   int64_t stream;   // stores pass the caches by; cols = NV * W, C in whole aligned vectors, no add
   int64_t blocks;   // LanesFn only
   int64_t b_block;  // LanesFn only
+  const int64_t* table;  // these three: the indirect form only
+  int64_t table_row;
+  const void* zeros;
 };
 using GemmFn = void (*)(const GemmArgs*);
 
@@ -57,14 +62,19 @@ using LanesFn = void (*)(const GemmArgs*);
 //   X = a[offsets[q] + run[t].a + i * a_step + j],  B = b[run[t].b + i * b_step + j]
 using LanesGradFn = void (*)(const GemmArgs*, const int64_t* offsets);
 
-// Channels as lanes, a window of KW columns swept along SX-strided output columns: for r < R output
+// Features as lanes, a window of KW columns swept along SX-strided output columns: for r < R output
 // rows, o < n output columns, j < cols:
-//   Y[r, o, j] = chain over columns kx < KW, runs t of X[r, o * SX + kx, t, j] * B[kx, t, j]
-//   X[r, q, t, j] = x[r * x_row + q * x_col + run[t].a + j], columns q outside [q_begin, q_end) are
-//   skipped;  B[kx, t, j] = w[j / W * w_block + kx * w_col + run[t].b + j % W]
+//   Y[r, o, j] = chain over columns kx < KW, runs t, channels i < channels of
+//                X[r, o * SX + kx, t, i, j] * B[kx, t, i, j]
+//   X[r, q, t, i, j] = x[r * x_row + q * x_col + run[t].a + j / W * span + table[i * W + j % W]],
+//   and zero where run[t].len + r * row_step, its row of the input, is outside [0, rows); columns q
+//   outside [q_begin, q_end) are skipped.
+//   B[kx, t, i, j] = w[j / W * w_block + kx * w_col + run[t].b + i * W + j % W]
 //   Y[r, o, j] = y[r * y_row + o * y_col + j]
-// An input vector is loaded once for all KW columns of the window that it belongs to. Reads of B:
-// whole vectors.
+// A vector of `span` channels is loaded once for all positions of the window that it belongs to,
+// and spread over the lanes in a register. A lane reads the channel of its own number, in the form
+// without expansion: channels = 1, span = W, no table. Reads of B: whole vectors; of x: in_cols
+// channels.
 struct SweepArgs {
   const void* x;
   const void* w;
@@ -76,6 +86,11 @@ struct SweepArgs {
   int64_t x_row, x_col, q_begin, q_end;
   int64_t w_col, w_block;
   int64_t y_row, y_col;
+  int64_t row_step, rows;
+  int64_t border;  // some row of the input is outside [0, rows)
+  int64_t in_cols;
+  int64_t channels, span;
+  const int32_t* table;
 };
 using SweepFn = void (*)(const SweepArgs*);
 
@@ -105,7 +120,8 @@ using CopyFn = void (*)(void* dst, int64_t dst_ld, const void* src, int64_t src_
 
 inline constexpr int kMaxNv = 4;
 inline constexpr int kMaxMr = 16;
-inline constexpr int kMaxSweep = 5;        // output rows
+inline constexpr int kMaxIndirectMr = 8;   // each row of A takes an address register
+inline constexpr int kMaxSweep = 7;        // output rows
 inline constexpr int kMaxSweepWindow = 7;  // columns
 inline constexpr int kMaxSweepStride = 2;
 
@@ -117,10 +133,12 @@ struct Kernels {
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
+  GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
   int max_pixels;
-  LanesFn lanes[kMaxMr + 1];                                               // [P]
-  LanesGradFn lanes_grad[kMaxMr + 1];                                      // [Q]
-  SweepFn sweep[kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];  // [KW][SX][R]; may be 0
+  LanesFn lanes[kMaxMr + 1];           // [P]
+  LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
+  // [with expansion][KW][SX][R]; may be null
+  SweepFn sweep[2][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   CopyFn copy;
@@ -150,6 +168,14 @@ struct Kernels {
   const void* nan;       // one element
   uint32_t activations;  // bit i: the epilogue has Activation i
 };
+
+// Output rows of the highest tile for such a window; 0: there is none.
+static inline int max_sweep(const Kernels& k, int expand, int64_t window, int64_t stride) {
+  if (window > kMaxSweepWindow || stride > kMaxSweepStride) return 0;
+  int rows = kMaxSweep;
+  while (rows > 0 && k.sweep[expand][window][stride][rows] == nullptr) --rows;
+  return rows;
+}
 
 static inline bool has_activation(const Kernels& k, Activation a) {
   return (k.activations >> static_cast<int>(a) & 1U) != 0;

@@ -58,12 +58,15 @@ void lanes_tile(const GemmArgs* g) {
   }
 }
 
-// Outputs under way while a window of KW columns passes, and how many rows of them, with a column
-// of input and a vector of the filter, fit the registers.
+// Outputs under way while a window of KW columns passes, and how many rows of them fit the
+// registers with a column of input and the filter: one vector of it, or with expansion one for
+// every output under way, an index and an expanded vector.
 template <int KW, int SX>
 constexpr int kSweepLive = (KW - 1) / SX + 1;
-template <int KW, int SX>
-constexpr int kSweepRows = std::min((kRegisters - 2) / (kSweepLive<KW, SX> + 1), kMaxSweep);
+template <int KW, int SX, bool kExpand>
+constexpr int kSweepRows =
+    std::min((kRegisters - (kExpand ? kSweepLive<KW, SX> + 2 : 2)) / (kSweepLive<KW, SX> + 1),
+             kExpand ? kMaxSweep : 5);
 
 template <typename T, int R>
 struct Sweep {
@@ -71,11 +74,12 @@ struct Sweep {
   T* y;
   int64_t q, columns;  // from the first column that is read; how many there are
   int64_t o, steps;
-  Mask<T> tail;
+  Mask<T> in_tail, tail;
 };
 
 // One output column, o, begins in acc[kPhase]; the one that has seen its whole window is stored.
-template <int KW, int SX, int R, bool kWhole, int kPhase, typename T>
+// kPlain: whole vectors of rows that exist.
+template <int KW, int SX, int R, bool kExpand, bool kPlain, int kPhase, typename T>
 JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
                               Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   constexpr int kLive = kSweepLive<KW, SX>;
@@ -89,16 +93,54 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
         JAXWIN_UNROLL
         for (int r = 0; r < R; ++r) {
           const T* from = at + run->a + r * g->x_row;
-          in[r] = kWhole ? load(from) : load(from, s->tail);
+          if (kPlain) {
+            in[r] = load(from);
+          } else {
+            const auto row = static_cast<uint64_t>(run->len + r * g->row_step);
+            in[r] = row < static_cast<uint64_t>(g->rows) ? load(from, s->in_tail) : zero<T>();
+          }
         }
-        JAXWIN_UNROLL
-        for (int m = 0; m < kLive; ++m) {  // window column i + m * SX, of output o - m
-          if (i + m * SX < KW) {
-            const Vec<T> w = load(s->w + run->b + (i + m * SX) * g->w_col);
+        if (kExpand) {
+          // The neighbours in memory, which the next vector of features reads; a row once or twice.
+          JAXWIN_UNROLL
+          for (int r = 0; r < R; ++r) {
+            if (r + 1 == R || run - g->runs < g->row_step) {
+              __builtin_prefetch(at + run->a + r * g->x_row + kWidth<T>);
+            }
+          }
+        }
+        const T* w = s->w + run->b + i * g->w_col;
+        if constexpr (kExpand) {
+          const int32_t* index = g->table;
+          const int32_t* const last = index + g->channels * kWidth<T>;
+          for (; index != last; index += kWidth<T>, w += kWidth<T>) {
+            Vec<T> filter[kLive];  // window column i + m * SX, of output o - m
+            JAXWIN_UNROLL
+            for (int m = 0; m < kLive; ++m) {
+              if (i + m * SX < KW) filter[m] = load(w + m * SX * g->w_col);
+            }
             JAXWIN_UNROLL
             for (int r = 0; r < R; ++r) {
-              Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
-              to = fma(in[r], w, to);
+              const Vec<T> expanded = permute(in[r], index);
+              JAXWIN_UNROLL
+              for (int m = 0; m < kLive; ++m) {
+                if (i + m * SX < KW) {
+                  Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
+                  to = fma(expanded, filter[m], to);
+                }
+              }
+            }
+          }
+        } else {
+          JAXWIN_UNROLL
+          for (int m = 0; m < kLive; ++m) {
+            if (i + m * SX < KW) {
+              const Vec<T> filter = load(w + m * SX * g->w_col);
+              JAXWIN_UNROLL
+              for (int r = 0; r < R; ++r) {
+                Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
+                to = fma(in[r], filter, to);
+              }
             }
           }
         }
@@ -110,8 +152,9 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
     JAXWIN_UNROLL
     for (int r = 0; r < R; ++r) {
       T* to = s->y + r * g->y_row;
-      if (kWhole) {
+      if (kPlain) {
         store(to, acc[kDone][r]);
+        if (kExpand) __builtin_prefetch(to + kWidth<T>, 1);
       } else {
         store(to, acc[kDone][r], s->tail);
       }
@@ -125,18 +168,19 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
   ++s->o;
 }
 
-template <int KW, int SX, int R, bool kWhole, int kPhase, typename T>
+template <int KW, int SX, int R, bool kExpand, bool kPlain, int kPhase, typename T>
 JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, R>* s,
                                Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   if (s->o == s->steps) return;
-  sweep_step<KW, SX, R, kWhole, kPhase>(g, s, acc);
-  if constexpr (kPhase + 1 < kSweepLive<KW, SX>)
-    sweep_steps<KW, SX, R, kWhole, kPhase + 1>(g, s, acc);
+  sweep_step<KW, SX, R, kExpand, kPlain, kPhase>(g, s, acc);
+  if constexpr (kPhase + 1 < kSweepLive<KW, SX>) {
+    sweep_steps<KW, SX, R, kExpand, kPlain, kPhase + 1>(g, s, acc);
+  }
 }
 
-template <int KW, int SX, int R, bool kWhole, typename T>
+template <int KW, int SX, int R, bool kExpand, bool kPlain, typename T>
 __attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const T* w, T* y,
-                                           Mask<T> tail) {
+                                           Mask<T> in_tail, Mask<T> tail) {
   constexpr int kLive = kSweepLive<KW, SX>;
   Vec<T> acc[kLive][R];
   JAXWIN_UNROLL
@@ -144,23 +188,25 @@ __attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const
     JAXWIN_UNROLL
     for (int r = 0; r < R; ++r) acc[l][r] = zero<T>();
   }
-  Sweep<T, R> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, tail};
-  while (s.o < s.steps) sweep_steps<KW, SX, R, kWhole, 0>(g, &s, acc);
+  Sweep<T, R> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, in_tail, tail};
+  while (s.o < s.steps) sweep_steps<KW, SX, R, kExpand, kPlain, 0>(g, &s, acc);
 }
 
-template <int KW, int SX, int R, typename T>
+template <int KW, int SX, int R, bool kExpand, typename T>
 void sweep_tile(const SweepArgs* g) {
   constexpr int W = kWidth<T>;
   const T* x = static_cast<const T*>(g->x);
   const T* w = static_cast<const T*>(g->w);
   T* y = static_cast<T*>(g->y);
-  const int64_t whole = g->cols / W;
-  for (int64_t i = 0; i < whole; ++i) {
-    sweep_block<KW, SX, R, true>(g, x + i * W, w + i * g->w_block, y + i * W, make_mask<T>(0));
-  }
-  if (whole * W < g->cols) {
-    sweep_block<KW, SX, R, false>(g, x + whole * W, w + whole * g->w_block, y + whole * W,
-                                  make_mask<T>(g->cols - whole * W));
+  for (int64_t j = 0, in = 0; j < g->cols; j += W, in += g->span, w += g->w_block) {
+    const int64_t in_lanes = std::min(g->span, g->in_cols - in);
+    const Mask<T> in_tail = make_mask<T>(in_lanes);
+    const Mask<T> tail = make_mask<T>(g->cols - j);
+    if (g->border == 0 && in_lanes == W && g->cols - j >= W) {
+      sweep_block<KW, SX, R, kExpand, true>(g, x + in, w, y + j, in_tail, tail);
+    } else {
+      sweep_block<KW, SX, R, kExpand, false>(g, x + in, w, y + j, in_tail, tail);
+    }
   }
 }
 

@@ -454,8 +454,10 @@ def test_xla_takes_part_only_where_it_may(path: Path, monkeypatch: pytest.Monkey
     assert _dispatch.decide(DENSE, algorithm="any").plan is not None, "not measured"
     late = Fake(_with_xla(0.1))
     ((_, outcome),) = _run(late, family="any").outcomes
-    assert outcome.status == "known" and outcome.xla_ratio == pytest.approx(0.1 / 0.7, rel=0.01)
-    assert [c.algorithm for c in late.comparisons[0]] == [GOAL.algorithm, "xla"]
+    assert outcome.status == "known" and outcome.others["xla"] == pytest.approx(0.1 / 0.7, rel=0.01)
+    compared = [candidate.algorithm for candidate in late.comparisons[0]]
+    assert (compared[0], compared[-1]) == (GOAL.algorithm, "xla")
+    assert all(_registry.family(name) != "canonical" for name in compared[1:])
     assert _dispatch.decide(DENSE).plan is not None, "canonical is canonical"
     for options in ({"algorithm": "any"}, {}):
         if not options:
@@ -476,7 +478,7 @@ def test_xla_takes_part_only_where_it_may(path: Path, monkeypatch: pytest.Monkey
 def test_xla_that_goes_wrong(path: Path, fate: str) -> None:
     xla = Candidate("xla", ())
     ((_, outcome),) = _run(Fake(_with_xla(0.1), {xla: fate}), family="any").outcomes
-    assert outcome.status == "tuned" and outcome.xla_ratio is None
+    assert outcome.status == "tuned" and "xla" not in outcome.others
     assert _dispatch.decide(DENSE, algorithm="any").plan is not None
 
 
