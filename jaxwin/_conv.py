@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin import _compat, _cuda, _explain, _layouts, _pack, _registry
+from jaxwin import _compat, _explain, _layouts, _pack, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 from jaxwin._pack import PackedWeights
 
@@ -23,10 +23,10 @@ _PRECISIONS = (None, "default", "high", "highest", "fastest")
 _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 
-def algorithms() -> tuple[str, ...]:
-    """What `conv` takes as `algorithm`, on one platform or another."""
-    names = dict.fromkeys((*_registry.algorithm_names(), *_cuda.registry()))
-    return "auto", *names, "xla", "any"
+def algorithms(platform: str) -> tuple[str, ...]:
+    """What `conv` takes as `algorithm` on a platform, "cpu" or "cuda"."""
+    names = [row["name"] for row in _registry.rows(platform)]
+    return "auto", *names, _registry.XLA, "any"
 
 
 def conv(
@@ -152,10 +152,10 @@ def conv(
         raise ValueError(
             f"conv: unknown activation {activation!r}; choose one of {_names(ACTIVATIONS)} or None"
         )
-    if algorithm not in algorithms():
-        raise ValueError(
-            f"conv: unknown algorithm {algorithm!r}; choose one of {_names(algorithms())}"
-        )
+    # A program may be lowered for another platform than it is traced on.
+    if not any(algorithm in algorithms(platform) for platform in ("cpu", "cuda")):
+        here = algorithms(_explain.default_platform())
+        raise ValueError(f"conv: unknown algorithm {algorithm!r}; choose one of {_names(here)}")
     if precision not in _PRECISIONS:
         raise ValueError(
             f"conv: unknown precision {precision!r}; choose one of {_names(_PRECISIONS[1:])}, or "
