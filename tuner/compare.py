@@ -290,8 +290,8 @@ def _in_layout(algorithm: str, layout: str) -> str:
 
 
 def _layout_tasks(quick: bool) -> list[Task]:
-    convs = _some(preset("paper", batch=16), ("cv1", "cv9", "cv12"), quick)
-    # 76 gigaflops and half a gigabyte of operands say nothing that the others do not.
+    convs = _some(preset("paper", batch=8), ("cv1", "cv9", "cv12"), quick)
+    # 38 gigaflops a call say nothing that the others do not.
     convs = tuple(conv for conv in convs if conv.name != "cv4")
     names = tuple(
         _in_layout(algorithm, layout)
@@ -493,7 +493,7 @@ COMPARISONS: dict[str, Comparison] = {
         Comparison(
             "layouts",
             "layouts of activations",
-            "The twelve layers but cv4, batch 16, in every layout that jaxwin.conv has; operands "
+            "The twelve layers but cv4, batch 8, in every layout that jaxwin.conv has; operands "
             "are in that layout before.",
             _in_layout("im2win", "NHWC"),
             _layout_tasks,

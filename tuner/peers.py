@@ -868,7 +868,7 @@ class Loops(Peer):
 
         def call() -> Any:
             function(*arguments)
-            return x, w, numbers  # which the pointers point into
+            return x, w, y, numbers  # which the pointers point into
 
         def result() -> Array:
             call()
