@@ -120,7 +120,7 @@ nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
   for (size_t i = 0; i < plan.algorithm->params.size(); ++i) params.append(plan.params[i]);
   d["params"] = params;
   d["workspace_bytes"] = plan.workspace_bytes;
-  d["cost"] = plan.algorithm->cost(p, plan.target, plan.params);
+  d["cost"] = plan.algorithm->cycles(p, plan.target, plan.params);
   d["family"] = plan.algorithm->family;
   d["error_bound"] = plan.algorithm->error(p, plan.params);
   return d;

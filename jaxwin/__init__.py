@@ -3,12 +3,14 @@
 
 `conv` is the friendly form, `conv_general_dilated` and `conv_transpose` are drop-in for those of
 `jax.lax`, `accelerate` and `install` bring them to code that is not yours, `explain` says which
-kernel runs and why, `tune` finds the fastest plans for this machine.
+kernel runs and why, `deviation` how much results depend on that, `tune` finds the fastest plans for
+this machine.
 """
 
 from jaxwin._accelerate import accelerate
 from jaxwin._batch_norm import fold_batch_norm
 from jaxwin._conv import conv, pack
+from jaxwin._deviation import Deviation, Difference, LayerDeviation, deviation
 from jaxwin._explain import Explanation, ExplanationRow, explain
 from jaxwin._install import install, installed, is_installed, uninstall
 from jaxwin._layouts import from_layout, to_layout
@@ -21,8 +23,11 @@ from jaxwin._tune import tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "Deviation",
+    "Difference",
     "Explanation",
     "ExplanationRow",
+    "LayerDeviation",
     "PackedWeights",
     "Problem",
     "Recording",
@@ -30,6 +35,7 @@ __all__ = [
     "conv",
     "conv_general_dilated",
     "conv_transpose",
+    "deviation",
     "explain",
     "export_safety_checks",
     "fold_batch_norm",

@@ -218,6 +218,14 @@ def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     return list(_core.jaxprs_in_params(params))
 
 
+def bind_equation(equation: Any, values: Sequence[Any]) -> list[Any]:
+    """The results of one equation of a jaxpr."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        result = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    return list(result) if primitive.multiple_results else [result]
+
+
 def register_ffi_target(name: str, handlers: dict[str, Any], state_type: dict[str, Any]) -> None:
     """Registers a CPU custom-call target whose call sites keep a state of `state_type`.
 

@@ -194,6 +194,7 @@ def conv(
             activation=activation,
             layout="CHWN",
             algorithm=algorithm,
+            precision=precision,
             max_workspace=max_workspace,
         )
         return _layouts.into(result, images, blocks)

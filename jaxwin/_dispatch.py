@@ -7,15 +7,47 @@ native core's heuristic, XLA. Nothing here runs when a compiled program does.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from jaxwin import _cuda, _ffi, _record, _registry, _settings, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """What a comparison of plans wants; None: as it would be.
+
+    algorithm: "xla" or the name of an algorithm, for the problems that it can compute. isa: the
+    instruction set. threads: how many the plan is for.
+    """
+
+    algorithm: str | None = None
+    isa: str | None = None
+    threads: int | None = None
+
+
+_forced: contextvars.ContextVar[Forced | None] = contextvars.ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def forcing(forced: Forced) -> Iterator[None]:
+    """Decisions in this context, on the CPU, are as `forced` wants them.
+
+    Of what is compiled in it nothing may be found in JAX's caches: jit a function of its own.
+    """
+    token = _forced.set(forced)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def decide(
@@ -61,6 +93,12 @@ def decide(
     table = None if mode == "off" else _tuning.table()
     isa = _registry.best_isa(settings.max_isa)
     threads = settings.threads or _registry.cpus()
+    forced = _forced.get()
+    if forced is not None:
+        isa, threads, enforce = forced.isa or isa, forced.threads or threads, False
+        if forced.algorithm is not None:
+            with contextlib.suppress(ValueError):
+                return _decide(problem, forced.algorithm, max_workspace, isa, threads, table)
     decision = _decide(problem, algorithm, max_workspace, isa, threads, table)
     untried = decision.tier in ("transferred", "heuristic")
     if enforce:

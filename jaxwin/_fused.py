@@ -31,6 +31,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxwin import _compat, _lowering
 from jaxwin._pack import Packing, unpack_array
 from jaxwin._primitive import conv_p
+from jaxwin._problem import Problem
 
 Array = jax.Array
 Elementwise = Callable[[Array], Array]
@@ -111,6 +112,35 @@ def fused_conv(
         **conv_params,
     )
     return out
+
+
+def of_problem(
+    problem: Problem, x: Array, w: Array, *epilogue: Array, algorithm: str = "auto"
+) -> Array:
+    """The convolution that a problem describes; x, w and the epilogue lie as it says."""
+    bias, residual = _split_epilogue(epilogue, problem.bias, problem.residual)
+    spatial = zip(problem.rhs_spec[2:], problem.rhs_reversal, strict=False)
+    reversed_dimensions = [d for d, backwards in spatial if backwards]
+    return fused_conv(
+        x,
+        lax.rev(w, reversed_dimensions) if reversed_dimensions else w,
+        bias,
+        residual,
+        activation=problem.activation,
+        algorithm=algorithm,
+        window_strides=problem.window_strides,
+        padding=problem.padding,
+        lhs_dilation=problem.lhs_dilation,
+        rhs_dilation=problem.rhs_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(
+            problem.lhs_spec, problem.rhs_spec, problem.out_spec
+        ),
+        feature_group_count=problem.feature_group_count,
+        batch_group_count=problem.batch_group_count,
+        precision=None,
+        preferred_element_type=jnp.dtype(problem.out_dtype),
+        out_sharding=None,
+    )
 
 
 def decompose(

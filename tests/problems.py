@@ -16,7 +16,8 @@ from jaxwin._problem import Problem
 LAYOUTS = {
     1: [("NWC", "WIO"), ("NCW", "OIW"), ("CWN", "IWO"), ("NCW", "WIO")],
     2: [("NHWC", "HWIO"), ("NCHW", "OIHW"), ("CHWN", "IHWO"), ("NHWC", "OHWI"), ("HWNC", "HWOI")],
-    3: [("NDHWC", "DHWIO"), ("NCDHW", "OIDHW"), ("CDHWN", "IDHWO")],
+    # The last: CHWN8, whose blocks are a depth.
+    3: [("NDHWC", "DHWIO"), ("NCDHW", "OIDHW"), ("CDHWN", "IDHWO"), ("DCHWN", "DHWIO")],
 }
 
 
@@ -115,6 +116,9 @@ def draw(
         if pick == "direct" or rng.random() < 0.2:
             padding = ((0, 0),) * rank
         n, c, k = int(rng.integers(1, 4)), int(rng.integers(1, 20)), int(rng.integers(1, 40))
+        lhs, rhs = LAYOUTS[rank][int(rng.integers(len(LAYOUTS[rank])))]
+        if lhs.endswith("N"):  # images are lanes
+            n = int(rng.integers(1, 20))
         groups = batch_groups = 1
         if pick in ("depthwise", "grouped") or rng.random() < 0.3:
             groups = int(rng.choice([2, 3, 5, 8, 17]))
@@ -130,9 +134,11 @@ def draw(
             window = tuple(max(1, s - int(d)) for s, d in zip(size, ints(0, 2), strict=True))
             stride, rdil = (1,) * rank, stride
             padding = tuple((int(a), int(b)) for a, b in zip(ints(0, 2), ints(0, 2), strict=True))
+            if rank == 3 and rng.random() < 0.5:  # a depth that is only summed over
+                window, padding = (size[0], *window[1:]), ((0, 0), *padding[1:])
+                ldil, rdil = (1, *ldil[1:]), (1, *rdil[1:])
         if tiled:
             window, stride, rdil, ldil, batch_groups = (3, 3), (1, 1), (1, 1), (1, 1), 1
-        lhs, rhs = LAYOUTS[rank][int(rng.integers(len(LAYOUTS[rank])))]
         out = LAYOUTS[rank][int(rng.integers(len(LAYOUTS[rank])))][0]
         problem = make(
             n,

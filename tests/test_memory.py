@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import problems
 import pytest
 
 import jaxwin
-from jaxwin import _registry
+from jaxwin import _ffi, _registry
 
 # The twelve benchmark layers of the im2win papers: C, H = W, K, window, stride.
 LAYERS = {
@@ -26,13 +27,21 @@ LAYERS = {
     "conv12": (512, 7, 512, 3, 1),
 }
 MIB = 1 << 20
+LINE = 64  # parts of a workspace begin on cache lines
 
 
-def _temporary_bytes(layer: str, batch: int, algorithm: str) -> tuple[int, int]:
+def _temporary_bytes(
+    layer: str, batch: int, algorithm: str, layout: str = "NHWC"
+) -> tuple[int, int]:
     c, size, k, window, stride = LAYERS[layer]
-    x = jax.ShapeDtypeStruct((batch, size, size, c), jnp.float32)
+    shape = (batch, size, size, c) if layout == "NHWC" else (batch, c, size, size)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
     w = jax.ShapeDtypeStruct((window, window, c, k), jnp.float32)
-    f = jax.jit(lambda x, w: jaxwin.conv(x, w, stride=stride, padding="VALID", algorithm=algorithm))
+    f = jax.jit(
+        lambda x, w: jaxwin.conv(
+            x, w, stride=stride, padding="VALID", algorithm=algorithm, layout=layout
+        )
+    )
     temporary = f.lower(x, w).compile().memory_analysis().temp_size_in_bytes
     # The packed copy of the filter: features padded to whole panels, four vectors at most.
     lanes = 4 * max(row["width"] for row in _registry.registry()["isas"])
@@ -57,6 +66,64 @@ def test_dispatch_needs_no_more(layer: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("NPROC", "4")
     temporary, packed = _temporary_bytes(layer, 8, "auto")
     assert temporary <= 4 * MIB + packed
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_kn2_adds_up_in_place(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = 3
+    monkeypatch.setenv("NPROC", str(threads))
+    _, size, k, window, stride = LAYERS[layer]
+    width = (size - window) // stride + 1
+    assert _temporary_bytes(layer, 2, "kn2col_aa")[0] == 0
+    # NCHW with a stride: some channels of a row, no more than a few output rows.
+    rows, _ = _temporary_bytes(layer, 2, "kn2row_aa", "NCHW")
+    assert rows <= (0 if stride == 1 else threads * 4 * 4 * k * width)
+    # One image of one phase of the input.
+    phase = -(-size // stride)
+    products = 4 * k * phase * phase
+    assert _temporary_bytes(layer, 2, "kn2col_as")[0] <= products + LINE
+    assert _temporary_bytes(layer, 2, "kn2row_as", "NCHW")[0] <= (
+        products + LINE + (0 if stride == 1 else threads * (4 * 4 * k * phase + LINE))
+    )
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_lowered_tensors(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes as the papers say them, and of the forms that this library runs."""
+    threads = 2
+    monkeypatch.setenv("NPROC", str(threads))
+    c, size, k, window, stride = LAYERS[layer]
+    out = (size - window) // stride + 1
+    read = (out - 1) * stride + window  # input rows and columns
+    batch = 3
+    problem = problems.make(batch, c, k, (size,) * 2, (window,) * 2, stride=(stride,) * 2)
+
+    def workspace(algorithm: str, **chosen: int) -> int:
+        """In bytes, with one thread and the filters where they lie."""
+        answer = _ffi.make_plan(problem.native(), algorithm=algorithm)
+        specs = {row["name"]: row["params"] for row in _registry.registry()["algorithms"]}
+        names = [spec["name"] for spec in specs[algorithm]]
+        params = dict(zip(names, answer["plan"]["params"], strict=True)) | chosen
+        answer = _ffi.make_plan(problem.native(), algorithm=algorithm, params=list(params.values()))
+        return answer["plan"]["workspace_bytes"]
+
+    lowered = 4 * batch * out * window * read * c
+    assert 0 <= workspace("mec", full=1, pack=0) - lowered <= LINE
+    full = 4 * batch * read * out * window * c
+    assert 0 <= workspace("im2win", full=1, pack=0) - full <= LINE
+    # For one output row, of a column of its windows: all channels, the rows of each residue
+    # together. And its sums.
+    rows = min(window, stride) * (1 + (window - 1) // stride)
+    assert 0 <= workspace("smm", rows=1) - 4 * out * (c * rows + k) <= 2 * LINE
+
+    # What XLA sees of the blocked form, and of the indirection buffer, which all images share.
+    temporary, packed = _temporary_bytes(layer, batch, "mec")
+    assert temporary <= threads * MIB + packed
+    temporary, packed = _temporary_bytes(layer, batch, "indirect")
+    table = 8 * out * out * window * window
+    assert table <= temporary <= table + 4 * c + 3 * LINE + packed
+    temporary, _ = _temporary_bytes(layer, batch, "smm", "NCHW")
+    assert temporary <= threads * MIB
 
 
 def test_max_workspace_is_kept() -> None:

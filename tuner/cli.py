@@ -28,6 +28,7 @@ from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import (
     compare_command,
     database_commands,
+    deviation_command,
     exits,
     machine,
     model_bench,
@@ -64,6 +65,7 @@ for _command in (
     record_command.record,
     compare_command.command,
     verify_command.command,
+    deviation_command.command,
     report_command.command,
     *database_commands.COMMANDS,
 ):

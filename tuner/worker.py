@@ -202,31 +202,7 @@ class _Problem:
 
     def _xla(self, x: jax.Array, w: jax.Array, *epilogue: jax.Array) -> jax.Array:
         """The problem as a program has it for which dispatch takes XLA."""
-        problem = self.problem
-        reversed_dimensions = [
-            d
-            for d, backwards in zip(problem.rhs_spec[2:], problem.rhs_reversal, strict=False)
-            if backwards
-        ]
-        return _fused.fused_conv(
-            x,
-            jax.lax.rev(w, reversed_dimensions) if reversed_dimensions else w,
-            epilogue[0] if problem.bias else None,
-            epilogue[-1] if problem.residual else None,
-            activation=problem.activation,
-            algorithm=_registry.XLA,
-            window_strides=problem.window_strides,
-            padding=problem.padding,
-            lhs_dilation=problem.lhs_dilation,
-            rhs_dilation=problem.rhs_dilation,
-            dimension_numbers=jax.lax.ConvDimensionNumbers(
-                problem.lhs_spec, problem.rhs_spec, problem.out_spec
-            ),
-            feature_group_count=problem.feature_group_count,
-            batch_group_count=problem.batch_group_count,
-            precision=None,
-            preferred_element_type=np.dtype(np.float32),
-        )
+        return _fused.of_problem(self.problem, x, w, *epilogue, algorithm=_registry.XLA)
 
 
 def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], None]) -> Any:

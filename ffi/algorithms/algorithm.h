@@ -88,6 +88,11 @@ struct ParamSpec {
 // The family of all algorithms that give the bits which README.md promises.
 inline constexpr const char* kCanonical = "canonical";
 
+// Modelled cycles of moving, one by one, elements of x and y that have neither channels nor pixels
+// for neighbours (images are: CHWN): what such layouts cost an algorithm that takes no images as
+// lanes.
+double lone_element_cycles(const Problem& p);
+
 struct Algorithm {
   const char* name;
   const char* summary;
@@ -117,6 +122,13 @@ struct Algorithm {
   // max |x| times the sum of |w| over its feature's filter. Null: that of the canonical chain.
   double (*error_bound)(const Problem&, const Params&) = nullptr;
 
+  // Whether it reads neighbouring images as vectors (CHWN), or `cost` knows what they are to it.
+  bool knows_images = false;
+
+  // `cost`, and what it need not know about.
+  double cycles(const Problem& p, const Target& t, const Params& params) const {
+    return cost(p, t, params) + (knows_images ? 0.0 : lone_element_cycles(p));
+  }
   bool canonical() const { return std::strcmp(family, kCanonical) == 0; }
   double error(const Problem& p, const Params& params) const {
     return error_bound != nullptr ? error_bound(p, params) : chain_error(p);
@@ -141,11 +153,6 @@ const Caches& caches();
 
 // The number of threads that is worth waking for this much arithmetic.
 int64_t useful_threads(const Problem& p, int64_t threads);
-
-// Modelled cycles of moving, one by one, elements of x and y that have neither channels nor pixels
-// for neighbours (images are: CHWN): what such layouts cost an algorithm that takes no images as
-// lanes.
-double lone_element_cycles(const Problem& p);
 
 // Stores of whole vectors of features may pass the caches by: they are aligned in y.
 bool streamable(const Problem& p, const Kernels& k, ConstPtr y);

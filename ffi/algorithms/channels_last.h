@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Copies of both operands with their channels (those of the filters: features) innermost. What reads
-// an operand many times, weight gradients, may first bring it into the order that it reads fast.
+// Copies of both operands with their channels (those of the filters: features) innermost. What
+// reads an operand many times, weight gradients, may first bring it into the order that it reads
+// fast.
 #pragma once
 
 #include "algorithms/algorithm.h"

@@ -685,6 +685,41 @@ void finish_planes(const Problem& p, const Kernels& k, const Operands& o, Ptr c,
 
 namespace {
 
+// Packs whole filters that are stored one after another, channel by channel (OIHW). Filters lie far
+// apart, at distances that fall on few sets of the caches: some at a time are transposed whole, a
+// few channels of them, and their rows then moved to where the reduction has them.
+constexpr int64_t kTurnedFilters = 16;
+constexpr int64_t kTurnedRows = 128;
+bool can_turn(const Problem& p) {
+  const int64_t taps = p.window();
+  return p.plain() && p.w.c == taps && taps > 1 && taps <= kTurnedRows && p.w.k != 1 &&
+         (p.win[2] == 1 || p.w.sp[2] == 1) && (p.win[1] == 1 || p.w.sp[1] == p.win[2]) &&
+         (p.win[0] == 1 || p.w.sp[0] == p.win[2] * p.win[1]);
+}
+void turn_panel(const Layout& l, const Kernels& k, ConstPtr w, int64_t features, Ptr dst) {
+  const Problem& p = l.p;
+  const int64_t taps = p.window();
+  const int64_t most = std::clamp<int64_t>(kTurnedRows / taps, 1, 8);
+  std::array<double, kTurnedFilters * kTurnedRows> room;
+  const Ptr turned{static_cast<char*>(static_cast<void*>(room.data())), k.size};
+  for (int64_t f = 0; f < features; f += kTurnedFilters) {
+    const int64_t count = std::min(kTurnedFilters, features - f);
+    for (int64_t c0 = 0; c0 < p.c; c0 += most) {
+      const int64_t channels = std::min(most, p.c - c0);
+      k.copy(turned, kTurnedFilters, w + f * p.w.k + c0 * taps, 1, p.w.k, channels * taps, count);
+      for (int64_t tap = 0; tap < taps; ++tap) {  // z, y, x as they are stored
+        const int64_t x = tap % p.win[2];
+        const int64_t zy = tap / p.win[2];
+        const int64_t at = (x * p.win[1] + zy % p.win[1]) * p.win[0] + zy / p.win[1];
+        for (int64_t c = 0; c < channels; ++c) {
+          std::memcpy(dst + (at * p.c + c0 + c) * l.panel + f,
+                      turned + (c * taps + tap) * kTurnedFilters, count * k.size);
+        }
+      }
+    }
+  }
+}
+
 // Packs rows [r0, r1) of the reduction, panels [panel0, panel1) of group g: panel after panel
 // (stride `ld` in dst), each [r - r0][feature], features beyond k zero.
 void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64_t panel0,
@@ -696,7 +731,14 @@ void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64
   if (features(panel1 - 1) < l.panel) {
     (dst + (panel1 - 1 - panel0) * ld).zero((r1 - r0) * l.panel);
   }
-  // Filters stored with the window innermost (OIHW): walk each filter's memory in order.
+  if (r0 == 0 && r1 == l.reduction && can_turn(p)) {
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      turn_panel(l, k, base + panel * l.panel * p.w.k, features(panel),
+                 dst + (panel - panel0) * ld);
+    }
+    return;
+  }
+  // Other filters stored with the window innermost: walk each filter's memory in order.
   if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1 && r0 == 0 && r1 == l.reduction &&
       k.channels == 1) {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
@@ -1110,20 +1152,24 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
+  // Filters in place: the rows of a panel lie as far apart as all features of all groups, and meet
+  // in the same few sets of the caches where that is much.
+  const auto far = [&](int64_t rows) { return p.w.c * rows > panel_floats(k); };
+  const bool apart = p.w.k == 1 && far(std::min(p.reduction(), kc_limit));
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
-                          p.k > panel;
+                          (p.k > panel || (apart && p.panel == 0));
   if (lowering == Lowering::kIndirect) {
     params[kPack] = kShared;
-  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
-             pixels <= int64_t{p.k <= 8 * panel ? 16 : 8} * k.width) {
+  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 && !far(128) &&
+             pixels <= int64_t{p.w.c <= 8 * panel ? 16 : 8} * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.k / 8 * 8, 128, 512);
-  } else if (few_blocks && p.k * p.reduction() > panel_floats(k)) {
+    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
+  } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel ? kInPlace : kShared;
+    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart ? kInPlace : kShared;
     // One row of many pixels: as many of them at a time as the first-level cache holds, for all
     // features.
     if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {
@@ -1201,6 +1247,20 @@ std::string gemm_check(const Problem& problem, const Target& t, const Params& pa
   return {};
 }
 
+namespace {
+
+// Cycles per float of packing the filters. Those that lie one after another (OIHW) are packed all
+// at once: read, written and read again past the second-level cache where they do not fit into it.
+double pack_cycles(const Problem& p, const Kernels& k) {
+  const double width = static_cast<double>(k.width);
+  if (p.w.k == 1) return 3 / width;
+  const int64_t bytes = p.g * p.k * p.reduction() * k.size;
+  if (p.w.c == 1 || bytes <= caches().l2 / 2) return 6 / width;
+  return bytes <= caches().l3 / 4 ? 4.5 : 9.0;
+}
+
+}  // namespace
+
 double gemm_cost(const Problem& problem, const Target& t, const Params& params, Lowering lowering) {
   const Kernels& k = *t.kernels;
   const Problem p = words_of(problem, k);
@@ -1214,11 +1274,10 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
   const double width = static_cast<double>(k.width);
   const double w_floats = static_cast<double>(p.g * p.k * p.reduction());
-  if (params[kPack] != kInPlace && p.panel == 0) cost += w_floats / width * (p.w.k == 1 ? 3 : 6);
+  if (params[kPack] != kInPlace && p.panel == 0) cost += w_floats * pack_cycles(p, k);
   const double unit = static_cast<double>(p.win[0] * p.win[1]);
   const double copy = p.x.c == 1 ? 2.0 : 4.0;
   const double run = static_cast<double>(ceil_div(p.c, k.width));
-  cost += lone_element_cycles(p);
   if (lowering == Lowering::kWindow) {
     const bool disjoint = p.stride[2] >= (p.win[2] - 1) * p.rhs_dilation[2] + 1;
     cost += rows * static_cast<double>(strip_columns(p, disjoint, p.out[2])) * unit * run * copy;
@@ -1234,12 +1293,19 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     cost += blocks * columns * (whole ? static_cast<double>(p.c) / width : run) * copy;
     cost += rows * tiles * panels * 0.5 *
             static_cast<double>(lowering == Lowering::kRows ? p.window() : p.win[2]);
+  } else if (lowering == Lowering::kIndirect) {
+    // The buffer is filled, and every row of a tile looks up every window position.
+    const double taps = static_cast<double>(p.window());
+    cost += rows * tiles * panels * taps * (0.5 + 1.5 * mr);
+    cost += static_cast<double>(p.pixels()) * taps * 2.0;
   } else if (p.window() > 1) {
     // Every window position is a run of its own. Rows that lie apart stay in the first-level cache
     // as well as a strip does, channels that lie apart do not.
     cost += rows * tiles * panels * 0.5 * static_cast<double>(p.window());
     if (p.x.c != 1) cost *= 1.3;
   }
+  // Measured: never faster than im2win and direct, where the model sees no difference.
+  if (lowering == Lowering::kWidth || lowering == Lowering::kIndirect) cost *= 1.2;
   return cost;
 }
 

@@ -409,6 +409,13 @@ double kn2_cost(const Problem& problem, const Target& t, const Params& params, K
                                 (p.x.sp[2] * p.stride[2] == 1 ? 1 / width : 0.5)
                           : passes / as_double(l.rows) * as_double(p.c * p.k) * 0.5;
   }
+  // Filters that lie one after another (OIHW): each of their lines is read for each of its
+  // elements.
+  if (by_rows(form) && p.w.k != 1 && p.window() > 1) {
+    const double bytes = as_double(p.k * p.reduction() * k.size);
+    cost += passes * as_double(p.k * p.c) * (bytes > as_double(caches().l2 / 2) ? 8.0 : 2.0);
+  }
+  if (shifted(form)) cost += passes * as_double(p.k * p.out[2]) * 4.0 / as_double(k.width);
   return 1.2 * cost;
 }
 

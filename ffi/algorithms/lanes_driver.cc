@@ -689,12 +689,11 @@ double lanes_cost(const Problem& p, const Target& t, const Params& params) {
     const double channels = static_cast<double>(p.n);
     return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
   }
+  if (p.c == 1) return vectors * taps * 0.9;
   // A permutation for every three of them, no copy.
-  if (params[kLanesSweep] > 0 && p.c > 1) return vectors * taps * 0.75;
-  const double lone = lone_element_cycles(p);
-  if (p.c == 1) return vectors * taps * 0.9 + lone;
+  if (params[kLanesSweep] > 0) return vectors * taps * 0.75;
   const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
-  return vectors * (taps * 1.3 + read * 3.2) + lone;
+  return vectors * (taps * 1.3 + read * 3.2);
 }
 
 std::vector<ParamSpec> lanes_param_specs() {

@@ -8,9 +8,9 @@
 // the outputs of all residues share their loads, as rows of one tile (residues as in the segregated
 // algorithm, arXiv 2209.03704). Input rows that are padding are skipped.
 //
-// Where the images lie next to each other (CHWN, and CHWN8, whose blocks of images are the z of this
-// problem), the images of neighbouring pixels are lanes together, so that vectors are full for any
-// batch (the CHWN and CHWN8 kernels of arXiv 2408.00278 take vectors of images alone). Without
+// Where the images lie next to each other (CHWN, and CHWN8, whose blocks of images are the z of
+// this problem), the images of neighbouring pixels are lanes together, so that vectors are full for
+// any batch (the CHWN and CHWN8 kernels of arXiv 2408.00278 take vectors of images alone). Without
 // strips that is the direct algorithm of these layouts, with them im2win: the rows under a window
 // lie in the order of the reduction.
 
@@ -42,8 +42,8 @@ struct Layout {
   int64_t period;              // residues of the output columns
   std::vector<Class> classes;  // by decreasing `win`: these times p.k are the rows of the product
   int64_t advance, dilation, pad;
-  int64_t win;     // window positions of the first class
-  int64_t filter;  // floats of one row of the gathered filter
+  int64_t win;                 // window positions of the first class
+  int64_t filter;              // floats of one row of the gathered filter
   int64_t begin, end;          // pixels that the lanes are
   bool in_place;               // the micro-kernel reads the input itself
   int64_t in_rows, lane, row;  // of the strip: input rows, floats of one set of columns, of a row
@@ -103,9 +103,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.win = l.classes[0].win;
   l.filter = l.win * p.win[1] * p.win[0] * p.c;
   l.rows = params[kPlanarRows] == 0 ? p.out[1] : std::min(params[kPlanarRows], p.out[1]);
-  l.cols = params[kPlanarCols] == 0
-               ? l.pixels()
-               : std::min(ceil_div(params[kPlanarCols], l.images), l.pixels());
+  l.cols = params[kPlanarCols] == 0 ? l.pixels()
+                                    : std::min(ceil_div(params[kPlanarCols], l.images), l.pixels());
   l.row_blocks = ceil_div(p.out[1], l.rows);
   l.col_blocks = ceil_div(l.pixels(), l.cols);
   const Columns all = columns(l, l.begin, l.end);
@@ -136,8 +135,8 @@ void gather_filters(const Layout& l, const Kernels& k, ConstPtr w, Ptr dst) {
       for (int64_t i = 0; i < s.win; ++i) {
         for (int64_t y = 0; y < p.win[1]; ++y) {
           for (int64_t z = 0; z < p.win[0]; ++z, to += p.c) {
-            ConstPtr from = w + g * p.w.g + z * p.w.sp[0] + y * p.w.sp[1] +
-                            (s.first + i * s.step) * p.w.sp[2];
+            ConstPtr from =
+                w + g * p.w.g + z * p.w.sp[0] + y * p.w.sp[1] + (s.first + i * s.step) * p.w.sp[2];
             k.pack[p.dtype](to, l.filter, from, p.w.k, p.w.c, p.k, p.c);
           }
         }
@@ -227,7 +226,8 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
   }
 }
 
-// Lanes [0, n) from output (t, image 0) + `lane` on of one class, for features k0 ...; p: its outputs.
+// Lanes [0, n) from output (t, image 0) + `lane` on of one class, for features k0 ...; p: its
+// outputs.
 void finish_lanes(const Layout& l, const Problem& p, const Kernels& k, const Operands& o, Ptr c,
                   int64_t ld, int64_t features, int64_t lane, int64_t n, int64_t g, int64_t k0,
                   int64_t y_offset) {
@@ -241,7 +241,7 @@ void finish_lanes(const Layout& l, const Problem& p, const Kernels& k, const Ope
   for (int64_t at = lane; at < lane + n;) {
     const int64_t count = std::min(lane + n, (at / together + 1) * together) - at;
     finish_planes(pixel, k, o, c + (at - lane), ld, features, count, g, k0,
-           y_offset + at / l.images * p.y.sp[2] + at % l.images);
+                  y_offset + at / l.images * p.y.sp[2] + at % l.images);
     at += count;
   }
 }
@@ -405,8 +405,8 @@ Params defaults(const Problem& problem, const Target& t) {
     params[kPlanarMr] = k.max_mr[nv];
     params[kPlanarNv] = nv;
   }
-  // Rows of images are long: in place, channels of one pixel would be pages apart and share few sets
-  // of the caches.
+  // Rows of images are long: in place, channels of one pixel would be pages apart and share few
+  // sets of the caches.
   params[kPlanarStrip] = l.images > 1 ? 1 : 0;
   const auto strip = [&] { return make_layout(problem, t, params).strip_floats; };
   const int64_t limit = std::min(kStripBytes, caches().l2 / (l.images > 1 ? 4 : 2)) / k.size;
@@ -472,25 +472,32 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
 }  // namespace
 
 const Algorithm& algorithm_planar() {
-  static const Algorithm a{
-      "planar",
-      "output pixels as lanes over channel-planar strips of the input, filter broadcast; with them "
-      "the images, where these lie next to each other",
-      "this project; residues after arXiv 2209.03704, layouts after arXiv 2408.00278",
-      {kF32, kF64, kBF16, kF16},
-      {{"mr", "output features of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
-       {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
-       {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
-       {"cols",
-        "lanes (output pixels of a residue, and images) per block; 0: the whole row",
-        {0, 64, 128, 256, 512}},
-       {"strip", "1: always a copy of the rows; 0: the input in place where it can be", {0, 1}}},
-      rejects,
-      defaults,
-      check,
-      workspace,
-      run,
-      cost};
+  static const Algorithm a = [] {
+    Algorithm row{
+        "planar",
+        "output pixels as lanes over channel-planar strips of the input, filter broadcast; with "
+        "them "
+        "the images, where these lie next to each other",
+        "this project; residues after arXiv 2209.03704, layouts after arXiv 2408.00278",
+        {kF32, kF64, kBF16, kF16},
+        {{"mr",
+          "output features of the register tile",
+          {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
+         {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
+         {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
+         {"cols",
+          "lanes (output pixels of a residue, and images) per block; 0: the whole row",
+          {0, 64, 128, 256, 512}},
+         {"strip", "1: always a copy of the rows; 0: the input in place where it can be", {0, 1}}},
+        rejects,
+        defaults,
+        check,
+        workspace,
+        run,
+        cost};
+    row.knows_images = true;
+    return row;
+  }();
   return a;
 }
 

@@ -53,7 +53,7 @@ const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max
     if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {
       continue;
     }
-    const double cost = a->cost(p, t, params);
+    const double cost = a->cycles(p, t, params);
     if (cost < best_cost) {
       best_cost = cost;
       best = a;

@@ -116,7 +116,7 @@ double cost(const Problem& p, const Target& t, const Params&) {
   for_each_part(p, [&](const Part& part) {
     if (part.empty) return;
     const Choice c = choose(part.problem, t);
-    total += c.algorithm->cost(part.problem, t, c.params);
+    total += c.algorithm->cycles(part.problem, t, c.params);
   });
   return total;
 }
@@ -124,18 +124,21 @@ double cost(const Problem& p, const Target& t, const Params&) {
 }  // namespace
 
 const Algorithm& algorithm_segregated() {
-  static const Algorithm a{
-      "segregated",
-      "transposed convolution by output residues, no zero insertion",
-      "arXiv 2209.03704, 2502.20493",
-      {kF32, kF64, kBF16, kF16, kS8, kU8, kS16},
-      {},
-      rejects,
-      [](const Problem&, const Target&) { return Params{}; },
-      [](const Problem&, const Target&, const Params&) { return std::string(); },
-      workspace,
-      run,
-      cost};
+  static const Algorithm a = [] {
+    Algorithm row{"segregated",
+                  "transposed convolution by output residues, no zero insertion",
+                  "arXiv 2209.03704, 2502.20493",
+                  {kF32, kF64, kBF16, kF16, kS8, kU8, kS16},
+                  {},
+                  rejects,
+                  [](const Problem&, const Target&) { return Params{}; },
+                  [](const Problem&, const Target&, const Params&) { return std::string(); },
+                  workspace,
+                  run,
+                  cost};
+    row.knows_images = true;
+    return row;
+  }();
   return a;
 }
 

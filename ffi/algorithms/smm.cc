@@ -214,7 +214,13 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   const bool vectors = p.x.sp[2] == 1 && p.stride[2] == 1;
   const double copies =
       as_double(p.win[0] * p.c * l.channel) * (vectors ? 2.0 / as_double(k.width) : 0.8);
-  return 1.2 * blocks * (products + copies);
+  // Where filters lie one after another (OIHW), every column of the window reads all of their
+  // lines.
+  const double w_bytes = as_double(p.k * p.reduction() * k.size);
+  const double filters = w_bytes / (w_bytes <= as_double(caches().l2 / 2) ? 32.0
+                                    : p.w.c <= p.w.k                      ? 8.0
+                                                                          : 2.0);
+  return 1.2 * blocks * (products + copies + filters);
 }
 
 }  // namespace

@@ -364,9 +364,9 @@ double tile_cost(const Problem& problem, const Target& t, const Params& params) 
   const double l2 = static_cast<double>(caches().l2);
   const double filters = static_cast<double>(l.panels * l.u_panel);
   const auto bytes = [&](double words) { return words * static_cast<double>(k.size); };
-  if (l.once && bytes(filters) > l2 / 2) cost += filters * (4 + blocks * 0.5);
-  if (bytes(static_cast<double>(l.v_words + l.m_words)) > l2 * 0.75) {
-    cost += tiles * products * c * (1 + panels);
+  if (l.once && bytes(filters) > l2 / 2) cost += filters * (4 + blocks * 0.25);
+  if (bytes(static_cast<double>(l.v_words + l.m_words)) > l2 * 0.6) {
+    cost += tiles * products * (c * (1 + panels) + panels * static_cast<double>(2 * l.panel));
   }
   return groups * cost;
 }

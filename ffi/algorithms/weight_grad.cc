@@ -450,24 +450,28 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
 }  // namespace
 
 const Algorithm& algorithm_weight_grad() {
-  static const Algorithm a{
-      "weight_grad",
-      "rows are images: outer products of input rows and gradient rows, no transform",
-      "canonical order of the reduction: numerical contract, chunked sums",
-      {kF32, kF64},
-      {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
-       {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
-       {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}},
-       {"swap", "1: rows of the tile are features, columns images", {0, 1}},
-       {"tile", "1: a chunk's images are packed tile by tile; 0: read in place", {0, 1}},
-       {"stream", "1: results that are stored once pass the caches by", {0, 1}},
-       {"copy", "1: both operands are first copied, channels and features innermost", {0, 1}}},
-      rejects,
-      defaults,
-      check,
-      workspace,
-      run,
-      cost};
+  static const Algorithm a = [] {
+    Algorithm row{
+        "weight_grad",
+        "rows are images: outer products of input rows and gradient rows, no transform",
+        "canonical order of the reduction: numerical contract, chunked sums",
+        {kF32, kF64},
+        {{"mr", "rows (images) of the register tile", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
+         {"nv", "vectors of features of the register tile", {1, 2, 3, 4}},
+         {"pack", "1: a chunk's features are packed panel by panel; 0: read in place", {0, 1}},
+         {"swap", "1: rows of the tile are features, columns images", {0, 1}},
+         {"tile", "1: a chunk's images are packed tile by tile; 0: read in place", {0, 1}},
+         {"stream", "1: results that are stored once pass the caches by", {0, 1}},
+         {"copy", "1: both operands are first copied, channels and features innermost", {0, 1}}},
+        rejects,
+        defaults,
+        check,
+        workspace,
+        run,
+        cost};
+    row.knows_images = true;
+    return row;
+  }();
   return a;
 }
 

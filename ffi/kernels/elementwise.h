@@ -109,18 +109,8 @@ inline void epilogue(const EpilogueArgs* e) {
 }
 
 #if defined(__AVX2__)
-template <bool kStream>
-inline void put(float* p, __m256 v) {
-  kStream ? _mm256_stream_ps(p, v) : _mm256_storeu_ps(p, v);
-}
-template <bool kStream>
-inline void put(double* p, __m256d v) {
-  kStream ? _mm256_stream_pd(p, v) : _mm256_storeu_pd(p, v);
-}
-
 // An 8 x 8 block: dst[c * dst_ld + r] = src[r * src_ld + c]. Halves of rows are put together as
 // they are loaded, which leaves the shuffles of one lane.
-template <bool kStream = false>
 inline void transpose_block(float* dst, int64_t dst_ld, const float* src, int64_t src_ld) {
   JAXWIN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -136,15 +126,14 @@ inline void transpose_block(float* dst, int64_t dst_ld, const float* src, int64_
     t[2] = _mm256_unpacklo_ps(r[2], r[3]);
     t[3] = _mm256_unpackhi_ps(r[2], r[3]);
     float* to = dst + 4 * half * dst_ld;
-    put<kStream>(to, _mm256_shuffle_ps(t[0], t[2], 0x44));
-    put<kStream>(to + dst_ld, _mm256_shuffle_ps(t[0], t[2], 0xEE));
-    put<kStream>(to + 2 * dst_ld, _mm256_shuffle_ps(t[1], t[3], 0x44));
-    put<kStream>(to + 3 * dst_ld, _mm256_shuffle_ps(t[1], t[3], 0xEE));
+    _mm256_storeu_ps(to, _mm256_shuffle_ps(t[0], t[2], 0x44));
+    _mm256_storeu_ps(to + dst_ld, _mm256_shuffle_ps(t[0], t[2], 0xEE));
+    _mm256_storeu_ps(to + 2 * dst_ld, _mm256_shuffle_ps(t[1], t[3], 0x44));
+    _mm256_storeu_ps(to + 3 * dst_ld, _mm256_shuffle_ps(t[1], t[3], 0xEE));
   }
 }
 
 // 4 x 4.
-template <bool kStream = false>
 inline void transpose_block(double* dst, int64_t dst_ld, const double* src, int64_t src_ld) {
   __m256d r[4], t[4];
   for (int i = 0; i < 4; ++i) r[i] = _mm256_loadu_pd(src + i * src_ld);
@@ -153,8 +142,8 @@ inline void transpose_block(double* dst, int64_t dst_ld, const double* src, int6
     t[2 * i + 1] = _mm256_unpackhi_pd(r[2 * i], r[2 * i + 1]);
   }
   for (int i = 0; i < 2; ++i) {
-    put<kStream>(dst + i * dst_ld, _mm256_permute2f128_pd(t[i], t[i + 2], 0x20));
-    put<kStream>(dst + (i + 2) * dst_ld, _mm256_permute2f128_pd(t[i], t[i + 2], 0x31));
+    _mm256_storeu_pd(dst + i * dst_ld, _mm256_permute2f128_pd(t[i], t[i + 2], 0x20));
+    _mm256_storeu_pd(dst + (i + 2) * dst_ld, _mm256_permute2f128_pd(t[i], t[i + 2], 0x31));
   }
 }
 #endif
@@ -210,26 +199,6 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
   for (; j < n; ++j) {
     for (int64_t c = 0; c < count; ++c) dst[j * dst_ld + c] = src[j * src_ld + c * src_step];
   }
-}
-
-// As copy from src_ld = 1, passing the caches by where rows of dst are whole, aligned cache lines.
-template <typename T>
-inline void stream_transpose(void* to, int64_t dst_ld, const void* from, int64_t /*src_ld*/,
-                             int64_t src_step, int64_t n, int64_t count) {
-  T* dst = static_cast<T*>(to);
-  const T* src = static_cast<const T*>(from);
-  int64_t j = 0;
-#if defined(__AVX2__)
-  constexpr int B = 32 / sizeof(T);
-  for (; j + B <= n; j += B) {
-    for (int64_t c = 0; c < count; c += 2 * B) {
-      T* line = dst + j * dst_ld + c;
-      transpose_block<true>(line, dst_ld, src + j + c * src_step, src_step);
-      transpose_block<true>(line + B, dst_ld, src + j + (c + B) * src_step, src_step);
-    }
-  }
-#endif
-  copy<T>(dst + j * dst_ld, dst_ld, src + j, 1, src_step, n - j, count);
 }
 
 template <typename T>

@@ -88,9 +88,7 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
 #include "kernels/tiles.inc"
 #undef JAXWIN_TILE
   // Pairs are moved as floats are.
-  using Moved = std::conditional_t<std::is_same_v<T, Pair>, float, T>;
-  k.copy = copy<Moved>;
-  k.stream_transpose = stream_transpose<Moved>;
+  k.copy = copy<std::conditional_t<std::is_same_v<T, Pair>, float, T>>;
   k.activations = activations;
   if constexpr (!std::is_same_v<T, Pair>) {
     constexpr int kPixels = kRegisters >= 32 ? 16 : 12;

@@ -142,9 +142,6 @@ struct Kernels {
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   CopyFn copy;
-  // The same where src_ld = 1 and every dst + j * dst_ld and count are whole cache lines; stores pass
-  // the caches by.
-  CopyFn stream_transpose;
   // The same between words and the elements of an array; null where that is not a type of theirs.
   // Read: `count` neighbours become words, the last one filled up with zero. Pack: n do.
   CopyFn read[kDtypes];
