@@ -81,6 +81,12 @@ def _named() -> dict[str, tuple[Layout, int]]:
     return result
 
 
+def names() -> tuple[str, ...]:
+    """One name for each layout, which holds at any rank."""
+    found = {layout: name for name, (layout, own) in reversed(_named().items()) if not own}
+    return tuple(found[layout] for layout, own in dict.fromkeys(_named().values()) if not own)
+
+
 def parse(function: str, name: Any, ndim: int, argument: str = "layout") -> Layout:
     """The layout of that name for an array `x` with `ndim` dimensions.
 

@@ -536,7 +536,7 @@ def _importances(subjects: Sequence[Subject]) -> str:
 # --- tables ----------------------------------------------------------------------------------
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int]) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
             f"<{tag}{' class=n' if i in numeric else ''}>{escape(value)}</{tag}>"
@@ -569,7 +569,7 @@ def _winners(subjects: Sequence[Subject], peaks: dict[int, Peaks]) -> str:
                 s.winner.created[:10],
             )
         )
-    return _table(header, rows, (4, 5, 6, 7, 8, 9))
+    return table(header, rows, (4, 5, 6, 7, 8, 9))
 
 
 def _failures(failures: Sequence[Measurement]) -> str:
@@ -581,7 +581,7 @@ def _failures(failures: Sequence[Measurement]) -> str:
         (status, problem, plan, svg.shortened(error, 300), str(n))
         for (status, problem, plan, error), n in order[:_FAILURES]
     ]
-    return _table(("status", "convolution", "plan", "what it said", "times"), rows, (4,))
+    return table(("status", "convolution", "plan", "what it said", "times"), rows, (4,))
 
 
 # --- the page --------------------------------------------------------------------------------
@@ -649,14 +649,25 @@ footer { margin-top: 22px; color: var(--soft); font-size: 13px; }
 """
 _COLOURS = ("#2563eb", "#0d9488", "#d97706", "#9333ea", "#dc2626", "#65a30d", "#db2777", "#0891b2",
             "#78716c", "#475569")  # fmt: skip
+COLOURS = len(_COLOURS)  # classes a0, a1, ... of a page's style
+
+
+def document(title: str, body: str) -> str:
+    """A page with the style of all reports."""
+    style = _STYLE + "".join(
+        f".a{i} {{ fill: {c}; background: {c}; }}\n" for i, c in enumerate(_COLOURS)
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
+    )
 
 
 def page(content: Content) -> str:
     """The whole document."""
     subjects = content.subjects
-    style = _STYLE + "".join(
-        f".a{i} {{ fill: {c}; background: {c}; }}\n" for i, c in enumerate(_COLOURS)
-    )
     here = this_machine()
     machines = collections.Counter(str(s.machine) for s in subjects)
     names = ", ".join(name for name, _ in machines.most_common(3)) or str(here)
@@ -674,12 +685,7 @@ def page(content: Content) -> str:
         else ""
     )
     body.append(f"<footer>From {escape(str(content.path))}.{left_out}</footer>")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>jaxwin tuning report</title><style>{style}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document("jaxwin tuning report", "".join(body))
 
 
 _EMPTY = """<section><h2>Nothing is measured yet</h2>
