@@ -84,13 +84,15 @@ def decide(
         )
         if enforce and (settings.record or _record.recordings):
             _record.note(problem, settings.record)
-        return _said(problem, decision)
+        if settings.verbose:
+            _say(problem, decision)
+        return decision
     mode = settings.mode if settings.mode in _settings.MODES else _settings.mode()
     if algorithm == "auto" and settings.family != "canonical":
         algorithm = "any" if _settings.family() == "any" else "auto"
     table = None if mode == "off" else _tuning.table()
     isa = _registry.best_isa(settings.max_isa)
-    threads = settings.threads or _registry.threads()
+    threads = settings.threads or _registry.cpus()
     forced = _forced.get()
     if forced is not None:
         isa, threads, enforce = forced.isa or isa, forced.threads or threads, False
@@ -106,16 +108,16 @@ def decide(
             _record.miss(problem, threads)
         if untried and mode == "require":
             raise RuntimeError(untuned(problem, isa, threads))
-    return _said(problem, decision)
-
-
-def _said(problem: Problem, decision: Decision) -> Decision:
-    if _settings.settings().verbose:
-        plan = decision.plan
-        chosen = f"{plan.algorithm} {plan.params} {plan.isa}" if plan else f"xla: {decision.reason}"
-        tier = f"{decision.tier}: {decision.row}" if decision.row else decision.tier
-        print(f"jaxwin: {problem}: {chosen} ({tier})", file=sys.stderr)
+    if settings.verbose:
+        _say(problem, decision)
     return decision
+
+
+def _say(problem: Problem, decision: Decision) -> None:
+    plan = decision.plan
+    chosen = f"{plan.algorithm} {plan.params} {plan.isa}" if plan else f"xla: {decision.reason}"
+    tier = f"{decision.tier}: {decision.row}" if decision.row else decision.tier
+    print(f"jaxwin: {problem}: {chosen} ({tier})", file=sys.stderr)
 
 
 def untuned(problem: Problem, isa: str, threads: int) -> str:

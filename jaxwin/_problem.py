@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,46 +52,50 @@ class Problem:
     rhs_reversal: tuple[bool, ...] = ()
     rhs_panel: int = 0
 
+    def __hash__(self) -> int:
+        # Dispatch looks a problem up several times, and the hash of so many fields takes longer
+        # than the rest of a look-up.
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = self.__dict__["_hash"] = hash(_VALUES(self))
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of strings another process has other hashes.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @property
     def spatial_rank(self) -> int:
         """The number of spatial dimensions."""
         return len(self.lhs_shape) - 2
 
     def native(self) -> dict[str, Any]:
-        """The fields that the native core reads."""
+        """The fields that the native core reads, among others."""
         return self._native(self.widened)
 
     def _native(self, widened: bool) -> dict[str, Any]:
-        return {
-            "lhs_shape": self.lhs_shape,
-            "rhs_shape": self.rhs_shape,
-            "out_shape": self.out_shape,
-            "lhs_spec": self.lhs_spec,
-            "rhs_spec": self.rhs_spec,
-            "out_spec": self.out_spec,
-            "window_strides": self.window_strides,
-            "padding": [value for pair in self.padding for value in pair],
-            "lhs_dilation": self.lhs_dilation,
-            "rhs_dilation": self.rhs_dilation,
-            "rhs_reversal": [int(v) for v in self.rhs_reversal] or [0] * self.spatial_rank,
-            "feature_group_count": self.feature_group_count,
-            "batch_group_count": self.batch_group_count,
+        return self.__dict__ | {
+            "padding": sum(self.padding, ()),
+            "rhs_reversal": self.rhs_reversal or (False,) * self.spatial_rank,
             "dtype": "float32" if widened else self.lhs_dtype,
             "out_dtype": "float32" if widened else self.out_dtype,
-            "rhs_panel": self.rhs_panel,
         }
 
-    @functools.cached_property
+    @property
     def widened(self) -> bool:
         """Whether float32 kernels compute it between exact conversions and one rounding.
 
         XLA converts the operands (every value of these dtypes is a float32), and rounds the result.
         Only where no kernel reads the operands themselves.
         """
+        if self.lhs_dtype == self.rhs_dtype == self.out_dtype == "float32":
+            return False
+        return self._widened
+
+    @functools.cached_property
+    def _widened(self) -> bool:
         inputs, out = {self.lhs_dtype, self.rhs_dtype}, self.out_dtype
         if not (inputs <= {"float32", *_NARROW} and out in _ROUNDED):
-            return False
-        if {*inputs, out} == {"float32"}:
             return False
         rows = _ffi.candidates(self._native(False)).values()
         return all("rejected" in row or row["family"] != "canonical" for row in rows)
@@ -117,13 +122,14 @@ class Problem:
         The parameters of lax do not say it: a transposed convolution is a "dx", a convolution with
         a window larger than its output a "dw".
         """
-        if max(self.lhs_dilation, default=1) > 1:
+        if self.lhs_dilation and max(self.lhs_dilation) > 1:
             return "dx"
         window = pixels = 1  # dispatch asks for this: loops are faster than math.prod
+        rhs, out = self.rhs_shape, self.out_shape
         for d in self.rhs_spec[2:]:
-            window *= self.rhs_shape[d]
+            window *= rhs[d]
         for d in self.out_spec[2:]:
-            pixels *= self.out_shape[d]
+            pixels *= out[d]
         return "dw" if self.batch_group_count > 1 or window > pixels else "fwd"
 
     @property
@@ -199,6 +205,9 @@ class Problem:
         if self.lhs_dtype != "float32":
             parts.append(self.lhs_dtype)
         return " ".join(parts)
+
+
+_VALUES = operator.attrgetter(*(field.name for field in dataclasses.fields(Problem)))
 
 
 def _tuples(value: Any) -> Any:

@@ -92,7 +92,12 @@ def best_isa(cap: str) -> str:
 
 def threads() -> int:
     """How many threads XLA's pool has here: `NPROC`, or the CPUs of the affinity mask."""
-    return settings().threads or len(os.sched_getaffinity(0))
+    return settings().threads or cpus()
+
+
+def cpus() -> int:
+    """The CPUs of the affinity mask."""
+    return len(os.sched_getaffinity(0))
 
 
 @functools.cache

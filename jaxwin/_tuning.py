@@ -14,10 +14,12 @@ propose: the native core checks the parameters as it does those of any plan.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import stat
 import sys
@@ -26,9 +28,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from jaxwin import _registry, _settings
 from jaxwin._machine import Machine, this_machine
@@ -375,22 +375,21 @@ _WEIGHTS = {
     "input channels per group": 1.0,
     "output features per group": 1.0,
     "groups": 0.5,
-    "batch": 0.25,
     "image": 0.5,
+    "batch": 0.25,
     "threads": 0.5,
     "epilogue": 0.1,
     "machine": 1.0,
 }
 _LIMIT = 2.0
+_T = TypeVar("_T")
 _ATTEMPTS = 3  # nearest rows that are offered to the native core
 
-# What follows is on the way of every dispatch, and written for speed: a few rows are compared
-# faster without NumPy, and there are no generators.
+# What follows is on the way of every dispatch, and written for speed; mostly nobody asks for a
+# second row.
 _CHANNELS, _REST = slice(0, 3), slice(3, 8)
 _CHANNEL_WEIGHTS = tuple(_WEIGHTS.values())[_CHANNELS]
 _REST_WEIGHTS = tuple(_WEIGHTS.values())[_REST]
-_ONES = np.ones(8, np.float32)
-_FEW = 16
 
 
 def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...]:
@@ -408,12 +407,18 @@ def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...
         rhs[rhs_spec[1]],
         rhs[rhs_spec[0]] // groups or 1,
         groups,
-        lhs[lhs_spec[0]],
         pixels,
+        lhs[lhs_spec[0]],
         threads,
         2 if epilogue else 1,
         1 if same_machine else 2,
     )
+
+
+_FIXED = operator.attrgetter(
+    *("window_strides", "lhs_dilation", "rhs_dilation", "rhs_reversal"),
+    *("lhs_spec", "rhs_spec", "out_spec", "lhs_dtype", "rhs_dtype", "out_dtype"),
+)
 
 
 def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
@@ -430,102 +435,109 @@ def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
         isa,
         direction,
         tuple(fixed),
-        problem.window_strides,
-        problem.lhs_dilation,
-        problem.rhs_dilation,
-        problem.rhs_reversal,
-        problem.lhs_spec,
-        rhs_spec,
-        problem.out_spec,
+        _FIXED(problem),
         # dense, grouped, depthwise
         0 if groups == 1 else 2 if rhs[rhs_spec[1]] == 1 else 1,
         problem.batch_group_count > 1,
-        problem.lhs_dtype,
-        problem.rhs_dtype,
-        problem.out_dtype,
     )
 
 
-class _Places:
-    """Points, by the weighted logarithms of sizes, and the nearest of them."""
+class _Places(Generic[_T]):
+    """Things at points, which are the weighted logarithms of sizes, and the nearest of them.
+
+    Points that differ in their first size alone are a line, in which a search need not look at all
+    points.
+    """
 
     def __init__(self, weights: tuple[float, ...]) -> None:
         self._weights = weights
-        self._points: list[tuple[float, ...]] = []
-        self._matrix: Any = None  # of the points, once they are complete
-
-    def __len__(self) -> int:
-        return len(self._points)
+        self._things: dict[tuple[int, ...], list[_T]] = {}
+        self._lines: list[tuple[tuple[float, ...], list[float], list[list[_T]]]] | None = None
 
     def _point(self, sizes: tuple[int, ...]) -> tuple[float, ...]:
         log2 = math.log2  # of 0 in empty arrays there is none
         return tuple([log2(n or 1) * w for n, w in zip(sizes, self._weights)])  # noqa: B905
 
-    def add(self, sizes: tuple[int, ...]) -> None:
-        self._points.append(self._point(sizes))
+    def at(self, sizes: tuple[int, ...]) -> list[_T]:
+        """What is there; more may be added to it until the first search."""
+        return self._things.setdefault(sizes, [])
 
-    def nearest(self, sizes: tuple[int, ...], limit: float) -> list[tuple[float, int]]:
-        """(distance, index) of a few that are within the limit, the nearest first."""
-        here = self._point(sizes)
-        if len(self._points) > _FEW:
-            if self._matrix is None:
-                self._matrix = np.array(self._points, np.float32)
-            distances = np.abs(self._matrix - np.array(here, np.float32)).dot(_ONES[: len(here)])
-            found = []
-            for _ in range(_ATTEMPTS):
-                index = int(distances.argmin())
-                distance = float(distances[index])
-                if distance > limit:
-                    break
-                found.append((distance, index))
-                distances[index] = math.inf
-            return found
-        found = []
-        for index, point in enumerate(self._points):
-            distance = 0.0
-            for there, mine in zip(point, here):  # noqa: B905
-                if there != mine:
-                    distance += abs(there - mine)
-            if distance <= limit:
-                found.append((distance, index))
-        if len(found) > 1:
-            found.sort()
-        return found[:_ATTEMPTS]
+    def found(self, sizes: tuple[int, ...]) -> list[_T] | None:
+        """What is there, if anything is."""
+        return self._things.get(sizes)
+
+    def _in_lines(self) -> list[tuple[tuple[float, ...], list[float], list[list[_T]]]]:
+        lines: dict[tuple[int, ...], list[tuple[float, list[_T]]]] = {}
+        for sizes, things in self._things.items():
+            lines.setdefault(sizes[1:], []).append((self._point(sizes)[0], things))
+        result = []
+        for others, line in lines.items():
+            line.sort(key=operator.itemgetter(0))
+            keys, things_of = [key for key, _ in line], [things for _, things in line]
+            result.append((self._point((1, *others))[1:], keys, things_of))
+        return result
+
+    def nearest(self, sizes: tuple[int, ...], limit: float) -> Iterator[tuple[float, list[_T]]]:
+        """(distance, what is there) of a few that are within the limit, the nearest first."""
+        if self._lines is None:
+            self._lines = self._in_lines()
+        point = self._point(sizes)
+        here, others = point[0], point[1:]
+        taken: list[list[_T]] = []
+        for _ in range(_ATTEMPTS):
+            best, chosen = limit, None
+            for there, keys, things in self._lines:
+                away = sum(map(abs, map(operator.sub, there, others)))
+                if away > best:
+                    continue
+                up = bisect.bisect_left(keys, here)
+                down = up - 1
+                if taken:
+                    while up < len(keys) and things[up] in taken:
+                        up += 1
+                    while down >= 0 and things[down] in taken:
+                        down -= 1
+                if up < len(keys) and (distance := away + keys[up] - here) <= best:
+                    if distance < best or chosen is None:
+                        best, chosen = distance, things[up]
+                if down >= 0 and (distance := away + here - keys[down]) <= best:
+                    if distance < best or chosen is None:
+                        best, chosen = distance, things[down]
+            if chosen is None:
+                return
+            yield best, chosen
+            taken.append(chosen)
 
 
 class _Class:
     """Rows that may lend each other's problems their parameters."""
 
     def __init__(self) -> None:
-        self._channels = _Places(_CHANNEL_WEIGHTS)
-        self._groups: dict[tuple[int, ...], tuple[_Places, list[Row]]] = {}
+        self._channels: _Places[_Places[Row]] = _Places(_CHANNEL_WEIGHTS)
 
     def add(self, row: Row) -> None:
         sizes = _sizes(row.problem, row.threads, row.same_machine)
-        channels = sizes[_CHANNELS]
-        if channels not in self._groups:
-            self._groups[channels] = _Places(_REST_WEIGHTS), []
-            self._channels.add(channels)
-        places, rows = self._groups[channels]
-        places.add(sizes[_REST])
-        rows.append(row)
+        rest = self._channels.at(sizes[_CHANNELS])
+        if not rest:
+            rest.append(_Places(_REST_WEIGHTS))
+        rest[0].at(sizes[_REST]).append(row)
 
-    def nearest(self, sizes: tuple[int, ...]) -> list[Row]:
+    def nearest(self, sizes: tuple[int, ...]) -> Iterator[Row]:
         channels, rest = sizes[_CHANNELS], sizes[_REST]
-        alike = self._groups.get(channels)
+        alike = self._channels.found(channels)
+        count = 0
         if alike is not None:
-            places, rows = alike
-            found = [rows[index] for _, index in places.nearest(rest, _LIMIT)]
-            if found:
-                return found
-        found = []
-        groups = list(self._groups.values())
-        for distance, index in self._channels.nearest(channels, _LIMIT):
-            places, rows = groups[index]
-            found += [rows[index] for _, index in places.nearest(rest, _LIMIT - distance)]
-            if len(found) >= _ATTEMPTS:
-                break
-        return found[:_ATTEMPTS]
+            for _, rows in alike[0].nearest(rest, _LIMIT):
+                yield from rows
+                count += 1
+            if count:
+                return
+        for distance, places in self._channels.nearest(channels, _LIMIT):
+            for _, rows in places[0].nearest(rest, _LIMIT - distance):
+                yield from rows
+                count += len(rows)
+            if count >= _ATTEMPTS:
+                return
 
 
 class Table:
@@ -571,12 +583,14 @@ class Table:
         """An algorithm's best row of exactly this problem, whether it wins or not."""
         return self._named.get((problem, isa, threads, algorithm))
 
-    def nearest(self, problem: Problem, isa: str, threads: int) -> list[Row]:
-        """A few rows of the same class, the nearest first; of equals that of the first file."""
+    def nearest(self, problem: Problem, isa: str, threads: int) -> Iterable[Row]:
+        """Some rows of the same class, the nearest first; of equals that of the first file."""
         if not self._classes:
-            return []
+            return ()
         found = self._classes.get(_class(problem, isa))
-        return [] if found is None else found.nearest(_sizes(problem, threads, True))
+        if found is None:
+            return ()
+        return found.nearest(_sizes(problem, threads, True))
 
 
 def difference(row: Row, problem: Problem, threads: int) -> str:

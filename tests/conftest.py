@@ -7,7 +7,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import jax
 import pytest
+
+# XLA compiles everything around our calls in a fifth less time; what it makes of that is its own
+# affair. Programs that tests start as processes are compiled as everywhere.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # What was tuned on the machine that tests must not change what they see. Tests of tuning set it.
 os.environ["JAXWIN_MODE"] = "off"

@@ -142,7 +142,7 @@ def test_the_nearest_row_lends(path: Path) -> None:
     made = [problems.make(*s, (12, 13), (3, 3), padding=((1, 1), (1, 1))) for s in shapes]
     _write(path, *(tuning.measurement(problem) for problem in made))
     asked = problems.make(3, 9, 29, (12, 13), (3, 3), padding=((1, 1), (1, 1)))
-    first = _tuning.table().nearest(asked, _registry.isa(), _registry.threads())[0]
+    first = next(iter(_tuning.table().nearest(asked, _registry.isa(), _registry.threads())))
     assert first.problem == made[shapes.index((2, 10, 30))]
 
 
@@ -163,10 +163,10 @@ def test_the_nearest_of_many_rows_lends(path: Path) -> None:
         (4, 17, 8, (4, 16, 8)),
         (1, 33, 8, (1, 16, 8)),
     ):
-        rows = table.nearest(problems.make(n, c, 16, (size, 13), (3, 3)), isa, threads)
+        rows = list(table.nearest(problems.make(n, c, 16, (size, 13), (3, 3)), isa, threads))
         lhs = rows[0].problem.lhs_shape
         assert (lhs[0], lhs[3], lhs[1]) == nearest and len(rows) == 3
-    assert not table.nearest(problems.make(1, 80, 16, (8, 13), (3, 3)), isa, threads)
+    assert not [*table.nearest(problems.make(1, 80, 16, (8, 13), (3, 3)), isa, threads)]
 
 
 def test_no_native_problem_raises_in_the_search_for_neighbours(path: Path) -> None:
@@ -177,7 +177,7 @@ def test_no_native_problem_raises_in_the_search_for_neighbours(path: Path) -> No
     assert tiers[:20] == ["tuned"] * 20
     assert set(tiers[20:]) <= {"transferred", "heuristic"}
     empty = dataclasses.replace(PROBLEM, lhs_shape=(0, 12, 13, 8), out_shape=(0, 12, 13, 16))
-    assert not _tuning.table().nearest(empty, "none", 1)
+    assert not [*_tuning.table().nearest(empty, "none", 1)]
 
 
 @pytest.mark.parametrize(

@@ -1152,20 +1152,24 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
+  // Filters in place: the rows of a panel lie as far apart as all features of all groups, and meet
+  // in the same few sets of the caches where that is much.
+  const auto far = [&](int64_t rows) { return p.w.c * rows > panel_floats(k); };
+  const bool apart = p.w.k == 1 && far(std::min(p.reduction(), kc_limit));
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
-                          p.k > panel;
+                          (p.k > panel || (apart && p.panel == 0));
   if (lowering == Lowering::kIndirect) {
     params[kPack] = kShared;
-  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
-             pixels <= int64_t{p.k <= 8 * panel ? 16 : 8} * k.width) {
+  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 && !far(128) &&
+             pixels <= int64_t{p.w.c <= 8 * panel ? 16 : 8} * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.k / 8 * 8, 128, 512);
-  } else if (few_blocks && p.k * p.reduction() > panel_floats(k)) {
+    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
+  } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel ? kInPlace : kShared;
+    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart ? kInPlace : kShared;
     // One row of many pixels: as many of them at a time as the first-level cache holds, for all
     // features.
     if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {
