@@ -103,6 +103,15 @@ class SweepArgs(ctypes.Structure):
     ]
 
 
+class TransformArgs(ctypes.Structure):
+    """TransformArgs of ffi/kernels/transforms.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("src", "dst")),
+        *((name, ctypes.c_int64) for name in ("src_row", "src_col", "dst_row", "dst_col", "cols")),
+    ]
+
+
 class EpilogueArgs(ctypes.Structure):
     """EpilogueArgs of ffi/kernels/kernels.h."""
 
@@ -658,6 +667,42 @@ def test_accumulate(kernels: Kernels, dtype: str) -> None:
         expected = dst + src
         kernels.emulated("accumulate", dtype, dst, src, n)
         _same(dst, expected, f"n {n}")
+
+
+# Inputs and outputs of a tile's side, and its products, of the schemes of transforms.h.
+SCHEMES = {"float32": [(0, 4, 2, 16), (1, 6, 4, 36), (2, 8, 6, 88)], PAIRS: [(2, 8, 6, 88)]}
+
+
+@pytest.mark.parametrize("cols", [1, 13, 16, 37])
+@pytest.mark.parametrize(("kind", "what"), list(enumerate(("input", "filter", "output"))))
+@pytest.mark.parametrize("dtype", SCHEMES)
+def test_transform(kernels: Kernels, dtype: str, kind: int, what: str, cols: int) -> None:
+    for scheme, size, out, products in SCHEMES[dtype]:
+        rng = np.random.default_rng([kind, cols, scheme])
+        ld = cols + 3
+        side = {"input": size, "filter": 3, "output": out}[what]
+        tile = side * side * ld - 3
+        lengths = (products * ld - 3, tile) if what == "output" else (tile, products * ld - 3)
+        strides = {"src_row": side * ld, "src_col": ld, "dst_row": ld, "dst_col": 0}
+        if what == "output":
+            strides = {"src_row": ld, "src_col": 0, "dst_row": side * ld, "dst_col": ld}
+        src = _matrix(rng, dtype, lengths[0])
+        if dtype == PAIRS and what == "output":
+            src //= 1000  # sums that wrap around are no multiples of 36
+        start = problems.values(rng, (lengths[1],), dtype)
+
+        def arguments(source: np.ndarray, to: np.ndarray) -> np.ndarray:
+            pointers = {"src": source.ctypes.data, "dst": to.ctypes.data}
+            return _words(TransformArgs(**pointers, cols=cols, **strides))  # noqa: B023
+
+        result = guarded(start)
+        kernels.emulated(
+            "transform", dtype, kind, scheme, arguments(src, result), buffers=(src, result)
+        )
+        for isa in REFERENCES:
+            expected = start.copy()
+            kernels.native(isa, "transform", dtype, kind, scheme, arguments(src, expected))
+            _same(result, expected, f"{isa} {what} scheme {scheme}")
 
 
 def test_every_plain_symbol_was_emulated(kernels: Kernels, request: pytest.FixtureRequest) -> None:

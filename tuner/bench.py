@@ -406,7 +406,10 @@ def reference(task: peers.Task) -> NDArray[Any]:
 # --- text ------------------------------------------------------------------------------------
 
 Grid = list[list[str]]
-WORDS = ("layer", "model", "convolution", "jaxwin's plan", "best peer")  # columns without numbers
+WORDS = (
+    *("layer", "model", "convolution", "jaxwin's plan", "best peer"),  # columns without numbers
+    *("figure", "in the paper", "here", "met", "source"),
+)
 
 
 def grids(result: Result) -> dict[str, Grid]:

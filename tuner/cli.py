@@ -20,21 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from click import shell_completion
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import jaxwin
 from jaxwin import _record, _registry, _settings
 from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import (
+    compare_command,
     database_commands,
     deviation_command,
     exits,
+    layout_command,
     machine,
     model_bench,
     models,
     options,
+    output,
     peers,
     problems,
     record_command,
@@ -63,17 +64,14 @@ def main(context: click.Context) -> None:
 for _command in (
     tune_command.run,
     record_command.record,
+    compare_command.command,
     verify_command.command,
     deviation_command.command,
     report_command.command,
+    layout_command.command,
     *database_commands.COMMANDS,
 ):
     main.add_command(_command)
-
-
-def _print(table: Table, width: int = 200) -> None:
-    # A pipe has no width: do not wrap what a program reads.
-    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 @main.command("list")
@@ -96,20 +94,20 @@ def list_(as_json: bool) -> None:
     for row in registry["algorithms"]:
         parameters = " ".join(spec["name"] for spec in row["params"])
         algorithms.add_row(row["name"], row["summary"], parameters, row["source"])
-    _print(algorithms)
+    output.show(algorithms)
     sets = Table(title="instruction sets")
     for column in ("name", "lanes", "register tiles (rows x vectors)", "runs here"):
         sets.add_column(column)
     for row in registry["isas"]:
         tiles = ", ".join(f"{mr}x{nv}" for mr, nv in row["tiles"])
         sets.add_row(row["name"], str(row["width"]), tiles, "yes" if row["runnable"] else "no")
-    _print(sets)
+    output.show(sets)
     presets_table = Table(title="presets")
     for column in ("name", "what", "convolutions"):
         presets_table.add_column(column)
     for name, (what, _) in problems.PRESETS.items():
         presets_table.add_row(name, what, str(len(problems.preset(name))))
-    _print(presets_table)
+    output.show(presets_table)
 
 
 class _Sizes(click.ParamType):  # type: ignore[type-arg]
@@ -390,20 +388,6 @@ class _Batches(_Sizes):
     name = "batches"
 
 
-class _Output(click.ParamType):  # type: ignore[type-arg]
-    """A file to be written after a long run, or -. What is wrong with it is said before."""
-
-    name = "file"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        file = Path(value)
-        if value != "-" and file.is_dir():
-            self.fail(f"{value}: is a folder", param, ctx)
-        if value != "-" and not os.access(file if file.exists() else file.parent, os.W_OK):
-            self.fail(f"{value}: cannot be written, or its folder is not there", param, ctx)
-        return str(value)
-
-
 def _catalogue() -> str:
     def listed(title: str, what: dict[str, str]) -> list[str]:
         return ["\b", title, *(f"  {name:<15} {text}" for name, text in what.items()), ""]
@@ -505,14 +489,14 @@ Example:
 @click.option(
     "--json",
     "json_file",
-    type=_Output(),
+    type=output.Output(),
     metavar="FILE",
     help="Write everything as JSON; - is stdout.",
 )
 @click.option(
     "--markdown",
     "markdown_file",
-    type=_Output(),
+    type=output.Output(),
     metavar="FILE",
     help="Likewise as Markdown tables.",
 )
@@ -589,14 +573,23 @@ def bench(
         click.echo(f"WARNING: {warning}", err=True)
     if not result.peers:
         raise click.ClickException("none of the peers is installed: pip install 'jaxwin[bench]'")
-    progress = _Progress(work.rows, quiet)
+    progress = output.Progress(work.rows, quiet)
     try:
         work.run(result, progress)
     except KeyboardInterrupt:
         pass  # what was measured is printed; the exit code tells
     finally:
         progress.done()
-    _write(result, work, json_file, markdown_file)
+    tables, notes = work.grids(result), work.notes(result)
+    taken = output.write(
+        {
+            json_file: lambda: output.as_json(result.to_json()),
+            markdown_file: lambda: benchmark.markdown(tables, notes),
+        }
+    )
+    if not taken:
+        output.tables(tables)
+        output.notes(notes)
     if not result.complete:
         sys.exit(130)
     mean = result.mean_ratio()
@@ -689,64 +682,6 @@ def _only_convolutions(ctx: click.Context, shapes: tuple[str, ...]) -> None:
 
 def _or_none(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
-
-
-class _Progress:
-    """Where a run is: one line that is overwritten on a terminal, else one line per row.
-
-    Nothing moves by itself: a clock or spinner would take CPU time from what is measured.
-    """
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._quiet = total, quiet
-        self._done = 0
-        self._live = sys.stderr.isatty()
-
-    def __call__(self, row: str, what: str) -> None:
-        if not what:
-            self._done += 1
-        if self._quiet or (what and not self._live):
-            return
-        line = f"[{self._done}/{self._total}] {row}" + f"  {what}" * bool(what)
-        if self._live:
-            click.echo(f"\r\x1b[K{line[:78]}", err=True, nl=False)
-        else:
-            click.echo(line, err=True)
-
-    def done(self) -> None:
-        if self._live and not self._quiet:
-            click.echo("\r\x1b[K", err=True, nl=False)
-
-
-def _write(
-    result: benchmark.Result, work: _Work, json_file: str | None, markdown_file: str | None
-) -> None:
-    tables, notes = work.grids(result), work.notes(result)
-    texts: list[tuple[str | None, Callable[[], str]]] = [
-        (json_file, lambda: json.dumps(result.to_json()) + "\n"),
-        (markdown_file, lambda: benchmark.markdown(tables, notes)),
-    ]
-    for file, text in texts:
-        if file == "-":
-            click.echo(text(), nl=False)
-        elif file is not None:
-            try:
-                Path(file).write_text(text())
-            except OSError as error:
-                raise click.ClickException(f"{file}: {error.strerror}") from error
-    if "-" in (json_file, markdown_file):
-        return
-    for title, (header, *lines) in tables.items():
-        plain = not sys.stdout.isatty()
-        table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
-        for column in header:
-            table.add_column(column, justify="left" if column in benchmark.WORDS else "right")
-        for line in lines:
-            table.add_row(*line)
-        _print(table, 500)
-        click.echo()
-    for note in notes:
-        click.echo(note)
 
 
 def _abstract(shape: tuple[int, ...], dtype: str) -> Any:

@@ -8,11 +8,16 @@ peer is asked for.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib
+import shutil
+import subprocess
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +27,9 @@ from jax import lax
 from numpy.typing import NDArray
 
 import jaxwin
-from jaxwin import _fused, _primitive
+from jaxwin import _ffi, _fused, _lowering, _primitive, _problem, _registry
+from jaxwin._plan import Plan
+from jaxwin._problem import Problem
 from jaxwin.tuner.measure import Timed, first_line
 from jaxwin.tuner.problems import (
     Conv,
@@ -118,6 +125,15 @@ def register(peer: type[Peer]) -> type[Peer]:
     return peer
 
 
+_BASELINES: dict[str, type[Peer]] = {}
+
+
+def baseline(peer: type[Peer]) -> type[Peer]:
+    """Class decorator: what nobody would use, but papers compare with; `make` knows it."""
+    _BASELINES[peer.name] = peer
+    return peer
+
+
 def names() -> tuple[str, ...]:
     """Names of all peers, in the order of tables."""
     return tuple(_REGISTRY)
@@ -129,14 +145,22 @@ def summaries() -> dict[str, str]:
 
 
 def make(name: str) -> Peer:
-    """The peer of this name; "jaxwin:NAME" is jaxwin with that algorithm.
+    """The peer of this name, or the baseline.
+
+    "jaxwin:NAME" is jaxwin with that algorithm, "jaxwin:NAME:full=1" with a parameter of it that is
+    not the default, and "jaxwin:NAME@CHWN8" in that layout of `jaxwin.conv`.
 
     Raises:
         KeyError: there is none.
     """
-    if name.startswith("jaxwin:"):
-        return JaxwinWith(name.removeprefix("jaxwin:"))
-    return _REGISTRY[name]()
+    if not name.startswith("jaxwin:"):
+        return (_REGISTRY | _BASELINES)[name]()
+    algorithm, _, layout = name.removeprefix("jaxwin:").partition("@")
+    algorithm, *changes = algorithm.split(":")
+    if layout:
+        return JaxwinIn(algorithm, layout)
+    values = dict(change.split("=") for change in changes)
+    return JaxwinWith(algorithm, {key: int(value) for key, value in values.items()})
 
 
 def is_ours(name: str) -> bool:
@@ -640,24 +664,75 @@ class JaxwinDonated(Jaxwin):
 
 
 class JaxwinWith(Jaxwin):
-    """jaxwin with an algorithm asked for by name, for gradients too."""
+    """jaxwin with an algorithm asked for by name, for gradients too.
 
-    def __init__(self, algorithm: str) -> None:
-        self.algorithm = algorithm
-        self.name = f"jaxwin:{algorithm}"  # type: ignore[misc]
+    changes: parameters of the algorithm that shall not have their default.
+    """
+
+    def __init__(self, algorithm: str, changes: Mapping[str, int] | None = None) -> None:
+        self.algorithm, self.changes = algorithm, dict(changes or {})
+        words = [algorithm, *(f"{key}={value}" for key, value in self.changes.items())]
+        self.name = "jaxwin:" + ":".join(words)  # type: ignore[misc]
 
     def function(self, task: Task) -> Callable[..., jax.Array]:
         fn = super().function(task)
 
         def with_algorithm(*args: jax.Array) -> jax.Array:
             closed = jax.make_jaxpr(fn)(*args)
-            return _evaluate(closed, self.algorithm, args)
+            return _evaluate(closed, self._convolution, args)
 
         return with_algorithm
 
+    def _convolution(self, x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
+        if not self.changes:
+            return _fused.fused_conv(x, w, algorithm=self.algorithm, **params)
+        out = jax.eval_shape(lambda x, w: _primitive.conv_p.bind(x, w, **params), x, w)
+        problem = _problem.from_parameters(x, w, out, params)
+        made = plan(problem, self.algorithm, self.changes)
+        struct: Any = jax.ShapeDtypeStruct
+        results = [struct(out.shape, out.dtype)]
+        if made.workspace_bytes > 0:
+            results.append(struct((made.workspace_bytes,), np.uint8))
+        call = jax.ffi.ffi_call(_lowering.TARGET, results)
+        result: jax.Array = call(x, w, **_lowering.attributes(problem, made))[0]
+        return result
 
-def _evaluate(closed: Any, algorithm: str, args: tuple[jax.Array, ...]) -> jax.Array:
-    """A flat jaxpr with the algorithm asked for in its convolutions."""
+    def facts(self, fn: Callable[..., jax.Array], arrays: list[jax.Array]) -> dict[str, Any]:
+        if not self.changes:
+            return super().facts(fn, arrays)
+        return {"plan": {"tier": "requested", "algorithm": self.algorithm, "isa": _registry.isa(),
+                         "parameters": self.changes, "reason": ""}}  # fmt: skip
+
+
+def plan(problem: Problem, algorithm: str, changes: Mapping[str, int]) -> Plan:
+    """An algorithm's default plan for a problem, with some parameters changed.
+
+    Raises:
+        Unsupported: the native core refuses it.
+    """
+    names = _registry.parameter_names(algorithm)
+    if names is None or not changes.keys() <= set(names):
+        raise Unsupported(f"{algorithm} has no parameters {', '.join(changes)}")
+
+    def made(params: Sequence[int]) -> dict[str, Any]:
+        answer = _ffi.make_plan(
+            problem.native(), algorithm, _registry.isa(), _registry.threads(), params=params
+        )
+        if "plan" not in answer:
+            raise Unsupported(answer["error"])
+        return dict(answer["plan"])
+
+    default = dict(zip(names, made(())["params"], strict=True))
+    values = tuple((default | dict(changes)).values())
+    return Plan(
+        algorithm, _registry.isa(), _registry.threads(), values, made(values)["workspace_bytes"]
+    )
+
+
+def _evaluate(
+    closed: Any, convolve: Callable[..., jax.Array], args: tuple[jax.Array, ...]
+) -> jax.Array:
+    """A flat jaxpr with another function in place of its convolutions."""
     values: dict[Any, Any] = dict(zip(closed.jaxpr.invars, args, strict=True))
     values.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     for equation in closed.jaxpr.eqns:
@@ -666,10 +741,150 @@ def _evaluate(closed: Any, algorithm: str, args: tuple[jax.Array, ...]) -> jax.A
             for variable in equation.invars
         ]
         if equation.primitive is _primitive.conv_p:
-            outputs = [_fused.fused_conv(*inputs, algorithm=algorithm, **equation.params)]
+            outputs = [convolve(*inputs, **equation.params)]
         else:
             bound = equation.primitive.bind(*inputs, **equation.params)
             outputs = bound if equation.primitive.multiple_results else [bound]
         values.update(zip(equation.outvars, outputs, strict=True))
     result: jax.Array = values[closed.jaxpr.outvars[0]]
     return result
+
+
+class JaxwinIn(Jaxwin):
+    """jaxwin with operands and result in a layout of `jaxwin.conv`, converted before; forward."""
+
+    def __init__(self, algorithm: str, layout: str) -> None:
+        self.algorithm, self.layout = algorithm, layout
+        self.name = f"jaxwin:{algorithm}@{layout}"  # type: ignore[misc]
+
+    def prepare(self, task: Task) -> Prepared:
+        conv = task.conv
+        if task.direction != "fwd":
+            raise Unsupported("forward only")
+        if max(conv.lhs_dilation) > 1 or conv.reversed or conv.batch_groups > 1:
+            raise Unsupported("jaxwin.conv has no such convolution")
+
+        def fn(x: jax.Array, w: jax.Array) -> jax.Array:
+            return jaxwin.conv(
+                *(x, w),
+                stride=conv.stride,
+                padding=conv.padding,
+                dilation=conv.rhs_dilation,
+                groups=conv.groups,
+                layout=self.layout,
+                algorithm=self.algorithm,
+            )
+
+        arrays = [jaxwin.to_layout(task.x, self.layout), jax.device_put(task.w)]
+        try:
+            compiled = jax.jit(fn).lower(*arrays).compile()
+        except ValueError as error:
+            raise Unsupported(first_line(error)) from error
+
+        def call() -> Any:
+            return compiled(*arrays).block_until_ready()
+
+        def result() -> Array:
+            return np.asarray(jaxwin.from_layout(call(), self.layout, batch=conv.batch))
+
+        analysis: Any = compiled.memory_analysis()
+        memory = int(analysis.temp_size_in_bytes)
+        return Prepared(Timed(call), result, {"workspace_bytes": memory} | self.facts(fn, arrays))
+
+
+# --- baselines -------------------------------------------------------------------------------
+
+
+class _ZeroInsertion(_Jax):
+    """A transposed convolution the conventional way: its input written out with zeros between."""
+
+    convolve: ClassVar[Callable[..., jax.Array]]
+
+    def function(self, task: Task) -> Callable[..., jax.Array]:
+        conv = task.conv
+        if task.direction != "fwd" or max(conv.lhs_dilation) == 1 or task.layout != "nhwc":
+            raise Unsupported("transposed convolutions, forward, channels last")
+        dense = dataclasses.replace(
+            conv,
+            size=tuple((n - 1) * d + 1 for n, d in zip(conv.size, conv.lhs_dilation, strict=True)),
+            lhs_dilation=(1,) * conv.rank,
+        )
+        fn, _ = computation(dense, "fwd", "nhwc", type(self).convolve)
+        between = [(0, 0, 0), *((0, 0, d - 1) for d in conv.lhs_dilation), (0, 0, 0)]
+
+        def upsampled(x: jax.Array, w: jax.Array) -> jax.Array:
+            # The barrier keeps XLA from turning the zeros into a dilation.
+            barrier: Any = lax.optimization_barrier
+            return fn(barrier(lax.pad(x, np.zeros((), x.dtype), between)), w)
+
+        return upsampled
+
+
+@baseline
+class Zeros(_ZeroInsertion):
+    """Zero insertion and jaxwin's own convolution."""
+
+    name = "zeros"
+    summary = "zeros inserted into the input, then jaxwin's dense convolution"
+    convolve = staticmethod(jaxwin.conv_general_dilated)
+
+
+@baseline
+class ZerosXla(_ZeroInsertion):
+    """Zero insertion and XLA's convolution."""
+
+    name = "zeros-xla"
+    summary = "zeros inserted into the input, then jax.lax's dense convolution"
+    convolve = staticmethod(lax.conv_general_dilated)
+
+
+@baseline
+class Loops(Peer):
+    """A plain direct convolution, compiled here with `cc -O3 -march=native`; see loops.c."""
+
+    name = "loops"
+    summary = "seven loops in C, channels last, features innermost; one thread, forward, float32"
+    reuses_output = True
+
+    def missing(self) -> str:
+        return "" if shutil.which("cc") else "there is no C compiler (cc)"
+
+    def prepare(self, task: Task) -> Prepared:
+        conv = task.conv
+        plain = max(*conv.lhs_dilation, conv.groups, conv.batch_groups) == 1 and not conv.reversed
+        if task.direction != "fwd" or conv.rank != 2 or conv.dtype != "float32" or not plain:
+            raise Unsupported("two dimensions, forward, float32, dense")
+        if task.threads > 1:
+            raise Unsupported("one thread only")
+        x, w = np.ascontiguousarray(task.x), np.ascontiguousarray(task.w)
+        y = np.zeros(conv.y_shape, np.float32)
+        sizes = (
+            *(conv.batch, *conv.size, conv.channels, conv.features, *conv.window, *conv.out_size),
+            *(*conv.stride, *conv.rhs_dilation, conv.padding[0][0], conv.padding[1][0]),
+        )
+        numbers = np.array(sizes, np.int64)
+        arguments = [ctypes.c_void_p(array.ctypes.data) for array in (x, w, y, numbers)]
+        function = _loops()
+
+        def call() -> Any:
+            function(*arguments)
+            return x, w, y, numbers  # which the pointers point into
+
+        def result() -> Array:
+            call()
+            return y
+
+        return Prepared(Timed(call), result, {"workspace_bytes": 0})
+
+
+@functools.cache
+def _loops() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "loops.so")
+        source = Path(__file__).with_name("loops.c")
+        command = ["cc", "-O3", "-march=native", "-shared", "-fPIC"]
+        command += ["-o", str(library), str(source)]
+        subprocess.run(command, check=True, capture_output=True)
+        function = ctypes.CDLL(str(library)).jaxwin_loops
+    function.restype = None
+    return function

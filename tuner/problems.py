@@ -615,6 +615,42 @@ PRESETS: dict[str, tuple[str, str]] = {
         t5.wide  224x224 c3 k64 w5 s2 p1 transposed
         """,
     ),
+    "gan": (
+        "transposed layers of the generators of DCGAN, ArtGAN, GP-GAN and EB-GAN",
+        """
+        dc1   4x4 c1024 k512 w4 s2 p1 transposed
+        dc2   8x8 c512 k256 w4 s2 p1 transposed
+        dc3   16x16 c256 k128 w4 s2 p1 transposed
+        dc4   32x32 c128 k3 w4 s2 p1 transposed
+        art1  4x4 c512 k256 w4 s2 p1 transposed
+        art2  8x8 c256 k128 w4 s2 p1 transposed
+        art3  16x16 c128 k128 w4 s2 p1 transposed
+        art4  32x32 c128 k3 w4 s2 p1 transposed
+        gp1   4x4 c512 k256 w4 s2 p1 transposed
+        gp2   8x8 c256 k128 w4 s2 p1 transposed
+        gp3   16x16 c128 k64 w4 s2 p1 transposed
+        gp4   32x32 c64 k3 w4 s2 p1 transposed
+        eb1   4x4 c2048 k1024 w4 s2 p1 transposed
+        eb2   8x8 c1024 k512 w4 s2 p1 transposed
+        eb3   16x16 c512 k256 w4 s2 p1 transposed
+        eb4   32x32 c256 k128 w4 s2 p1 transposed
+        eb5   64x64 c128 k64 w4 s2 p1 transposed
+        eb6   128x128 c64 k64 w4 s2 p1 transposed
+        """,
+    ),
+    "long1d": (
+        "one-dimensional layers with long dilated filters, around that of arXiv 2104.08002",
+        """
+        s51d8    60400 c15 k15 w51 rd8
+        s51d1    60400 c15 k15 w51
+        s51d64   60400 c15 k15 w51 rd64
+        s21d8    60400 c15 k15 w21 rd8
+        s5d8     60400 c15 k15 w5 rd8
+        short    2000 c15 k15 w51 rd8
+        c32      60400 c32 k32 w21 rd8
+        c64      60400 c64 k64 w5 rd8
+        """,
+    ),
     "pointwise": (
         "1x1 layers",
         """
