@@ -109,6 +109,18 @@ ConvParams conv_params(const nb::dict& d) {
   return p;
 }
 
+nb::list param_specs(const std::vector<ParamSpec>& specs) {
+  nb::list rows;
+  for (const ParamSpec& s : specs) {
+    nb::dict row;
+    row["name"] = s.name;
+    row["description"] = s.description;
+    row["values"] = nb::cast(s.values);
+    rows.append(row);
+  }
+  return rows;
+}
+
 namespace {
 
 nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
@@ -266,14 +278,6 @@ const char* abi(const std::string& algorithm) {
 nb::dict registry() {
   nb::list algorithm_rows;
   for (const Algorithm* a : algorithms()) {
-    nb::list params;
-    for (const ParamSpec& s : a->params) {
-      nb::dict row;
-      row["name"] = s.name;
-      row["description"] = s.description;
-      row["values"] = nb::cast(s.values);
-      params.append(row);
-    }
     nb::dict row;
     row["name"] = a->name;
     row["summary"] = a->summary;
@@ -283,7 +287,7 @@ nb::dict registry() {
     nb::list dtypes;
     for (const Dtype d : a->dtypes) dtypes.append(kDtypeRows[d].name);
     row["dtypes"] = dtypes;
-    row["params"] = params;
+    row["params"] = param_specs(a->params);
     row["takes_packed"] = a->takes_packed;
     algorithm_rows.append(row);
   }

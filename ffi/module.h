@@ -3,6 +3,9 @@
 
 #include <nanobind/nanobind.h>
 
+#include <vector>
+
+#include "algorithms/algorithm.h"
 #include "problem.h"
 
 namespace jaxwin {
@@ -10,5 +13,8 @@ namespace jaxwin {
 // A convolution as Python describes it: the fields of the custom call's attributes, and the shapes.
 // Throws where a field is missing.
 ConvParams conv_params(const nanobind::dict& d);
+
+// What an algorithm can be tuned by, as Python's registry has it.
+nanobind::list param_specs(const std::vector<ParamSpec>& specs);
 
 }  // namespace jaxwin

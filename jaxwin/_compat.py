@@ -7,6 +7,7 @@ repaired in this file alone. Written for jax 0.10.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -206,6 +207,15 @@ def constrain_result(ctx: Any, value: Any) -> Any:
     """Attaches to `value` the sharding that the result's type carries (explicit sharding)."""
     lower: Any = _mlir.lower_with_sharding_in_types
     return lower(ctx, value, ctx.avals_out[0])
+
+
+def may_use_cuda() -> bool:
+    """Whether JAX has a plugin for CUDA, and may use it; starts no backend."""
+    wanted = str(jax.config.jax_platforms or "")  # type: ignore[attr-defined]
+    if wanted and not {"cuda", "gpu"} & set(wanted.split(",")):
+        return False
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    return any(importlib.util.find_spec(name) is not None for name in plugins)
 
 
 def platform_version() -> str:

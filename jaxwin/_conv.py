@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin import _compat, _cuda, _explain, _layouts, _pack, _registry
+from jaxwin import _compat, _explain, _layouts, _pack, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 from jaxwin._pack import PackedWeights
 
@@ -23,10 +23,10 @@ _PRECISIONS = (None, "default", "high", "highest", "fastest")
 _PADDING_NAMES = ("SAME", "VALID", "SAME_LOWER")
 
 
-def algorithms() -> tuple[str, ...]:
-    """What `conv` takes as `algorithm`, on one platform or another."""
-    names = dict.fromkeys((*_registry.algorithm_names(), *_cuda.registry()))
-    return "auto", *names, "xla", "any"
+def algorithms(platform: str) -> tuple[str, ...]:
+    """What `conv` takes as `algorithm` on a platform, "cpu" or "cuda"."""
+    names = [row["name"] for row in _registry.rows(platform)]
+    return "auto", *names, _registry.XLA, "any"
 
 
 def conv(
@@ -95,8 +95,8 @@ def conv(
             f"conv: x must have 3, 4 or 5 dimensions (batch, channels and 1 to 3 spatial), got "
             f"shape {x.shape}; add a batch dimension to a single example with x[None]"
             if not arrangement.block
-            else f"conv: x in layout {layout!r} must have 4, 5 or 6 dimensions (blocks, channels, 1 "
-            f"to 3 spatial and images), got shape {x.shape}; convert it with jaxwin.to_layout"
+            else f"conv: x in layout {layout!r} must have 4, 5 or 6 dimensions (blocks, channels, "
+            f"1 to 3 spatial and images), got shape {x.shape}; convert it with jaxwin.to_layout"
         )
     _layouts.check_blocks("conv", layout, arrangement, x.shape)
     if w.ndim != rank + 2:
@@ -104,8 +104,8 @@ def conv(
             f"conv: w must have as many dimensions as x, (window..., C / groups, K), got w.shape="
             f"{w.shape} for x.shape={x.shape}"
             if not arrangement.block
-            else f"conv: w must have {rank + 2} dimensions, (window..., C / groups, K), got w.shape="
-            f"{w.shape} for x.shape={x.shape} in layout {layout!r}"
+            else f"conv: w must have {rank + 2} dimensions, (window..., C / groups, K), got "
+            f"w.shape={w.shape} for x.shape={x.shape} in layout {layout!r}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -152,10 +152,10 @@ def conv(
         raise ValueError(
             f"conv: unknown activation {activation!r}; choose one of {_names(ACTIVATIONS)} or None"
         )
-    if algorithm not in algorithms():
-        raise ValueError(
-            f"conv: unknown algorithm {algorithm!r}; choose one of {_names(algorithms())}"
-        )
+    # A program may be lowered for another platform than it is traced on.
+    if not any(algorithm in algorithms(platform) for platform in ("cpu", "cuda")):
+        here = algorithms(_explain.default_platform())
+        raise ValueError(f"conv: unknown algorithm {algorithm!r}; choose one of {_names(here)}")
     if precision not in _PRECISIONS:
         raise ValueError(
             f"conv: unknown precision {precision!r}; choose one of {_names(_PRECISIONS[1:])}, or "
@@ -199,8 +199,8 @@ def conv(
         )
         return _layouts.into(result, images, blocks)
 
-    # Blocks are a spatial dimension in front, of three in all if there is but one other, so that the
-    # native core tells them from rows of pixels.
+    # Blocks are a spatial dimension in front, of three in all if there is but one other, so that
+    # the native core tells them from rows of pixels.
     front = max(1, 3 - rank) if arrangement.block else 0
     ones = (1,) * front
     added = tuple(range(2, 1 + front))  # dimensions of size 1 in blocked arrays

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxwin import _ffi, _settings, _tuning
+from jaxwin import _ffi, _registry, _settings, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 
-ISA = "cuda"
+ISA = "cuda"  # of plans; of measurements: those with the bits of the contract
 MODES = ("auto", "all", "off")
 _SIXTEEN_BITS = ("bfloat16", "float16")
 _INCUMBENT = "cuDNN through XLA, until a kernel is measured to be faster on this GPU"
@@ -79,6 +79,24 @@ def is_exact(precision: Any) -> bool:
     return isinstance(precision, tuple) and any(p in high for p in precision)
 
 
+def isa_of(problem: Problem, exact: bool) -> str:
+    """What a problem's measurements are filed under: `ISA` where the contract on bits holds."""
+    return ISA if exact and problem.lhs_dtype == "float32" else _registry.TENSOR_ISA
+
+
+def families(isa: str) -> tuple[str, ...]:
+    """The numerical families that may compute what is filed under an instruction set."""
+    if isa == ISA:
+        return ("canonical",)
+    return tuple(dict.fromkeys(row["family"] for row in registry().values()))
+
+
+def family(algorithm: str) -> str:
+    """The numerical family of an algorithm; "" where there is no such algorithm."""
+    row = registry().get(algorithm)
+    return "" if row is None else str(row["family"])
+
+
 def decide(
     problem: Problem,
     *,
@@ -88,16 +106,24 @@ def decide(
 ) -> Decision:
     """The plan for a problem on CUDA under the environment as it is now.
 
-    algorithm: "auto", "xla", or the name of a CUDA algorithm. exact: whether precision forbids
-    tensor cores.
+    algorithm: "auto", "any" (its numbers may be XLA's where the contract holds), "xla", or the name
+    of a CUDA algorithm. exact: whether precision forbids tensor cores.
 
     Raises:
         ValueError: the algorithm is unknown, was asked for by name and cannot compute the problem
-            within max_workspace, or is below the precision asked for; JAXWIN_GPU or JAXWIN_MODE is
-            no mode.
+            within max_workspace, or is below the precision asked for; JAXWIN_GPU, JAXWIN_MODE or
+            JAXWIN_FAMILY have no such value.
     """
+    if algorithm == "auto" and _settings.family() == "any":
+        algorithm = "any"
     table = None if _settings.mode() == "off" else _tuning.table()
     return _decide(problem, algorithm, max_workspace, exact, mode(), table)
+
+
+@functools.cache
+def algorithms() -> tuple[str, ...]:
+    """What can be asked for by name."""
+    return "auto", *registry(), _registry.XLA, "any"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,16 +135,21 @@ def _decide(
     gpu_mode: str,
     table: _tuning.Table | None,
 ) -> Decision:
-    if algorithm not in ("auto", "any", "xla", *registry()):
-        names = ", ".join(("auto", *registry(), "xla", "any"))
+    if algorithm not in algorithms():
+        names = ", ".join(algorithms())
         raise ValueError(f"algorithm: {algorithm!r} is on CUDA not one of {names}")
-    if algorithm == "xla":
+    if algorithm == _registry.XLA:
         return Decision("xla", None, "asked for")
     if algorithm in ("auto", "any"):
-        return _automatic(problem, max_workspace, exact, gpu_mode, table)
-    family = registry()[algorithm]["family"]
-    if exact and family != "canonical":
+        return _automatic(problem, algorithm, max_workspace, exact, gpu_mode, table)
+    if exact and family(algorithm) == "tensor":
         raise ValueError(f"algorithm: {algorithm!r} is below the precision that was asked for")
+    isa = isa_of(problem, exact)
+    row = None if table is None else table.named(problem, isa, 1, algorithm)
+    if row is not None:
+        plan = propose(problem, row, max_workspace)
+        if isinstance(plan, Plan):
+            return Decision("requested", plan, row=row)
     plan = _make_plan(problem, algorithm, (), max_workspace)
     if isinstance(plan, str):
         raise ValueError(f"algorithm: {algorithm!r} cannot compute {problem}: {plan}")
@@ -127,6 +158,7 @@ def _decide(
 
 def _automatic(
     problem: Problem,
+    algorithm: str,
     max_workspace: int | None,
     exact: bool,
     gpu_mode: str,
@@ -134,21 +166,49 @@ def _automatic(
 ) -> Decision:
     if gpu_mode == "off":
         return Decision("xla", None, "JAXWIN_GPU=off")
-    if problem.lhs_dtype != "float32":
-        return Decision("xla", None, f"{problem.lhs_dtype}: {_INCUMBENT}")
-    if not exact and gpu_mode != "all":
-        return Decision("xla", None, "precision below HIGHEST: tensor cores are allowed")
-    row = table.exact(problem, ISA, 1) if table is not None else None
-    if row is not None:
-        plan = _make_plan(problem, row.algorithm, row.params, max_workspace)
-        if isinstance(plan, Plan):
-            return Decision("tuned", plan, row=row)
-    if gpu_mode != "all" and not _weak_in_cudnn(problem):
-        return Decision("xla", None, _INCUMBENT)
+    reason = unsupported(problem)
+    if reason:
+        return Decision("xla", None, reason)
+    single = problem.lhs_dtype == "float32"
+    all_exact = single and gpu_mode == "all"
+    isa = isa_of(problem, exact or all_exact)
+    # What takes no measurement to be taken: kernels with the bits of the contract.
+    ours = all_exact or (isa == ISA and _weak_in_cudnn(problem))
+    if table is not None:
+        xla = table.named(problem, isa, 1, _registry.XLA)
+        if xla is not None and xla.wins and (isa != ISA or algorithm == "any"):
+            return Decision("tuned", None, "XLA was measured to be faster", xla)
+        row = table.exact(problem, isa, 1)
+        if row is not None:
+            plan = propose(problem, row, max_workspace)
+            if isinstance(plan, Plan):
+                return Decision("tuned", plan, row=row)
+        for row in table.nearest(problem, isa, 1):
+            if ours or _beats_xla(table, row):
+                plan = propose(problem, row, max_workspace)
+                if isinstance(plan, Plan):
+                    return Decision("transferred", plan, row=row)
+    if not ours:
+        if single and not exact:
+            return Decision("xla", None, "precision below HIGHEST: tensor cores are allowed")
+        return Decision("xla", None, _INCUMBENT if single else f"{problem.lhs_dtype}: {_INCUMBENT}")
     plan = _make_plan(problem, "auto", (), max_workspace)
     if isinstance(plan, str):
         return Decision("xla", None, plan)
     return Decision("heuristic", plan)
+
+
+def _beats_xla(table: _tuning.Table, row: _tuning.Row) -> bool:
+    """Whether a row's plan was compared with XLA on its own problem, and was not slower."""
+    xla = table.named(row.problem, row.isa, row.threads, _registry.XLA)
+    return xla is not None and not xla.wins
+
+
+def propose(problem: Problem, row: _tuning.Row, max_workspace: int | None) -> Plan | str:
+    """The plan that a row's parameters give for a problem, or why there is none."""
+    if family(row.algorithm) not in families(row.isa):
+        return f"{row.algorithm} is of a family that {row.isa} does not allow"
+    return _make_plan(problem, row.algorithm, row.params, max_workspace)
 
 
 def _weak_in_cudnn(problem: Problem) -> bool:
@@ -176,14 +236,18 @@ def operand_dtype(problem: Problem, algorithm: str) -> str:
     return problem.lhs_dtype if own else "float32"
 
 
-def _make_plan(
-    problem: Problem, algorithm: str, params: tuple[int, ...], max_workspace: int | None
-) -> Plan | str:
+def ask(
+    problem: Problem,
+    algorithm: str,
+    params: tuple[int, ...] = (),
+    max_workspace: int | None = None,
+) -> dict[str, Any]:
+    """The native core's answer: {"plan": {...}} or {"error": text}. No params: the defaults."""
     reason = unsupported(problem)
     if reason:
-        return reason
+        return {"error": reason}
     dtype = operand_dtype(problem, algorithm)
-    answer = _ffi.cuda_make_plan(
+    answer: dict[str, Any] = _ffi.cuda_make_plan(
         problem.native(),
         algorithm=algorithm,
         dtype=dtype,
@@ -191,9 +255,11 @@ def _make_plan(
         max_workspace=-1 if max_workspace is None else max_workspace,
         params=params,
     )
-    if "plan" not in answer:
-        return str(answer["error"])
-    plan = answer["plan"]
+    return answer
+
+
+def plan_from(plan: dict[str, Any]) -> Plan:
+    """A plan that `ask` gave."""
     return Plan(
         algorithm=plan["algorithm"],
         isa=ISA,
@@ -201,6 +267,13 @@ def _make_plan(
         params=tuple(plan["params"]),
         workspace_bytes=plan["workspace_bytes"],
     )
+
+
+def _make_plan(
+    problem: Problem, algorithm: str, params: tuple[int, ...], max_workspace: int | None
+) -> Plan | str:
+    answer = ask(problem, algorithm, params, max_workspace)
+    return plan_from(answer["plan"]) if "plan" in answer else str(answer["error"])
 
 
 def rejections(problem: Problem, decision: Decision) -> dict[str, str]:
@@ -216,6 +289,8 @@ def rejections(problem: Problem, decision: Decision) -> dict[str, str]:
             rejected[name] = answer
         elif decision.tier == "requested":
             rejected[name] = "not asked for"
+        elif decision.row is not None:
+            rejected[name] = f"not the {decision.tier} choice"
         elif row["family"] != "canonical":
             rejected[name] = "another numerical family: only where asked for"
         else:

@@ -124,7 +124,7 @@ def explain(fn_or_problem: Callable[..., Any] | Problem, *args: Any, **kwargs: A
     if isinstance(fn_or_problem, Problem):
         return Explanation((_row(fn_or_problem, 1, {}),))
     rows = []
-    found = _found(fn_or_problem, args, kwargs, by_precision=_platform() == "cuda")
+    found = _found(fn_or_problem, args, kwargs, by_precision=default_platform() == "cuda")
     for (problem, native, options), count in found.items():
         if native:
             rows.append(_row(problem, count, dict(options)))
@@ -144,6 +144,18 @@ def problems(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[Problem,
     for (problem, native, _), count in _found(fn, args, kwargs, by_precision=False).items():
         if native:
             counts[problem] = counts.get(problem, 0) + count
+    return counts
+
+
+def problems_by_precision(
+    fn: Callable[..., Any], *args: Any, **kwargs: Any
+) -> dict[tuple[Problem, bool], int]:
+    """As `problems`, with whether the precision forbids tensor cores."""
+    counts: dict[tuple[Problem, bool], int] = {}
+    for (problem, native, options), count in _found(fn, args, kwargs, by_precision=True).items():
+        if native:
+            key = problem, dict(options)["exact"]
+            counts[key] = counts.get(key, 0) + count
     return counts
 
 
@@ -196,7 +208,7 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int], by_precision: bool) -> 
             _walk(inner, found, by_precision)
 
 
-def _platform() -> str:
+def default_platform() -> str:
     """ "cuda" where JAX runs on NVIDIA's GPUs by default, else "cpu"."""
     return "cuda" if "cuda" in _compat.platform_version().lower() else "cpu"
 
@@ -208,7 +220,7 @@ def _spatial(dimensions: tuple[int, ...], params: dict[str, Any]) -> tuple[int, 
 
 
 def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRow:
-    platform = _platform()
+    platform = default_platform()
     decision = _dispatch.decide(problem, **options, enforce=False, platform=platform)
     if decision.plan is None:
         row = _xla_row(problem, count, decision.reason, {})
@@ -228,7 +240,13 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
             "",
             _cuda.rejections(problem, decision),
             _measured(problem, decision),
-            family=_registry.family(plan.algorithm, plan.isa),
+            _unused(
+                problem,
+                decision,
+                _cuda.isa_of(problem, options.get("exact", False)),
+                lambda row: _cuda.propose(problem, row, options.get("max_workspace")),
+            ),
+            _registry.family(plan.algorithm, plan.isa),
         )
     any_family = options.get("algorithm") == "any" or _settings.family() == "any"
     rejected = {}
@@ -259,7 +277,14 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
         "",
         rejected,
         _measured(problem, decision),
-        _unused(problem, decision, options.get("max_workspace")),
+        _unused(
+            problem,
+            decision,
+            plan.isa,
+            lambda row: _dispatch.propose(
+                problem.native(), row, plan.isa, plan.threads, options.get("max_workspace")
+            ),
+        ),
         _registry.family(plan.algorithm),
     )
 
@@ -273,18 +298,21 @@ def _measured(problem: Problem, decision: Decision) -> str:
     return f"{_tuning.difference(row, problem, plan.threads)}; {row}"
 
 
-def _unused(problem: Problem, decision: Decision, max_workspace: int | None) -> tuple[str, ...]:
+def _unused(
+    problem: Problem,
+    decision: Decision,
+    isa: str,
+    propose: Callable[[_tuning.Row], Plan | str],
+) -> tuple[str, ...]:
     plan = decision.plan
     if plan is None or decision.tier in ("tuned", "requested"):
         return ()
     if _settings.mode() == "off":
         return ()
     table = _tuning.table()
-    notes = [str(row) for row in _tuning.unused(table, problem, plan.isa, plan.threads)]
-    if exact := table.exact(problem, plan.isa, plan.threads):
-        native = problem.native()
-        refusal = _dispatch.propose(native, exact, plan.isa, plan.threads, max_workspace)
-        notes.insert(0, f"{exact.algorithm} in {exact.path}: refused: {refusal}")
+    notes = [str(row) for row in _tuning.unused(table, problem, isa, plan.threads)]
+    if exact := table.exact(problem, isa, plan.threads):
+        notes.insert(0, f"{exact.algorithm} in {exact.path}: refused: {propose(exact)}")
     if _settings.mode() == "require":
         notes.append("JAXWIN_MODE=require: compiling this raises an error")
     return tuple(dict.fromkeys(notes))

@@ -115,7 +115,12 @@ def fused_conv(
 
 
 def of_problem(
-    problem: Problem, x: Array, w: Array, *epilogue: Array, algorithm: str = "auto"
+    problem: Problem,
+    x: Array,
+    w: Array,
+    *epilogue: Array,
+    algorithm: str = "auto",
+    precision: Any = None,
 ) -> Array:
     """The convolution that a problem describes; x, w and the epilogue lie as it says."""
     bias, residual = _split_epilogue(epilogue, problem.bias, problem.residual)
@@ -137,7 +142,7 @@ def of_problem(
         ),
         feature_group_count=problem.feature_group_count,
         batch_group_count=problem.batch_group_count,
-        precision=None,
+        precision=_compat.canonicalize_precision(precision),
         preferred_element_type=jnp.dtype(problem.out_dtype),
         out_sharding=None,
     )

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-
 # By rank, one to three spatial dimensions; those of two stand for their family at any rank.
 _SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 _BLOCKS = (8, 16)
@@ -70,12 +69,15 @@ def _named() -> dict[str, tuple[Layout, int]]:
     result: dict[str, tuple[Layout, int]] = {}
     for rank in (2, 1, 3):
         s = _SPATIAL[rank]
-        names = {f"N{s}C": Layout("last"), f"NC{s}": Layout("first"), f"C{s}N": Layout("images")}
+        names = {f"N{s}C": Layout("last")}
+        if rank == 2:
+            names["channels_last"] = Layout("last")
+        names[f"NC{s}"] = Layout("first")
+        if rank == 2:
+            names["channels_first"] = Layout("first")
+        names[f"C{s}N"] = Layout("images")
         names |= {f"C{s}N{block}": Layout("images", block) for block in _BLOCKS}
         result |= {name: (layout, 0 if rank == 2 else rank) for name, layout in names.items()}
-        if rank == 2:
-            result["channels_last"] = result["NHWC"]
-            result["channels_first"] = result["NCHW"]
     return result
 
 
@@ -109,8 +111,8 @@ def check_blocks(function: str, name: str, layout: Layout, shape: tuple[int, ...
     """Raises ValueError where an array of this shape is not in blocks of the layout's size."""
     if layout.block and shape[-1] != layout.block:
         raise ValueError(
-            f"{function}: x in layout {name!r} must have blocks of {layout.block} images as its last "
-            f"dimension, got shape {shape}; convert it with jaxwin.to_layout"
+            f"{function}: x in layout {name!r} must have blocks of {layout.block} images as its "
+            f"last dimension, got shape {shape}; convert it with jaxwin.to_layout"
         )
 
 
@@ -122,8 +124,8 @@ def to_layout(
     Args:
       x: images in the layout `source`, one to three spatial dimensions.
       layout: "NHWC", "NCHW", "CHWN", or "CHWN8" or "CHWN16": blocks of 8 or 16 images, of shape
-        (ceil(N / 8), C, spatial..., 8), the last block filled up with zeros. Those names hold at any
-        rank; "NWC", "CDHWN8" and so on name the same at their own.
+        (ceil(N / 8), C, spatial..., 8), the last block filled up with zeros. Those names hold at
+        any rank; "NWC", "CDHWN8" and so on name the same at their own.
       source: the layout of `x`.
       batch: N, needed where `source` is in blocks, else None.
 

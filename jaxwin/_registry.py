@@ -13,6 +13,8 @@ from jaxwin import _ffi
 from jaxwin._settings import settings
 
 XLA = "xla"  # lax's own convolution, where it is named beside the algorithms with kernels
+TENSOR = "tensor"  # the numerical family of tensor cores
+TENSOR_ISA = "cuda-tensor"  # of measurements where tensor cores and other sums are allowed
 CANONICAL = "canonical"  # the numerical family with the bits that the README promises
 
 
@@ -29,21 +31,26 @@ def algorithm_names() -> tuple[str, ...]:
     return tuple(row["name"] for row in registry()["algorithms"])
 
 
-def _rows(isa: str) -> list[dict[str, Any]]:
-    """The algorithms of the CPU, or for "cuda" those of CUDA."""
-    rows: list[dict[str, Any]] = (registry()["cuda"] if isa == "cuda" else registry())["algorithms"]
-    return rows
+def side(isa: str) -> str:
+    """Whose kernels an instruction set's rows are of: "" the CPU's, "cuda" the GPU's."""
+    return "cuda" if isa.startswith("cuda") else ""
+
+
+def rows(isa: str = "") -> list[dict[str, Any]]:
+    """The registry's algorithms for an instruction set: the CPU's, or CUDA's."""
+    found: list[dict[str, Any]] = (registry()["cuda"] if side(isa) else registry())["algorithms"]
+    return found
 
 
 @functools.cache
 def parameter_names(algorithm: str, isa: str = "") -> tuple[str, ...] | None:
     """Names of an algorithm's parameters in their order; None where there is no such algorithm.
 
-    isa: "cuda" for the algorithms of CUDA.
+    isa: one of CUDA's for the algorithms of CUDA.
     """
     if algorithm == XLA:
         return ()
-    for row in _rows(isa):
+    for row in rows(isa):
         if row["name"] == algorithm:
             return tuple(spec["name"] for spec in row["params"])
     return None
@@ -104,17 +111,25 @@ def cpus() -> int:
 def abi(algorithm: str, isa: str = "") -> str:
     """The state of an algorithm's kernels: measurements hold as long as it stays the same.
 
-    Of "xla" it is the version of jaxlib. isa: "cuda" for the algorithms of CUDA.
+    Of "xla" it is the version of jaxlib. isa: one of CUDA's for the algorithms of CUDA.
 
     Raises:
         KeyError: there is no such algorithm.
     """
     if algorithm == XLA:
         return f"jaxlib {jaxlib.version.__version__}"
-    for row in _rows(isa):
+    for row in rows(isa):
         if row["name"] == algorithm:
             return str(row["abi"])
     raise KeyError(algorithm)
+
+
+def is_usual(family: str, isa: str) -> bool:
+    """Whether measurements of a family compete for an instruction set where nobody asked for more.
+
+    That is the canonical family; and for `TENSOR_ISA` all kernels, under the name "tensor".
+    """
+    return family == CANONICAL or (isa == TENSOR_ISA and family == TENSOR)
 
 
 @functools.cache
@@ -129,7 +144,7 @@ def family(algorithm: str, isa: str = "") -> str:
     """
     if algorithm == XLA:
         return "any"
-    for row in _rows(isa):
+    for row in rows(isa):
         if row["name"] == algorithm:
             return str(row["family"])
     raise KeyError(algorithm)
@@ -143,6 +158,6 @@ def kernels(canonical: bool | None = None) -> list[str]:
     return [
         f"{row['name']} {row['abi']}"
         for isa in ("", "cuda")
-        for row in _rows(isa)
+        for row in rows(isa)
         if canonical is None or canonical == (row["family"] == CANONICAL)
     ]

@@ -298,8 +298,11 @@ _BEST = """
 SELECT p.key, m.algorithm, m.parameters, m.isa, m.threads, m.ns_median, m.created, m.confirmed,
        m.family, min(m.preference)
 FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
-WHERE m.family = 'canonical' AND m.machine_id IN (SELECT value FROM json_each(?1))
-  AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?2))
+WHERE m.machine_id IN (SELECT value FROM json_each(?1))
+  AND (m.family = 'canonical' AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?2))
+       OR m.family = 'tensor' AND m.isa = 'cuda-tensor' AND m.algorithm <> 'xla'
+         AND m.algorithm || ' ' || m.abi IN (
+           SELECT value FROM json_each(?2) UNION SELECT value FROM json_each(?3)))
 GROUP BY m.problem_id, m.isa, m.threads, m.algorithm
 UNION ALL
 SELECT key, algorithm, parameters, isa, threads, ns_median, created, confirmed, family, 0
@@ -307,7 +310,8 @@ FROM (
   SELECT p.key, m.*,
          max(m.created || m.confirmed || printf('%020d', 1000000000000000000 - m.ns_median))
   FROM eligible AS m JOIN problems AS p ON p.id = m.problem_id
-  WHERE m.family <> 'canonical' AND m.machine_id IN (SELECT value FROM json_each(?1))
+  WHERE m.family <> 'canonical' AND (m.family <> 'tensor' OR m.isa <> 'cuda-tensor')
+    AND m.machine_id IN (SELECT value FROM json_each(?1))
     AND m.algorithm || ' ' || m.abi IN (SELECT value FROM json_each(?3))
   GROUP BY m.problem_id, m.isa, m.threads, m.algorithm, m.family)
 ORDER BY 10
@@ -334,11 +338,11 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
                 for values in found:
                     key, algorithm, parameters, isa, threads, ns, created, confirmed = values[:8]
                     family = str(values[8])
-                    canonical = family == _registry.CANONICAL
+                    usual = _registry.is_usual(family, str(isa))
                     try:
                         if key not in parsed:
                             parsed[key] = Problem.from_key(key)
-                        if not canonical and family != _registry.family(algorithm, str(isa)):
+                        if not usual and family != _registry.family(algorithm, str(isa)):
                             raise ValueError(f"{algorithm} is of another family")
                         row = Row(
                             problem=parsed[key],
@@ -350,14 +354,14 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
                             same_machine=kind == "same",
                             created=str(created),
                             path=path,
-                            wins=(key, isa, threads) not in seen if canonical else bool(confirmed),
+                            wins=(key, isa, threads) not in seen if usual else bool(confirmed),
                             family=family,
                         )
-                    except (TypeError, ValueError, OverflowError):
+                    except (TypeError, ValueError, KeyError, OverflowError):
                         bad += 1
                     else:
                         rows.append(row)
-                        if canonical:
+                        if usual:
                             seen.add((key, isa, threads))
     except Unusable as error:
         return File(tier, path, error.state, str(error)), []
@@ -554,7 +558,7 @@ class Table:
                 key = row.problem, row.isa, row.threads
                 if row.same_machine:
                     self._named.setdefault((*key, row.algorithm), row)
-                if row.wins and row.family != _registry.CANONICAL:
+                if row.wins and not _registry.is_usual(row.family, row.isa):
                     known = self._others.get(key)
                     if row.same_machine and (known is None or known.path == row.path):
                         if known is None or row.nanoseconds < known.nanoseconds:
@@ -703,15 +707,17 @@ def _why_not(
     machine_id, algorithm, parameters, row_isa, row_threads, family, abi, status, _, error = row
     if family != _registry.CANONICAL and _settings.family() == "any":
         return ""
-    if family != _registry.CANONICAL:
+    if family == "any" and row_isa == _registry.TENSOR_ISA:
+        return ""
+    if not _registry.is_usual(family, row_isa):
         return f"the numbers of the family {family} were not asked for"
     machine = known.get(machine_id)
     if machine is None or here.likeness(machine) == "other":
         return f"measured on another machine ({machine or 'unknown'})"
-    if algorithm not in _registry.algorithm_names():
+    if _registry.parameter_names(algorithm, row_isa) is None:
         return "this jaxwin has no such algorithm"
-    if abi != _registry.abi(algorithm):
-        return f"measured with other kernels (abi {abi}, here {_registry.abi(algorithm)})"
+    if abi != _registry.abi(algorithm, row_isa):
+        return f"measured with other kernels (abi {abi}, here {_registry.abi(algorithm, row_isa)})"
     if status != "ok":
         return f"{status}: {error}" if error else str(status)
     if row_isa != isa:
@@ -721,7 +727,7 @@ def _why_not(
     if here.likeness(machine) != "same":
         return f"measured on a related machine ({machine}: other caches)"
     try:
-        parse_parameters(algorithm, parameters)
+        parse_parameters(algorithm, parameters, row_isa)
     except ValueError as wrong:
         return str(wrong)
     return ""

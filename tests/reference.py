@@ -91,13 +91,14 @@ def _to_output(problem: Problem, y: np.ndarray) -> np.ndarray:
     return result
 
 
-def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray, piece: int = 0) -> np.ndarray:
     """The result bit for bit: one fma chain per element in canonical order.
 
     Order: window x, window y, window z, input channel; or, where problem.chunk_rows is not 0,
     chunks of so many (channel, z, y) rows of the window, each row along x, the chunks' sums added
     in order. Positions on padding multiply by zero; inserted zeros are no operands. Integers: the
-    exact sum, of which the result has the low bits.
+    exact sum, of which the result has the low bits. piece: no chain is longer than that, and the
+    pieces' sums are added in order; outside of the contract.
     """
     if lhs.dtype.kind in "iu":
         return _exact(problem, lhs, rhs)
@@ -129,11 +130,14 @@ def chain(problem: Problem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
 
     zeros = np.zeros((n, g, k, *out), lhs.dtype)
     if problem.chunk_rows == 0:
-        acc = zeros.copy()
-        for v, u, z in itertools.product(range(window[2]), range(window[1]), range(window[0])):
-            for channel in range(c):
-                acc = step(acc, (z, u, v), channel)
-        return _to_output(problem, acc)
+        acc, total = zeros.copy(), None
+        sizes = (window[2], window[1], window[0], c)
+        for i, (v, u, z, channel) in enumerate(itertools.product(*map(range, sizes))):
+            if piece and i and i % piece == 0:
+                total = acc if total is None else total + acc
+                acc = zeros.copy()
+            acc = step(acc, (z, u, v), channel)
+        return _to_output(problem, acc if total is None else total + acc)
     # A depth that is only summed over comes first: images in blocks have the order of images.
     first = out[0] == 1 and window[0] == size[0] > 1 and low[0] == 0 and ldil[0] == rdil[0] == 1
     if first and not (problem.spatial_rank == 3 and problem.rhs_reversal[:1] == (True,)):

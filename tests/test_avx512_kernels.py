@@ -66,6 +66,9 @@ class GemmArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("table", ctypes.c_void_p),
+        ("table_row", ctypes.c_int64),
+        ("zeros", ctypes.c_void_p),
     ]
 
 
@@ -97,6 +100,15 @@ class SweepArgs(ctypes.Structure):
             )
         ),
         ("table", ctypes.c_void_p),
+    ]
+
+
+class TransformArgs(ctypes.Structure):
+    """TransformArgs of ffi/kernels/transforms.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("src", "dst")),
+        *((name, ctypes.c_int64) for name in ("src_row", "src_col", "dst_row", "dst_col", "cols")),
     ]
 
 
@@ -169,7 +181,7 @@ def _words(structure: ctypes.Structure) -> np.ndarray:
 def _gemm_args(
     a: np.ndarray, b: np.ndarray, c: np.ndarray, runs: np.ndarray, **numbers: int
 ) -> np.ndarray:
-    values = dict.fromkeys(_NUMBERS, 0) | {"n_runs": len(runs)} | numbers
+    values = dict.fromkeys((*_NUMBERS, "table_row"), 0) | {"n_runs": len(runs)} | numbers
     pointers = {"a": a, "b": b, "c": c, "runs": runs}
     return _words(GemmArgs(**{k: v.ctypes.data for k, v in pointers.items()}, **values))
 
@@ -233,6 +245,64 @@ def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> N
                         # the strided form, which reads no column beyond
                         kernels.native(isa, "gemm", dtype, 1, 1, int(dtype != PAIRS), piece)
                 _same(c, expected, f"{isa} cols {cols} load {load} add {add}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mr", "nv"), [(mr, nv) for mr, nv in TILES if mr <= 8])
+def test_gemm_by_a_table(kernels: Kernels, dtype: str, mr: int, nv: int) -> None:
+    full = _width("avx512", dtype)
+    rng = np.random.default_rng([mr, nv])
+    lengths = [5, 1, 7]
+    b_step = nv * full
+    begins = np.cumsum([0, *lengths])
+    runs = guarded(np.array([(t, begins[t] * b_step, n) for t, n in enumerate(lengths)], np.int64))
+    a = _matrix(rng, dtype, 20)
+    zeros = guarded(np.zeros(max(lengths), dtype))
+    offsets = rng.integers(0, len(a) - max(lengths), (mr, len(lengths)), np.int64, endpoint=True)
+    table = guarded(np.where(rng.random(offsets.shape) < 0.3, -1, offsets).ravel())
+    b = _matrix(rng, dtype, sum(lengths) * b_step)
+    for cols in {(nv - 1) * full + 1, nv * full - 3, nv * full}:
+        c_row = cols + 5
+        start = np.full((mr - 1) * c_row + cols, _CANARY, dtype)
+        c = guarded(start)
+        numbers = {"b_step": b_step, "c_row": c_row, "a_step": 1}
+        arguments = _words(
+            GemmArgs(
+                a=a.ctypes.data,
+                b=b.ctypes.data,
+                c=c.ctypes.data,
+                runs=runs.ctypes.data,
+                n_runs=len(runs),
+                cols=cols,
+                table=table.ctypes.data,
+                table_row=len(lengths),
+                zeros=zeros.ctypes.data,
+                **numbers,
+            )
+        )
+        kernels.emulated("gemm", dtype, mr, nv, 2, arguments, buffers=(a, b, c, runs, table, zeros))
+        for isa in REFERENCES:
+            width = _width(isa, dtype)
+            expected = start.copy()
+            for row in range(mr):
+                found = table[row * len(lengths) : (row + 1) * len(lengths)]
+                pieces = [
+                    zeros[:n] if at < 0 else a[at : at + n]
+                    for at, n in zip(found, lengths, strict=True)
+                ]
+                in_order = np.concatenate(pieces)
+                order = np.array([(0, 0, len(in_order))], np.int64)
+                for j in range(0, cols, width):
+                    piece = _gemm_args(
+                        in_order,
+                        b[j:],
+                        expected[row * c_row + j :],
+                        order,
+                        cols=min(width, cols - j),
+                        **numbers,
+                    )
+                    kernels.native(isa, "gemm", dtype, 1, 1, 1, piece)
+            _same(c, expected, f"{isa} cols {cols}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -597,6 +667,42 @@ def test_accumulate(kernels: Kernels, dtype: str) -> None:
         expected = dst + src
         kernels.emulated("accumulate", dtype, dst, src, n)
         _same(dst, expected, f"n {n}")
+
+
+# Inputs and outputs of a tile's side, and its products, of the schemes of transforms.h.
+SCHEMES = {"float32": [(0, 4, 2, 16), (1, 6, 4, 36), (2, 8, 6, 88)], PAIRS: [(2, 8, 6, 88)]}
+
+
+@pytest.mark.parametrize("cols", [1, 13, 16, 37])
+@pytest.mark.parametrize(("kind", "what"), list(enumerate(("input", "filter", "output"))))
+@pytest.mark.parametrize("dtype", SCHEMES)
+def test_transform(kernels: Kernels, dtype: str, kind: int, what: str, cols: int) -> None:
+    for scheme, size, out, products in SCHEMES[dtype]:
+        rng = np.random.default_rng([kind, cols, scheme])
+        ld = cols + 3
+        side = {"input": size, "filter": 3, "output": out}[what]
+        tile = side * side * ld - 3
+        lengths = (products * ld - 3, tile) if what == "output" else (tile, products * ld - 3)
+        strides = {"src_row": side * ld, "src_col": ld, "dst_row": ld, "dst_col": 0}
+        if what == "output":
+            strides = {"src_row": ld, "src_col": 0, "dst_row": side * ld, "dst_col": ld}
+        src = _matrix(rng, dtype, lengths[0])
+        if dtype == PAIRS and what == "output":
+            src //= 1000  # sums that wrap around are no multiples of 36
+        start = problems.values(rng, (lengths[1],), dtype)
+
+        def arguments(source: np.ndarray, to: np.ndarray) -> np.ndarray:
+            pointers = {"src": source.ctypes.data, "dst": to.ctypes.data}
+            return _words(TransformArgs(**pointers, cols=cols, **strides))  # noqa: B023
+
+        result = guarded(start)
+        kernels.emulated(
+            "transform", dtype, kind, scheme, arguments(src, result), buffers=(src, result)
+        )
+        for isa in REFERENCES:
+            expected = start.copy()
+            kernels.native(isa, "transform", dtype, kind, scheme, arguments(src, expected))
+            _same(result, expected, f"{isa} {what} scheme {scheme}")
 
 
 def test_every_plain_symbol_was_emulated(kernels: Kernels, request: pytest.FixtureRequest) -> None:

@@ -11,6 +11,9 @@ instruction set is tested by existing: all names come from the registry.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +140,52 @@ def test_every_tile(isa: str, dtype: str) -> None:
                         continue
                 result = problems.run(problem, x, w, "im2win", isa=isa, params=params)
                 np.testing.assert_array_equal(result, expected, f"mr {mr} nv {nv} k {k}")
+
+
+def test_the_readme_names_every_algorithm() -> None:
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("the tests are not in a checkout")
+    table = readme.read_text().split("## Algorithms")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == sorted(ALGORITHMS)
+
+
+@pytest.mark.parametrize(
+    ("images", "layout"), [(1, ("NWC", "WIO")), (3, ("NWC", "WIO")), (2, ("NCW", "OIW"))]
+)
+def test_wide_weight_gradients_in_pieces(images: int, layout: tuple[str, str]) -> None:
+    """A row that is a chunk for itself, some window positions at a time: what wide layers have."""
+    rng = np.random.default_rng(5)
+    # Channels are the gradient's images, and images its channels.
+    lhs, rhs = ("CWN", "IWO") if layout[0] == "NWC" else ("CNW", "IOW")
+    problem = problems.make(
+        5, images, 3, (721,), (703,), stride=(3,), padding=((2, 1),), layout=(lhs, rhs)
+    )
+    assert problem.chunk_rows == 1
+    x, w = problems.operands(problem, rng)
+    expected = reference.chain(problem, x, w)
+    names = [spec["name"] for spec in ALGORITHMS["weight_grad"]["params"]]
+    pieces = 0
+    for isa in ISAS:
+        plan = _ffi.make_plan(problem.native(), algorithm="weight_grad", isa=isa)["plan"]
+        usual = dict(zip(names, plan["params"], strict=True))
+        for pack, tile, swap, cols in itertools.product((0, 1), (0, 1), (0, 1), (0, 100, 256)):
+            chosen = usual | {"pack": pack, "tile": tile, "swap": swap, "cols": cols}
+            params = tuple(chosen.values())
+            answer = _ffi.make_plan(
+                problem.native(), algorithm="weight_grad", isa=isa, params=params
+            )
+            if "plan" not in answer:
+                continue
+            pieces += cols > 0
+            for threads in (1, 3):
+                result = problems.run(
+                    problem, x, w, "weight_grad", isa=isa, threads=threads, params=params
+                )
+                np.testing.assert_array_equal(result, expected, f"{isa} {chosen}")
+    assert pieces >= 4
 
 
 def test_every_algorithm_can_be_chosen() -> None:

@@ -221,10 +221,15 @@ def test_conv_says_what_is_wrong(
 
 
 def test_conv_lists_every_valid_name() -> None:
-    for change, names in (({"activation": "?"}, ACTIVATIONS), ({"algorithm": "?"}, algorithms())):
+    for change, names in (
+        ({"activation": "?"}, ACTIVATIONS),
+        ({"algorithm": "?"}, algorithms("cpu")),
+    ):
         with pytest.raises(ValueError) as caught:
             conv(X, W, **change)
         assert all(repr(name) in str(caught.value) for name in names)
+    elsewhere = set(algorithms("cuda")) - set(algorithms("cpu"))
+    assert elsewhere and not any(repr(name) in str(caught.value) for name in elsewhere)
 
 
 def test_errors_come_before_any_computation() -> None:

@@ -39,11 +39,9 @@ def in_layout(layout: str, x: jax.Array, *args: Any, residual: Any = None, **opt
     return jaxwin.from_layout(y, layout, batch=batch_of(layout, x.shape[0]))
 
 
-@pytest.mark.parametrize("rank", SPATIAL)
-@pytest.mark.parametrize("n", [1, 8, 19])
+@pytest.mark.parametrize(("rank", "n"), [(1, 1), (2, 19), (3, 8)])
 def test_conversions(rank: int, n: int) -> None:
     x = values(0, n, *SPATIAL[rank], 5)
-    names = {layout: layout for layout in LAYOUTS}
     numpy = {
         "NHWC": np.asarray(x),
         "NCHW": np.moveaxis(x, -1, 1),
@@ -56,15 +54,15 @@ def test_conversions(rank: int, n: int) -> None:
         full[:n] = x
         full = full.reshape(blocks, block, *x.shape[1:])
         numpy[name] = np.moveaxis(np.moveaxis(full, 1, -1), -2, 1)
-    for source in names:
+    for source in LAYOUTS if rank == 2 else ("NHWC",):
         old = jaxwin.to_layout(x, source)
         np.testing.assert_array_equal(old, numpy[source], source)
-        for target in names:
+        back = jaxwin.from_layout(old, source, batch=batch_of(source, n))
+        np.testing.assert_array_equal(back, x, source)
+        for target in LAYOUTS if source in ("NHWC", "CHWN8") else ("NHWC",):
             batch = batch_of(source, n)
             new = jaxwin.to_layout(old, target, source=source, batch=batch)
             np.testing.assert_array_equal(new, numpy[target], f"{source} to {target}")
-            same = jaxwin.from_layout(old, source, target=target, batch=batch)
-            np.testing.assert_array_equal(same, new)
 
 
 def test_names_of_ranks() -> None:
@@ -87,8 +85,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rank", SPATIAL)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("rank", "case"), [*((2, case) for case in CASES), (1, "padded, strided"), (3, "grouped")]
+)
 def test_equal_bits(case: str, rank: int) -> None:
     """Result and both gradients, with a last block that is not full."""
     options = CASES[case]
@@ -109,7 +108,7 @@ def test_equal_bits(case: str, rank: int) -> None:
         return result, *pullback(cotangent)
 
     expected = jax.jit(run, static_argnums=0)("NHWC")
-    for layout in LAYOUTS[1:]:
+    for layout in ("NCHW", "CHWN", "CHWN8"):
         for name, a, b in zip(
             ("y", "dx", "dw"), jax.jit(run, static_argnums=0)(layout), expected, strict=True
         ):
@@ -130,7 +129,7 @@ def test_a_chain_stays_in_its_layout() -> None:
         return jnp.sum(jaxwin.from_layout(h, layout, batch=batch_of(layout, n)) ** 2)
 
     expected = jax.value_and_grad(loss)((w1, w2), "NHWC")
-    for layout in LAYOUTS[1:]:
+    for layout in ("NCHW", "CHWN", "CHWN16"):
         for a, b in zip(
             jax.tree.leaves(jax.value_and_grad(loss)((w1, w2), layout)),
             jax.tree.leaves(expected),
@@ -144,7 +143,7 @@ def test_a_chain_stays_in_its_layout() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", ["CHWN", "CHWN16"])
 def test_narrow_dtypes(layout: str, dtype: Any) -> None:
     x, w = values(0, 9, 6, 5, 4, dtype=dtype), values(1, 3, 3, 4, 7, dtype=dtype)
     bias = values(2, 7, dtype=dtype)
@@ -152,7 +151,7 @@ def test_narrow_dtypes(layout: str, dtype: Any) -> None:
     np.testing.assert_array_equal(in_layout(layout, x, w, **options), jaxwin.conv(x, w, **options))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", ["CHWN", "CHWN8"])
 def test_transformations(layout: str) -> None:
     n = 3
     x, w = values(0, n, 5, 4, 3), values(1, 3, 3, 3, 4)
@@ -186,7 +185,7 @@ def test_transformations(layout: str) -> None:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["NCHW", "CHWN8"])
 def test_packed_weights(layout: str) -> None:
     x, w = values(0, 5, 6, 7, 8), values(1, 3, 3, 8, 20)
     packed = jaxwin.pack(w, x)
@@ -255,7 +254,7 @@ X = np.zeros((3, 5, 5, 4), np.float32)
 X8 = np.zeros((1, 4, 5, 5, 8), np.float32)
 W = np.zeros((3, 3, 4, 6), np.float32)
 ERRORS = {
-    "to_layout: unknown layout 'HWNC'; choose one of 'NHWC', 'NCHW', 'CHWN'": lambda: (
+    "to_layout: unknown layout 'HWNC'; choose one of 'NHWC', 'channels_last', 'NCHW'": lambda: (
         jaxwin.to_layout(X, "HWNC")
     ),
     "to_layout: unknown source 'N'": lambda: jaxwin.to_layout(X, "NCHW", source="N"),

@@ -30,6 +30,7 @@ from jaxwin.tuner import (
     database_commands,
     deviation_command,
     exits,
+    layout_command,
     machine,
     model_bench,
     models,
@@ -67,6 +68,7 @@ for _command in (
     verify_command.command,
     deviation_command.command,
     report_command.command,
+    layout_command.command,
     *database_commands.COMMANDS,
 ):
     main.add_command(_command)

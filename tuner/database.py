@@ -67,9 +67,9 @@ class Measurement:
 
     parameters: by name. ns_min, ns_median, ns_mad: nanoseconds per call (mad: the median absolute
     deviation), None where nothing was measured. repeats: how many calls were timed. abi: the state
-    of the kernels, `_registry.abi(algorithm)`. family: the numerical family. confirmed: the outcome
-    of a comparison among finalists; the newest of them wins over every row without. created: UTC,
-    ISO 8601. uid: the same in every copy of the row.
+    of the kernels, `_registry.abi(algorithm, isa)`. family: the numerical family. confirmed: the
+    outcome of a comparison among finalists; the newest of them wins over every row without.
+    created: UTC, ISO 8601. uid: the same in every copy of the row.
     """
 
     problem: Problem
@@ -107,7 +107,7 @@ class Measurement:
         error = self.error.encode("utf-8", "replace").decode()[:_ERROR_LENGTH]
         object.__setattr__(self, "created", _utc(created))
         object.__setattr__(self, "error", error)
-        object.__setattr__(self, "abi", self.abi or _registry.abi(self.algorithm))
+        object.__setattr__(self, "abi", self.abi or _registry.abi(self.algorithm, self.isa))
 
     def again(self, status: str, error: str) -> Measurement:
         """This candidate as something else that happened to it now, without times."""

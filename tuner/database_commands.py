@@ -387,8 +387,7 @@ def _count(connection: Any) -> dict[str, int]:
     """How many measurements a database has, and how many of them may count here."""
     here = this_machine()
     likeness = {k: here.likeness(m) for k, m in _tuning.machines(connection).items()}
-    names = (*_registry.algorithm_names(), _registry.XLA)
-    abis = {name: _registry.abi(name) for name in names}
+    kernels = {*_registry.kernels(), f"{_registry.XLA} {_registry.abi(_registry.XLA)}"}
     counts: collections.Counter[str] = collections.Counter()
     query = (
         "SELECT machine_id, algorithm, abi, status, count(*) FROM measurements GROUP BY 1, 2, 3, 4"
@@ -397,7 +396,7 @@ def _count(connection: Any) -> dict[str, int]:
         counts["all"] += count
         if likeness.get(machine, "other") == "other":
             counts["of other machines"] += count
-        elif abis.get(algorithm) != abi:
+        elif f"{algorithm} {abi}" not in kernels:
             counts["of other kernels"] += count
         elif status != "ok":
             counts["failed"] += count

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import jaxwin
+from jaxwin import _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
-from jaxwin.tuner import measure
+from jaxwin.tuner import gpu, measure
 
 _START_SECONDS = 120.0
 _ERROR_LINES = 3  # of a dead process's last words
 # The default plan has no measurement to derive a limit from: it may be as slow as this.
 _SLOWEST_FLOPS_PER_SECOND = 2e7
+_GPU_SLOWEST = 2e9
+_GPU_SECONDS = 60.0  # to compile a program, cuDNN's own search and NVRTC included
 
 
 class LaboratoryError(Exception):
@@ -74,13 +77,14 @@ class Laboratory:
 
     threads: how many the plans use; the process is confined to as many CPUs. seconds: how long a
     candidate may be silent (a warm-up, a sample, a compilation) before it counts as hanging, on
-    top of what is usual for the problem. A context manager.
+    top of what is usual for the problem. isa: where not the CPU's, "cuda" or "cuda-tensor"; it may
+    be set anew between problems. A context manager.
     """
 
-    def __init__(self, threads: int, seconds: float = 10.0, seed: int = 0) -> None:
-        self.threads, self.seconds, self._seed = threads, seconds, seed
+    def __init__(self, threads: int, seconds: float = 10.0, seed: int = 0, isa: str = "") -> None:
+        self.threads, self.seconds, self._seed, self.isa = threads, seconds, seed, isa
         self._process: subprocess.Popen[bytes] | None = None
-        self._problem: Problem | None = None
+        self._problem: tuple[Problem, str] | None = None
         self._known = False  # whether the process has the problem
         self._words: IO[bytes] | None = None  # what the process prints
         self._buffer = b""
@@ -126,15 +130,15 @@ class Laboratory:
         Raises:
             LaboratoryError: the process does not start, or the first plan does not run in it.
         """
-        if problem != self._problem:
-            self._problem, self._known, self._usual_seconds = problem, False, 0.0
+        if (problem, self.isa) != self._problem:
+            self._problem, self._known, self._usual_seconds = (problem, self.isa), False, 0.0
         self._comparisons += 1
         findings: dict[int, Finding] = {}
         while True:
             numbers = [number for number in range(len(plans)) if number not in findings]
             request = {
                 "plans": [plans[number]._asdict() for number in numbers],
-                "threads": self.threads,
+                "threads": 0 if self._on_gpu else self.threads,
                 "rounds": rounds,
                 "min_seconds": min_seconds,
                 "slower_than": slower_than,
@@ -166,7 +170,7 @@ class Laboratory:
             if self._process is None:
                 self._start()
             if not self._known:
-                self._send({"problem": problem.key, "seed": self._seed})
+                self._send({"problem": problem.key, "seed": self._seed, "isa": self.isa})
                 self._known = True
             self._send(request)
             while True:
@@ -185,9 +189,16 @@ class Laboratory:
 
     def _limit(self, running: int) -> float:
         assert self._problem is not None
+        flops = self._problem[0].flops
+        if self._on_gpu:
+            return self.seconds + _GPU_SECONDS + flops / _GPU_SLOWEST
         if running == 0 and not self._usual_seconds:
-            return self.seconds + self._problem.flops / _SLOWEST_FLOPS_PER_SECOND
+            return self.seconds + flops / _SLOWEST_FLOPS_PER_SECOND
         return self.seconds + 20 * self._usual_seconds
+
+    @property
+    def _on_gpu(self) -> bool:
+        return _registry.side(self.isa) != ""
 
     def _last_words(self) -> Finding:
         assert self._process is not None and self._words is not None
@@ -206,14 +217,16 @@ class Laboratory:
         folder = str(Path(jaxwin.__file__).parent.parent)
         paths = [folder, os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+            "JAX_PLATFORMS": "cuda" if self._on_gpu and not gpu.rehearsing() else "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            # The tuner's own process may hold a part of the GPU's memory.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         environment.pop("NPROC", None)
         self._words = tempfile.TemporaryFile()
         self._buffer = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "jaxwin.tuner.worker", str(self.threads)],
+            [sys.executable, "-m", "jaxwin.tuner.worker", self.isa or str(self.threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,

@@ -3,7 +3,7 @@
 
 Two clocks. With one thread it is the CPU time of the process: a share of the core that other
 processes took is then not counted. With more it is wall-clock time, since CPU time adds up all
-threads and would hide that they wait for each other.
+threads and would hide that they wait for each other; and on a GPU (threads: 0).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def interleave(
     less sure: its second), unless it is in `keep`. One that raises gets no (further) samples; its
     `error` then says why.
     """
-    settle = 0.03 if threads > 1 else 0.004
+    settle = 0.03 if threads > 1 else 0.004 * threads
     results: dict[str, Samples] = {}
     spent = dict.fromkeys(computations, 0.0)
     for name, timed in computations.items():

@@ -34,6 +34,7 @@ _FAILURES = 200
 _POINTS = 1500
 _PEAK_ITERATIONS = 2_000_000
 _PEAK_SECONDS = 0.3
+_FAMILIES = ("canonical", "tensor")  # in which winners are looked for; XLA's rows are apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +83,15 @@ class Subject:
     def candidates(self) -> Iterator[tuple[Candidate, Measurement]]:
         """What has a time, in the order in which it was measured."""
         for row in self.rows:
-            if row.status == "ok" and row.ns_median and row.family == "canonical":
-                names = _registry.parameter_names(row.algorithm) or tuple(row.parameters)
+            if row.status == "ok" and row.ns_median and row.family in _FAMILIES:
+                names = _registry.parameter_names(row.algorithm, row.isa) or tuple(row.parameters)
                 values = tuple(row.parameters.get(name, 0) for name in names)
-                yield Candidate(row.algorithm, values), row
+                yield Candidate(row.algorithm, values, _registry.side(row.isa)), row
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes it."""
+        return _registry.side(self.isa) != ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +166,8 @@ def gather(path: Path, *, everything: bool = False, peaks: bool = True) -> Conte
     likeness = {machine: here.likeness(machine) for machine in {row.machine for row in rows}}
 
     def current(row: Measurement) -> bool:
-        known = row.algorithm in (*_registry.algorithm_names(), _registry.XLA)
         usable = likeness[row.machine] != "other" or row.machine.id == here.id
-        return known and row.abi == _registry.abi(row.algorithm) and usable
+        return row.abi == _abi(row) and usable
 
     shown = [row for row in rows if everything or current(row)]
     groups: dict[tuple[Any, ...], list[Measurement]] = collections.defaultdict(list)
@@ -170,15 +175,15 @@ def gather(path: Path, *, everything: bool = False, peaks: bool = True) -> Conte
         groups[row.problem, row.isa, row.threads, row.machine.id].append(row)
     subjects = []
     for (problem, isa, threads, _), group in groups.items():
-        best = [m for m in group if m.uid in winners and m.family == "canonical"]
+        best = [m for m in group if m.uid in winners and m.family in _FAMILIES]
         if not best:
             continue
-        winner = min(best, key=lambda m: (m.abi != _abi(m.algorithm), -m.confirmed, m.ns_median))
+        winner = min(best, key=lambda m: (m.abi != _abi(m), -m.confirmed, m.ns_median))
         default = _default(problem, isa, threads, group, winner)
         subjects.append(Subject(problem, isa, threads, winner.machine, winner, default, group))
     subjects.sort(key=lambda s: s.after - s.before)
     failures = [row for row in shown if row.status != "ok"]
-    measure = {s.threads for s in subjects} if peaks else set()
+    measure = {s.threads for s in subjects if not s.on_gpu} if peaks else set()
     return Content(
         path,
         subjects,
@@ -189,8 +194,11 @@ def gather(path: Path, *, everything: bool = False, peaks: bool = True) -> Conte
     )
 
 
-def _abi(algorithm: str) -> str:
-    return _registry.abi(algorithm) if algorithm in _registry.algorithm_names() else ""
+def _abi(row: Measurement) -> str | None:
+    """The state of the kernels of a row's algorithm now; None where there is no such algorithm."""
+    if _registry.parameter_names(row.algorithm, row.isa) is None:
+        return None
+    return _registry.abi(row.algorithm, row.isa)
 
 
 def _default(
@@ -280,9 +288,9 @@ def _bars(subjects: Sequence[Subject]) -> str:
     parts.append(svg.text(label + room + 14, height - 8, name, "tick"))
     for i, s in enumerate(shown):
         y = 18 + i * row
-        plan = Candidate(s.winner.algorithm, tuple(s.winner.parameters.values()))
+        plan = f"{s.winner.algorithm} {_parameters(s.winner)}"
         tip = f"{s.problem}, {s.threads} threads: {duration(s.before)} by default, "
-        tip += f"{duration(s.after)} with {plan.algorithm} {_parameters(s.winner)}"
+        tip += f"{duration(s.after)} with {plan}"
         parts.append(svg.text(label - 10, y + 18, svg.shortened(_name(s), 47), "label", "end"))
         parts.append(svg.rectangle(label, y + 2, room * s.before / unit / high, 11, "before", tip))
         parts.append(svg.rectangle(label, y + 15, room * s.after / unit / high, 11, "after", tip))
@@ -295,7 +303,7 @@ def _bars(subjects: Sequence[Subject]) -> str:
 
 
 def _name(s: Subject) -> str:
-    return f"{s.problem} · {s.threads}T"
+    return f"{s.problem} · GPU" if s.on_gpu else f"{s.problem} · {s.threads}T"
 
 
 def _parameters(m: Measurement) -> str:
@@ -433,7 +441,7 @@ def _tiles(subjects: Iterable[Subject]) -> dict[str, dict[tuple[int, int], float
 
 
 def _known(candidate: Candidate) -> bool:
-    return candidate.algorithm in _registry.algorithm_names()
+    return _registry.parameter_names(candidate.algorithm, candidate.side) is not None
 
 
 def _heat_maps(subjects: Sequence[Subject]) -> str:
@@ -479,17 +487,18 @@ def importance(subjects: Iterable[Subject]) -> dict[str, dict[str, float]]:
     """
     sums: dict[str, dict[str, list[tuple[float, int]]]] = {}
     for s in subjects:
-        points: dict[str, dict[tuple[int, ...], float]] = {}
+        points: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
         for candidate, row in s.candidates():
             if _known(candidate):
-                mine = points.setdefault(candidate.algorithm, {})
+                mine = points.setdefault((candidate.algorithm, candidate.side), {})
                 mine[candidate.params] = math.log(row.ns_median or 1.0)
-        for algorithm, mine in points.items():
+        for (name_of, side), mine in points.items():
+            algorithm = f"{name_of} ({side.upper()})" if side else name_of
             if len(mine) < 8:
                 continue
             mean = statistics.fmean(mine.values())
             total = sum((v - mean) ** 2 for v in mine.values())
-            for place, name in enumerate(_registry.parameter_names(algorithm) or ()):
+            for place, name in enumerate(_registry.parameter_names(name_of, side) or ()):
                 groups: dict[int, list[float]] = collections.defaultdict(list)
                 for params, value in mine.items():
                     groups[params[place]].append(value)
@@ -544,7 +553,7 @@ def _winners(subjects: Sequence[Subject], peaks: dict[int, Peaks]) -> str:
               "noise", "measured")  # fmt: skip
     rows = []
     for s in subjects[:_WINNERS]:
-        peak = peaks.get(s.threads)
+        peak = None if s.on_gpu else peaks.get(s.threads)
         rows.append(
             (
                 str(s.problem),
@@ -732,8 +741,8 @@ def _sections(content: Content) -> Iterator[str]:
             _bars(subjects),
         )
         charts = []
-        for threads in sorted({s.threads for s in subjects})[:3]:
-            mine = [s for s in subjects if s.threads == threads]
+        for threads in sorted({s.threads for s in subjects if not s.on_gpu})[:3]:
+            mine = [s for s in subjects if s.threads == threads and not s.on_gpu]
             title = f"<h2>{threads} thread{'s' * (threads > 1)}</h2>"
             charts.append(
                 f"<div>{title}{_roofline(mine, content.peaks.get(threads), threads)}</div>"

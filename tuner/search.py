@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from jaxwin import _registry
-from jaxwin._machine import Machine, this_machine
+from jaxwin._machine import Machine, this_gpu, this_machine
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
 from jaxwin._tuning import Row
@@ -150,7 +150,8 @@ class Context:
 
     again: measures also what is in the database. storage: of optuna, shared with other machines
     of this kind; None for none. near: rows of near problems. family: "any" compares the winner with
-    XLA and with algorithms of other numerical families, too.
+    XLA and with algorithms of other numerical families, too. On a GPU it is compared with XLA, the
+    incumbent there, in any case.
     """
 
     measurer: Measurer
@@ -197,7 +198,7 @@ class _Search:
         self.problem, self.context, self._progress = problem, context, progress
         self.space = Space(problem, context.isa, context.threads, MAX_WORKSPACE)
         self.outcome = Outcome(problem, "unsupported", "no native kernel")
-        self.machine = this_machine()
+        self.machine = machine_of(context.isa)
         self.ratios: dict[Candidate, float] = {}  # time relative to the default plan's
         self.bad: dict[Candidate, str] = {}
         self.current: Candidate | None = None  # the confirmed winner so far
@@ -231,7 +232,8 @@ class _Search:
         else:
             self._progress("the fastest once more", total, total)
             self._final(self._hopeful())
-        if self.context.family == "any" and outcome.winner is not None:
+        compares = self.context.family == "any" or self.space.side != ""
+        if compares and outcome.winner is not None:
             self._progress("other families", total, total)
             self._compare_others(outcome.winner)
         return outcome
@@ -249,19 +251,19 @@ class _Search:
         rows: dict[Candidate, Measurement] = {}
         confirmed: list[Measurement] = []
         for row in context.database.measurements(self.problem):
-            known = row.algorithm in (*_registry.algorithm_names(), _registry.XLA)
-            if row.family != _registry.CANONICAL:
+            names = _registry.parameter_names(row.algorithm, context.isa)
+            known = names is not None
+            if row.family != _family(context.isa):
                 same = row.machine.id == self.machine.id and row.threads == context.threads
-                current = known and row.abi == _registry.abi(row.algorithm)
+                current = known and row.abi == _registry.abi(row.algorithm, context.isa)
                 if same and current and row.isa == context.isa and not context.again:
                     self._others_known.add(row.algorithm)
                 continue
-            if not known or row.abi != _registry.abi(row.algorithm) or row.isa != context.isa:
+            if not known or row.isa != context.isa or row.parameters.keys() != set(names or ()):
                 continue
-            names = _registry.parameter_names(row.algorithm) or ()
-            if row.parameters.keys() != set(names):
+            if row.abi != _registry.abi(row.algorithm, context.isa):
                 continue
-            candidate = Candidate(row.algorithm, tuple(row.parameters[name] for name in names))
+            candidate = self._candidate(row)
             same = (
                 self.machine.likeness(row.machine) == "same"
                 or row.machine.id == self.machine.id  # a CPU that does not say what it is
@@ -274,8 +276,7 @@ class _Search:
                 confirmed += [row] * row.confirmed
         if confirmed:
             newest = max(confirmed, key=lambda row: row.created)
-            names = _registry.parameter_names(newest.algorithm) or ()
-            winner = Candidate(newest.algorithm, tuple(newest.parameters[name] for name in names))
+            winner = self._candidate(newest)
             self.current = None if winner in self.bad else winner
         if context.again:
             self._previous, self.current = self.current, None
@@ -288,6 +289,10 @@ class _Search:
             if candidate not in self.bad and row.ns_median is not None:
                 self.ratios[candidate] = row.ns_median / anchor.ns_median
                 self._hopes[candidate] = (row.ns_min or 0.0) / (anchor.ns_min or row.ns_median)
+
+    def _candidate(self, row: Measurement) -> Candidate:
+        names = _registry.parameter_names(row.algorithm, self.context.isa) or ()
+        return self.space.candidate(row.algorithm, (row.parameters[name] for name in names))
 
     # --- what to try -------------------------------------------------------------------------
 
@@ -333,7 +338,7 @@ class _Search:
         space = self.space
         lent = []
         for row in self.context.near(self.problem):
-            candidate = Candidate(row.algorithm, row.params)
+            candidate = space.candidate(row.algorithm, row.params)
             if space.plan(candidate) is not None:
                 lent.append(candidate)
         defaults = sorted(space.defaults.values(), key=lambda c: (space.cost(c), c))
@@ -467,6 +472,7 @@ class _Search:
                     ns_mad=finding.mad_ns if ok else None,
                     repeats=finding.calls,
                     error=finding.error,
+                    family=_family(self.context.isa),
                     confirmed=ok and candidate == confirmed,
                     machine=self.machine,
                 )
@@ -545,13 +551,17 @@ class _Search:
         Their numbers are others, so they are no candidates.
         """
         outcome, context = self.outcome, self.context
-        space = Space(self.problem, context.isa, context.threads, MAX_WORKSPACE, canonical=False)
-        candidates = [*space.defaults.values()]
-        candidates += [c for c in space.ranked() if c not in candidates]
-        candidates = candidates[:_OTHERS]
+        space, candidates = self.space, []
+        if not space.side:
+            space = Space(
+                self.problem, context.isa, context.threads, MAX_WORKSPACE, canonical=False
+            )
+            candidates = [*space.defaults.values()]
+            candidates += [c for c in space.ranked() if c not in candidates]
+            candidates = candidates[:_OTHERS]
         dtypes = {self.problem.lhs_dtype, self.problem.rhs_dtype, self.problem.out_dtype}
-        if dtypes == {"float32"}:
-            candidates.append(Candidate(_registry.XLA, ()))
+        if dtypes == {"float32"} or self.space.side:
+            candidates.append(self.space.candidate(_registry.XLA, ()))
         known = {candidate.algorithm for candidate in candidates} <= self._others_known
         if not candidates or (known and not outcome.measured):
             return
@@ -592,7 +602,7 @@ class _Search:
                     ns_mad=finding.mad_ns if ok else None,
                     repeats=finding.calls,
                     error=finding.error,
-                    family=_registry.family(candidate.algorithm),
+                    family=_registry.family(candidate.algorithm, context.isa),
                     confirmed=candidate in confirmed,
                     machine=self.machine,
                     created=created,
@@ -676,7 +686,8 @@ class _Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
         self._algorithm = algorithm
-        names = _registry.parameter_names(algorithm) or ()
+        self._side = space.side
+        names = _registry.parameter_names(algorithm, space.side) or ()
         self._distributions: dict[str, Any] = {
             name: optuna.distributions.CategoricalDistribution(values)
             for name, values in zip(names, space.values[algorithm], strict=True)
@@ -693,7 +704,8 @@ class _Study:
         self._told: set[Candidate] = set()
 
     def _candidate(self, params: dict[str, Any]) -> Candidate:
-        return Candidate(self._algorithm, tuple(params[name] for name in self._distributions))
+        values = tuple(params[name] for name in self._distributions)
+        return Candidate(self._algorithm, values, self._side)
 
     def known(self) -> dict[Candidate, float]:
         """What the study knows."""
@@ -736,9 +748,21 @@ class _Study:
         self._asked.clear()
 
 
+def machine_of(isa: str) -> Machine:
+    """What measurements with an instruction set are filed under: for CUDA's the GPU, too."""
+    found = this_gpu() if _registry.side(isa) else None
+    return found or this_machine()
+
+
+def _family(isa: str) -> str:
+    """The numerical family within which candidates are compared."""
+    return _registry.TENSOR if isa == _registry.TENSOR_ISA else _registry.CANONICAL
+
+
 def study_name(problem: Problem, algorithm: str, context: Context, machine: Machine) -> str:
     """The same for the same problem and kernels on machines of one kind."""
     kind = dataclasses.replace(machine, brand="", stepping=0, isa_flags="", usable_cores=1).id
-    facts = (problem.key, kind, algorithm, _registry.abi(algorithm), context.isa, context.threads)
+    abi = _registry.abi(algorithm, context.isa)
+    facts = (problem.key, kind, algorithm, abi, context.isa, context.threads)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return f"jaxwin {algorithm} {digest}: {problem}"[:200]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxwin import _dispatch, _ffi, _registry
+from jaxwin import _cuda, _dispatch, _ffi, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
 
@@ -18,15 +18,19 @@ _RANKED_CHANGES = 2  # how many parameters `ranked` changes at a time
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Candidate:
-    """An algorithm with values for its parameters, in the order of the registry."""
+    """An algorithm with values for its parameters, in the order of the registry.
+
+    side: "cuda" for those of the GPU, see `_registry.side`.
+    """
 
     algorithm: str
     params: tuple[int, ...]
+    side: str = ""
 
     @property
     def parameters(self) -> dict[str, int]:
         """The parameters by name."""
-        names = _registry.parameter_names(self.algorithm) or ()
+        names = _registry.parameter_names(self.algorithm, self.side) or ()
         return dict(zip(names, self.params, strict=True))
 
     def __str__(self) -> str:
@@ -36,6 +40,7 @@ class Candidate:
 class Space:
     """The valid candidates for one problem, instruction set and number of threads.
 
+    On the CPU and for "cuda" these are of the canonical family; for "cuda-tensor" of all of them.
     An algorithm's parameters take the values of its ParamSpecs and those of its default plan.
     max_workspace: bytes, as in `make_plan`. canonical: whether the algorithms of the canonical
     numerical family are meant, or those of all others.
@@ -51,22 +56,23 @@ class Space:
         canonical: bool = True,
     ) -> None:
         self.problem, self.isa, self.threads = problem, isa, threads
+        self.side = _registry.side(isa)
         self._native = problem.native()
         self._max_workspace = max_workspace
         self._plans: dict[Candidate, tuple[Plan, float] | None] = {}
         self._limits = _limits(problem)
         self.defaults: dict[str, Candidate] = {}
         self.values: dict[str, tuple[tuple[int, ...], ...]] = {}
-        if _dispatch.unsupported(problem):
+        if (_cuda if self.side else _dispatch).unsupported(problem):
             return
-        views = _ffi.candidates(self._native, isa=isa, threads=threads)
-        for row in _registry.registry()["algorithms"]:
-            if canonical != (row["family"] == _registry.CANONICAL):
+        views = self._views()
+        for row in _registry.rows(isa):
+            if not self.side and canonical != (row["family"] == _registry.CANONICAL):
                 continue
-            view = views[row["name"]]
+            view = views.get(row["name"], {"rejected": "another family"})
             if "rejected" in view:
                 continue
-            default = Candidate(row["name"], tuple(view["params"]))
+            default = self.candidate(row["name"], view["params"])
             if self.plan(default) is None:  # its workspace
                 continue
             self.defaults[row["name"]] = default
@@ -75,16 +81,35 @@ class Space:
                 for spec, value in zip(row["params"], default.params, strict=True)
             )
 
+    def _views(self) -> dict[str, Any]:
+        if not self.side:
+            return _ffi.candidates(self._native, isa=self.isa, threads=self.threads)
+        found = {}
+        for row in _registry.rows(self.isa):
+            if row["family"] in _cuda.families(self.isa):
+                answer = _cuda.ask(self.problem, row["name"])
+                found[row["name"]] = answer.get("plan", {"rejected": answer.get("error")})
+        return found
+
+    def candidate(self, algorithm: str, params: Iterable[int]) -> Candidate:
+        """A candidate of this space, valid or not."""
+        return Candidate(algorithm, tuple(params), self.side)
+
     def incumbent(self) -> Candidate | None:
-        """What dispatch takes where nothing is tuned; None where the native core has nothing."""
+        """What dispatch takes where nothing is tuned; None where the native core has nothing.
+
+        On a GPU, where that may be XLA, the best of the kernels by the cost model.
+        """
         if not self.defaults:
             return None
+        if self.side:
+            return min(self.defaults.values(), key=lambda c: (self.cost(c), c))
         answer = _ffi.make_plan(
             self._native, isa=self.isa, threads=self.threads, max_workspace=self._max_workspace
         )
         if "plan" not in answer:
             return None
-        return Candidate(answer["plan"]["algorithm"], tuple(answer["plan"]["params"]))
+        return self.candidate(answer["plan"]["algorithm"], answer["plan"]["params"])
 
     def plan(self, candidate: Candidate) -> Plan | None:
         """A candidate's plan; None where the native core refuses it."""
@@ -103,19 +128,29 @@ class Space:
 
     def _ask(self, candidate: Candidate) -> tuple[Plan, float] | None:
         # No parameters at all would ask for the defaults: those of an algorithm without any.
-        answer: dict[str, Any] = _ffi.make_plan(
-            self._native,
-            algorithm=candidate.algorithm,
-            isa=self.isa,
-            threads=self.threads,
-            max_workspace=self._max_workspace,
-            params=candidate.params,
-        )
+        answer: dict[str, Any]
+        if self.side:
+            if _cuda.family(candidate.algorithm) not in _cuda.families(self.isa):
+                return None
+            answer = _cuda.ask(
+                self.problem, candidate.algorithm, candidate.params, self._max_workspace
+            )
+        else:
+            answer = _ffi.make_plan(
+                self._native,
+                algorithm=candidate.algorithm,
+                isa=self.isa,
+                threads=self.threads,
+                max_workspace=self._max_workspace,
+                params=candidate.params,
+            )
         if "plan" not in answer:
             return None
         plan = answer["plan"]
         if tuple(plan["params"]) != candidate.params:
             return None
+        if self.side:
+            return _cuda.plan_from(plan), float(plan["cost"])
         fields = {name: plan[name] for name in Plan._fields}
         return Plan(**fields | {"params": candidate.params}), float(plan["cost"])
 
@@ -124,6 +159,8 @@ class Space:
 
         Of block sizes 0 means the whole. Not every such pair is recognised.
         """
+        if self.side:
+            return candidate
         names = _registry.parameter_names(candidate.algorithm) or ()
         params = tuple(
             0 if value >= self._limits.get(name, math.inf) else value
@@ -137,7 +174,7 @@ class Space:
         if sum(math.prod(map(len, v)) for v in self.values.values()) > 20 * limit:
             return None
         points = (
-            Candidate(algorithm, params)
+            self.candidate(algorithm, params)
             for algorithm, values in self.values.items()
             for params in itertools.product(*values)
         )
@@ -172,7 +209,7 @@ class Space:
                     params = list(centre.params)
                     for place, value in zip(places, chosen, strict=True):
                         params[place] = value
-                    candidate = Candidate(centre.algorithm, tuple(params))
+                    candidate = self.candidate(centre.algorithm, params)
                     if self.plan(candidate) is not None:
                         yield count, candidate
 
@@ -187,7 +224,7 @@ class Space:
             above = [v for v in values if v > centre.params[place]]
             for side in (below, above):
                 points = (
-                    Candidate(
+                    self.candidate(
                         centre.algorithm,
                         (*centre.params[:place], value, *centre.params[place + 1 :]),
                     )

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxwin import _explain, _record, _registry, _settings, _tuning
+from jaxwin import _compat, _cuda, _explain, _machine, _record, _registry, _settings, _tuning
 from jaxwin._problem import Problem
-from jaxwin.tuner import exits, machine, search
+from jaxwin.tuner import exits, gpu, machine, search
 from jaxwin.tuner.database import Database, default_path
 from jaxwin.tuner.laboratory import Laboratory, LaboratoryError
 from jaxwin.tuner.search import EFFORTS, Outcome
 from jaxwin.tuner.space import Space
 
 SCHEMA_VERSION = 1
+DEVICES = ("cpu", "cuda")
 BUSY = 0.05  # share of the CPUs' time that others may use without a warning
 _LEAST_SECONDS = 1.0  # of a search
 _STORAGE_ATTEMPTS = 4
@@ -32,11 +33,14 @@ _SEARCHING = 0.6  # part of a budget for the search; the rest is for the last co
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A problem to tune; count: how often it occurs."""
+    """A problem to tune; count: how often it occurs. exact: whether its precision forbids tensor
+    cores; None for what the options say. Of meaning on a GPU only.
+    """
 
     name: str
     problem: Problem
     count: int = 1
+    exact: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Options:
     limit but the effort's. timeout_seconds: how long a candidate may be silent. again: measure also
     what is in the database. storage: URL of an optuna storage that machines of one kind share.
     database: None for the default. family: "canonical", or "any" for a comparison with other
-    families and XLA; None for what JAXWIN_FAMILY says.
+    families and XLA; None for what JAXWIN_FAMILY says. device: "cpu" or "cuda"; None for the GPU
+    where there is one that JAX can use. exact: whether float32 on a GPU is tuned for precision
+    HIGHEST.
     """
 
     effort: str = "quick"
@@ -59,10 +65,14 @@ class Options:
     database: Path | None = None
     seed: int = 0
     family: str | None = None
+    device: str | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in (None, *_settings.FAMILIES):
             raise ValueError(f"family: {self.family!r} is not one of {_settings.FAMILIES}")
+        if self.device not in (None, *DEVICES):
+            raise ValueError(f"device: {self.device!r} is not one of {', '.join(DEVICES)}")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort: {self.effort!r} is not one of {', '.join(EFFORTS)}")
         if self.budget_seconds is not None and not self.budget_seconds > 0:
@@ -135,7 +145,8 @@ class Result:
                 if candidate is not None:
                     parameters = candidate.parameters
                     row[role] = {"algorithm": candidate.algorithm, "parameters": parameters}
-            rows.append({"name": task.name, "text": str(task.problem), "count": task.count} | row)
+            about = {"name": task.name, "text": str(task.problem), "count": task.count}
+            rows.append(about | {"isa": _isa_of(task, self.isa, self.options)} | row)
         return {
             "schema_version": SCHEMA_VERSION,
             "threads": self.threads,
@@ -165,11 +176,12 @@ class Progress:
 
 def merged(tasks: Iterable[Task]) -> list[Task]:
     """Every problem once, with the sum of its counts, under the first of its names."""
-    found: dict[Problem, Task] = {}
+    found: dict[tuple[Problem, bool | None], Task] = {}
     for task in tasks:
-        before = found.get(task.problem)
+        key = task.problem, task.exact
+        before = found.get(key)
         count = task.count + (before.count if before else 0)
-        found[task.problem] = dataclasses.replace(before or task, count=count)
+        found[key] = dataclasses.replace(before or task, count=count)
     return list(found.values())
 
 
@@ -178,6 +190,32 @@ def nothing(options: Options) -> Result:
     threads = _registry.threads() if options.threads is None else options.threads
     path = options.database or default_path()
     return Result([], options, threads, _registry.isa(), path, complete=True)
+
+
+def device(asked: str | None) -> str:
+    """Where candidates are to run: "cuda" where there is a GPU that JAX can use, else "cpu".
+
+    Raises:
+        ValueError: "cuda" was asked for, and there is none.
+    """
+    if asked == "cpu":
+        return "cpu"
+    reason = ""
+    if not gpu.rehearsing():
+        if not _compat.may_use_cuda():
+            reason = "JAX has no CUDA plugin here, or JAX_PLATFORMS excludes it"
+        elif _machine.this_gpu() is None:
+            reason = "the CUDA driver finds no GPU"
+    if reason and asked == "cuda":
+        raise ValueError(f"device: {reason}")
+    return "cpu" if reason else "cuda"
+
+
+def _isa_of(task: Task, isa: str, options: Options) -> str:
+    """Under which instruction set a task's measurements are filed."""
+    if not _registry.side(isa):
+        return isa
+    return _cuda.isa_of(task.problem, options.exact if task.exact is None else task.exact)
 
 
 def run(
@@ -193,26 +231,30 @@ def run(
     the place of the measuring process, for tests.
 
     Raises:
-        ValueError: there are not as many CPUs as threads, the storage cannot be used, or
-            JAXWIN_MAX_ISA is no instruction set.
+        ValueError: there are not as many CPUs as threads, or no GPU where one was asked for, the
+            storage cannot be used, or JAXWIN_MAX_ISA is no instruction set.
         DatabaseError: the database cannot be used.
     """
     progress = progress or Progress()
-    tasks = merged(tasks)
-    isa = _registry.isa()
+    on_gpu = device(options.device) == "cuda"
+    tasks = merged(task if on_gpu else dataclasses.replace(task, exact=None) for task in tasks)
+    isa = _cuda.ISA if on_gpu else _registry.isa()
     threads = _registry.threads() if options.threads is None else options.threads
     usable = len(machine.usable_cpus())
-    if threads > usable:
+    if on_gpu:
+        threads = 1  # GPU plans have no threads
+    elif threads > usable:
         raise ValueError(f"threads: {threads} asked for, but this process may use {usable} CPUs")
     path = options.database or default_path()
     result = Result(tasks, options, threads, isa, path)
-    weights = {task.problem: _weight(task, isa, threads) for task in tasks}
-    order = tasks
+    isas = [_isa_of(task, isa, options) for task in tasks]
+    weights = [_weight(task, each, threads) for task, each in zip(tasks, isas, strict=True)]
+    order = list(range(len(tasks)))
     if options.budget_seconds is not None:
-        order = sorted(tasks, key=lambda task: -weights[task.problem])
+        order.sort(key=lambda number: -weights[number])
     before = _load()
     deadline = time.monotonic() + (options.budget_seconds or float("inf"))
-    laboratory = Laboratory(threads, options.timeout_seconds, options.seed)
+    laboratory = Laboratory(threads, options.timeout_seconds, options.seed, isa if on_gpu else "")
     try:
         with Database(path) as database, laboratory:
             context = search.Context(
@@ -224,15 +266,18 @@ def run(
                 again=options.again,
                 storage=_storage(options.storage),
                 seed=options.seed,
-                near=_near(path, isa, threads),
                 family=options.family or _settings.family(),
             )
-            for number, task in enumerate(order):
-                progress.start(task, number, len(order))
-                rest = sum(weights[t.problem] for t in order[number:])
-                share = weights[task.problem] / rest if rest else 1.0
+            for place, number in enumerate(order):
+                task, each = tasks[number], isas[number]
+                progress.start(task, place, len(order))
+                rest = sum(weights[later] for later in order[place:])
+                share = weights[number] / rest if rest else 1.0
                 left = deadline - time.monotonic()
-                outcome = _tune(task, context, left, share, progress)
+                if on_gpu:
+                    laboratory.isa = each
+                own = dataclasses.replace(context, isa=each, near=_near(path, each, threads))
+                outcome = _tune(task, own, left, share, progress)
                 result.outcomes.append((task, outcome))
                 progress.finish(task, outcome)
         result.complete = True
@@ -240,8 +285,9 @@ def run(
         pass  # what was measured is stored; `complete` tells
     finally:
         _tuning.reload()
-        others, stolen = machine.disturbance(before, _load())
-        result.others_share, result.stolen_share = others, stolen
+        if not on_gpu:  # others on the CPUs do not slow a GPU down
+            others, stolen = machine.disturbance(before, _load())
+            result.others_share, result.stolen_share = others, stolen
     return result
 
 
@@ -314,8 +360,8 @@ def _hidden(url: str) -> str:
 
 def traced(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Task]:
     """The convolutions of a function with these arguments, which is traced, not run."""
-    found = _explain.problems(fn, *args, **kwargs)
-    return [Task(str(problem), problem, count) for problem, count in found.items()]
+    found = _explain.problems_by_precision(fn, *args, **kwargs)
+    return [Task(str(problem), problem, count, exact) for (problem, exact), count in found.items()]
 
 
 def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:

@@ -45,6 +45,11 @@ With --family any the winner is then compared with XLA and with the algorithms o
 families. Where one is faster, programs with JAXWIN_FAMILY=any or `jaxwin.conv(algorithm="any")`
 take it. Its numbers differ, so that is for who does not need the same bits everywhere.
 
+On a machine with an NVIDIA GPU that JAX can use, it is the GPU that is tuned (--device). XLA, that
+is cuDNN, is compared with the winner there in any case. With --precision default programs take the
+faster one; with `highest`, where results have the bits of the CPU, cuDNN is taken by
+JAXWIN_FAMILY=any alone.
+
 Results go to the tuning database at once: after Ctrl-C another run goes on where this one stopped.
 What is in the database for this machine, these kernels and this number of threads is not measured
 again without --again.
@@ -246,6 +251,18 @@ def _forget(result: tune.Result) -> None:
     help="`any` compares winners with XLA and other numerical families, too.  "
     "[default: JAXWIN_FAMILY, else canonical]",
 )
+@click.option(
+    "--device",
+    type=click.Choice(tune.DEVICES),
+    help="What to tune for.  [default: the GPU where JAX can use one, else the CPU]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(("default", "highest")),
+    default="default",
+    show_default=True,
+    help="Of float32 on a GPU: whether tensor cores may take part.",
+)
 @click.option("--again", is_flag=True, help="Measure also what is in the database.")
 @click.option(
     "--storage",
@@ -278,6 +295,8 @@ def run(
     budget: float | None,
     timeout: float,
     family: str | None,
+    device: str | None,
+    precision: str,
     again: bool,
     storage: str | None,
     database: Path | None,
@@ -308,6 +327,8 @@ def run(
             database=database,
             seed=seed,
             family=family,
+            device=device,
+            exact=precision == "highest",
         )
         if not tasks:
             result = tune.nothing(settings)

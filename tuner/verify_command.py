@@ -25,7 +25,7 @@ from jaxwin.tuner.database import (
 )
 from jaxwin.tuner.laboratory import Finding, Laboratory, LaboratoryError
 from jaxwin.tuner.search import MAX_WORKSPACE, Measurer, Paired, duration
-from jaxwin.tuner.space import Candidate, Space
+from jaxwin.tuner.space import Space
 
 # Of what times are compared with: their own spread, and at least this.
 _LEAST_NOISE = 0.05
@@ -96,8 +96,8 @@ def stored_winners(path: Path) -> list[Measurement]:
             row["uid"]
             for row in read_winners(connection)
             if not row["stale"]
-            and row["isa"] == isa
-            and row["family"] == "canonical"
+            and (row["isa"] == isa or _registry.side(row["isa"]))
+            and row["family"] != "any"
             and (likeness.get(row["machine_id"]) == "same" or row["machine_id"] == here.id)
         }
         return [m for m in read_measurements(connection) if m.uid in uids]
@@ -108,8 +108,8 @@ def verify(winners: Iterable[Measurement], measurer: Measurer) -> Iterator[Verdi
     for winner in winners:
         space = Space(winner.problem, winner.isa, winner.threads, MAX_WORKSPACE)
         default = space.incumbent()
-        names = _registry.parameter_names(winner.algorithm) or ()
-        candidate = Candidate(winner.algorithm, tuple(winner.parameters[n] for n in names))
+        names = _registry.parameter_names(winner.algorithm, winner.isa) or ()
+        candidate = space.candidate(winner.algorithm, (winner.parameters[n] for n in names))
         plan = space.plan(candidate)
         default_plan = None if default is None else space.plan(default)
         if default_plan is None or plan is None:
@@ -184,19 +184,19 @@ def command(
     path = database or default_path()
     winners = [m for m in stored_winners(path) if (text or "") in str(m.problem)]
     winners = sorted(winners, key=lambda m: m.created, reverse=True)[:limit]
-    groups: dict[int, list[Measurement]] = collections.defaultdict(list)
+    groups: dict[tuple[int, str], list[Measurement]] = collections.defaultdict(list)
     for winner in winners:
-        groups[winner.threads].append(winner)
+        groups[winner.threads, winner.isa if _registry.side(winner.isa) else ""].append(winner)
     verdicts: list[Verdict] = []
     usable = len(machine.usable_cpus())
     interrupted = False
     try:
-        for threads, group in sorted(groups.items()):
+        for (threads, gpu_isa), group in sorted(groups.items()):
             if threads > usable:
                 reason = f"for {threads} threads, this process may use {usable} CPUs"
                 verdicts += [Verdict(winner, "skipped", reason) for winner in group]
                 continue
-            with Laboratory(threads, timeout) as laboratory:
+            with Laboratory(threads, timeout, isa=gpu_isa) as laboratory:
                 for verdict in verify(group, laboratory):
                     verdicts.append(verdict)
                     if not quiet:

@@ -9,7 +9,7 @@ guards around them: what it leaves unwritten, reads unwritten or writes elsewher
 timed as part of a compiled program: the same call, thread pool and workspace as in a user's
 program. Timing it by the native core alone would start threads anew for each call, and hide what a
 large workspace costs. The result goes into a donated buffer: a fresh one costs every candidate the
-same.
+same. Candidates of a GPU are a matter of `jaxwin.tuner.gpu`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from jaxwin import _ffi, _fused, _lowering, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
-from jaxwin.tuner import machine, measure
+from jaxwin.tuner import gpu, machine, measure
 
 # For tests: candidates that shall go wrong, as "KIND ALGORITHM PARAMETERS" with ";" between them,
 # such as "crash direct 4,3,0,0,0,1,0". "late-crash" crashes when timed, the others when checked.
@@ -184,7 +184,10 @@ class _Problem:
 
         def program(operands: list[jax.Array], previous: jax.Array) -> jax.Array:
             result: jax.Array
-            result = call(*operands, **attributes)[0] if native else self._xla(*operands)
+            if native:
+                result = call(*operands, **attributes)[0]
+            else:
+                result = _fused.of_problem(problem, *operands, algorithm=_registry.XLA)
             return result
 
         jitted = jax.jit(program, donate_argnums=1, keep_unused=True)
@@ -200,12 +203,10 @@ class _Problem:
         status, error = self._compare(np.asarray(run()), self._error(plan))
         return run, status, error
 
-    def _xla(self, x: jax.Array, w: jax.Array, *epilogue: jax.Array) -> jax.Array:
-        """The problem as a program has it for which dispatch takes XLA."""
-        return _fused.of_problem(self.problem, x, w, *epilogue, algorithm=_registry.XLA)
 
-
-def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], None]) -> Any:
+def _measure(
+    subject: _Problem | gpu.Subject, request: dict[str, Any], tell: Callable[[Any], None]
+) -> Any:
     """Checks and times candidates; one answer per candidate, in order."""
     answers: list[dict[str, Any]] = []
     timed: dict[str, measure.Timed] = {}
@@ -213,7 +214,11 @@ def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], N
     @contextlib.contextmanager
     def announced(number: int) -> Iterator[None]:
         tell({"running": number})
-        yield
+        try:
+            yield
+        except Exception as wrong:  # seen here, since the stopwatch goes on with the others
+            _leave_if_sick(subject, measure.first_line(wrong))
+            raise
 
     for number, fields in enumerate(request["plans"]):
         plan = Plan(**fields | {"params": tuple(fields["params"])})
@@ -226,7 +231,8 @@ def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], N
                 if status == "ok":
                     run, status, error = subject.compile(plan)
             except Exception as wrong:  # MemoryError, XLA's errors: this candidate's, not ours
-                error = measure.first_line(wrong)
+                status, error = "error", measure.first_line(wrong)
+                _leave_if_sick(subject, error)
             answers.append({"status": status, "error": error, "ns": [], "inner": 0})
             if status == "ok":
                 if _afflicted("late-crash", plan):
@@ -243,12 +249,20 @@ def _measure(subject: _Problem, request: dict[str, Any], tell: Callable[[Any], N
         keep=("0",),  # what the others are compared with
         rng=random.Random(request["seed"]),
     )
+    calls = subject.calls if isinstance(subject, gpu.Subject) else 1
     for name, taken in samples.items():
         answer = answers[int(name)]
-        answer |= {"ns": taken.ns, "inner": taken.inner}
+        answer |= {"ns": [ns / calls for ns in taken.ns], "inner": taken.inner * calls}
         if taken.error:
             answer |= {"status": "error", "error": taken.error}
     return {"answers": answers}
+
+
+def _leave_if_sick(subject: _Problem | gpu.Subject, error: str) -> None:
+    """Ends this process where a fault has cost it its GPU: so the one that ran is to blame."""
+    if isinstance(subject, gpu.Subject) and gpu.is_sick():
+        print(error, file=sys.stderr, flush=True)
+        os.abort()
 
 
 def _bind(
@@ -263,6 +277,10 @@ def _bind(
 def _afflicted(kind: str, plan: Plan) -> bool:
     params = ",".join(map(str, plan.params))
     return f"{kind} {plan.algorithm} {params}".strip() in os.environ.get(FAULTS, "").split(";")
+
+
+def _spoiled(plan: Plan) -> bool:
+    return _afflicted("wrong", plan)
 
 
 def _crash() -> None:
@@ -309,14 +327,17 @@ def main() -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    machine.pin(int(sys.argv[1]))
+    on_gpu = _registry.side(sys.argv[1]) != ""
+    if not on_gpu:
+        machine.pin(int(sys.argv[1]))
     jax.devices()
     tell({"ready": True})
-    subject: _Problem | None = None
+    subject: _Problem | gpu.Subject | None = None
     for request in _requests(sys.stdin):
         if "problem" in request:
             del subject  # its memory first
-            subject = _Problem(request["problem"], request["seed"])
+            facts = request["problem"], request["seed"]
+            subject = gpu.Subject(*facts, request["isa"], _spoiled) if on_gpu else _Problem(*facts)
         else:
             assert subject is not None
             tell(_measure(subject, request, tell))

@@ -18,7 +18,7 @@ const std::vector<int64_t>& tiles() {
 }
 
 std::string rejects(const Problem& p) {
-  const std::string why = tile_rejects(p);
+  std::string why = tile_rejects(p);
   if (!why.empty() || kDtypeRows[p.dtype].word != kPair) return why;
   // The transform of the results gives 36 times them, in 32 bits.
   const double most = p.dtype == kU8 ? 255.0 * 255.0 : 128.0 * 128.0;
@@ -40,12 +40,13 @@ const Algorithm& algorithm_sfc() {
     row.params = tile_param_specs(tiles());
     row.rejects = rejects;
     row.defaults = [](const Problem& p, const Target& t) { return tile_defaults(p, t, tiles()); };
-    row.check = [](const Problem& p, const Target&, const Params& q) {
-      return tile_check(p, q, tiles());
+    row.check = [](const Problem& p, const Target& t, const Params& q) {
+      return tile_check(p, t, q, tiles());
     };
     row.workspace = tile_workspace;
     row.run = tile_run;
     row.cost = tile_cost;
+    row.takes_packed = true;
     row.family = "sfc";
     row.error_bound = tile_error_bound;
     return row;

@@ -54,7 +54,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.out = size.out;
   l.products = size.products;
   l.width = k.width;
-  int64_t nv = params[kVectors];
+  int64_t nv = p.panel > 0 ? p.panel / l.width : params[kVectors];
   while (k.max_mr[nv] == 0) --nv;
   l.panel = nv * l.width;
   l.panels = ceil_div(p.k, l.panel);
@@ -84,13 +84,17 @@ void transform_filters(const Layout& l, const Kernels& k, TransformFn transform,
                        int64_t g, int64_t panel, int64_t c0, int64_t c1, Ptr u, Ptr taps) {
   const Problem& p = l.p;
   const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-  const bool in_place = p.plain() && p.w.k == 1 && features == l.panel;
+  const bool packed = p.panel > 0;  // whole panels, in the order of the reduction
+  const bool in_place = packed || (p.plain() && p.w.k == 1 && features == l.panel);
   TransformArgs args{};
   args.cols = l.panel;
   args.dst_row = l.u_product;
   args.src_row = 3 * l.panel;
   args.src_col = l.panel;
-  if (in_place) {
+  if (packed) {
+    args.src_row = p.c * l.panel;
+    args.src_col = 3 * p.c * l.panel;
+  } else if (in_place) {
     args.src_row = p.w.sp[1];
     args.src_col = p.w.sp[2];
   } else {
@@ -98,7 +102,8 @@ void transform_filters(const Layout& l, const Kernels& k, TransformFn transform,
   }
   for (int64_t c = c0; c < c1; ++c) {
     const int64_t channel = c * k.channels;
-    const ConstPtr from = w + g * p.w.g + panel * l.panel * p.w.k + channel * p.w.c;
+    const ConstPtr from = packed ? w + ((g * l.panels + panel) * p.reduction() + c) * l.panel
+                                 : w + g * p.w.g + panel * l.panel * p.w.k + channel * p.w.c;
     for (int64_t i = 0; i < 9 && !in_place; ++i) {
       k.pack[p.dtype](taps + i * l.panel, l.panel, from + i / 3 * p.w.sp[1] + i % 3 * p.w.sp[2],
                       p.w.c, p.w.k, std::min(k.channels, l.channels - channel), features);
@@ -316,8 +321,10 @@ Params tile_defaults(const Problem& problem, const Target& t, const std::vector<
   return best;
 }
 
-// Valid for every instruction set, and on every machine: the bits depend on it.
-std::string tile_check(const Problem& p, const Params& params, const std::vector<int64_t>& tiles) {
+// Valid for every instruction set and on every machine, but for packed filters: the bits depend on
+// the parameters.
+std::string tile_check(const Problem& p, const Target& t, const Params& params,
+                       const std::vector<int64_t>& tiles) {
   if (std::find(tiles.begin(), tiles.end(), params[kTile]) == tiles.end()) {
     return "tile: no such tile";
   }
@@ -325,6 +332,11 @@ std::string tile_check(const Problem& p, const Params& params, const std::vector
     return "tiles: from 1 to " + std::to_string(kMostTiles);
   }
   if (params[kVectors] < 1 || params[kVectors] > kMaxNv) return "nv: from 1 to 4";
+  const Kernels& k = *t.kernels;
+  if (p.panel > 0 &&
+      (p.panel % k.width != 0 || p.panel > kMaxNv * k.width || k.max_mr[p.panel / k.width] == 0)) {
+    return "the filters are packed in other panels";
+  }
   if (params[kOnce] != 0 && params[kOnce] != 1) return "once: 0 or 1";
   // Room for one block and the transformed filters.
   constexpr double kMostWords = 1e10;

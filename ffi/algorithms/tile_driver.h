@@ -21,7 +21,8 @@ enum TileParam { kTile, kTilesPerBlock, kVectors, kOnce, kTileParams };
 std::vector<ParamSpec> tile_param_specs(const std::vector<int64_t>& tiles);
 std::string tile_rejects(const Problem& p);
 Params tile_defaults(const Problem& p, const Target& t, const std::vector<int64_t>& tiles);
-std::string tile_check(const Problem& p, const Params& params, const std::vector<int64_t>& tiles);
+std::string tile_check(const Problem& p, const Target& t, const Params& params,
+                       const std::vector<int64_t>& tiles);
 int64_t tile_workspace(const Problem& p, const Target& t, const Params& params);
 void tile_run(const Problem& p, const Params& params, const Operands& o, const Execution& e);
 double tile_cost(const Problem& p, const Target& t, const Params& params);

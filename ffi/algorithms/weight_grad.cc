@@ -11,7 +11,10 @@
 // become lanes, features rows. Inserted zeros (lhs_dilation: the gradient of a transposed
 // convolution) and padding are skipped, not multiplied.
 //
-// The reduction follows Problem::chunk_rows: either the canonical chain or chunks of whole rows.
+// The reduction follows Problem::chunk_rows: either the canonical chain or chunks of whole rows. A
+// row that is a chunk for itself, as in wide one-dimensional layers, is walked in pieces that stay
+// in the second-level cache for all output positions; the sums go on from piece to piece. That is
+// the weight gradient by batch-reduced products of arXiv 2104.08002, with the chain kept.
 
 #include <algorithm>
 #include <cstring>
@@ -24,7 +27,16 @@
 namespace jaxwin {
 namespace {
 
-enum GradParam { kGradMr, kGradNv, kGradPack, kGradSwap, kGradTile, kGradStream, kGradCopy };
+enum GradParam {
+  kGradMr,
+  kGradNv,
+  kGradPack,
+  kGradSwap,
+  kGradTile,
+  kGradStream,
+  kGradCopy,
+  kGradCols
+};
 
 Params without_copy(const Params& params) {
   Params rest = params;
@@ -54,6 +66,10 @@ struct Layout {
   int64_t w_floats, y_floats;
   int64_t pack_floats;  // per thread: packed features, or results to be turned
   int64_t tile_floats;  // per thread
+  // A chunk of one row, so many window positions at a time.
+  int64_t cols, pieces;
+  int64_t tile_cols;   // input columns of a piece
+  int64_t sum_floats;  // shared: sums of a chunk whose pieces are not all done
 };
 
 // Input rows under window rows [y0, y1) of one c.
@@ -93,7 +109,15 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
   if (l.merged) l.positions[2] = 1;
   l.pack = params[kGradPack] != 0;
   l.copy_w = !l.pack && !l.swap && p.w.k != 1;
-  l.pack_floats = l.pack   ? round_up(l.chunk_rows * p.win[2] * l.panel, 16)
+  l.cols = params[kGradCols] == 0 ? p.win[2] : std::min(params[kGradCols], p.win[2]);
+  l.pieces = ceil_div(p.win[2], l.cols);
+  l.tile_cols = p.in[2];
+  if (l.pieces > 1) {
+    l.tile_cols =
+        std::min(p.in[2], (p.out[2] - 1) * p.stride[2] + (l.cols - 1) * p.rhs_dilation[2] + 1);
+    l.sum_floats = l.chunks > 1 ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
+  }
+  l.pack_floats = l.pack   ? round_up(l.chunk_rows * l.cols * l.panel, 16)
                   : l.swap ? round_up(p.n * p.k, 16)
                            : 0;
   l.row_tiles = ceil_div(l.rows, l.mr);
@@ -104,7 +128,7 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
     const InputRows most = rows_under(p, 0, std::min(l.chunk_rows, p.win[1]));
     l.c_slots = std::min(most.end - most.begin + std::max<int64_t>(0, p.pad[1]), p.in[1]);
     l.slots = std::min(touched, p.c) * l.c_slots;
-    l.tile_floats = round_up(l.row_tiles * l.slots * p.in[2] * l.tile_rows, 16);
+    l.tile_floats = round_up(l.row_tiles * l.slots * l.tile_cols * l.tile_rows, 16);
   }
   l.w_floats = l.copy_w ? round_up(p.g * p.reduction() * p.k, 16) : 0;
   l.y_floats = l.buffered ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
@@ -118,23 +142,37 @@ struct Filter {
   Dim3 sp;
 };
 
-// Rows [first, last) of the window, features k0 .. k0 + features: dst[row][x][feature], features
-// beyond zero.
+// Window positions [x0, x1) of a row, and the input columns [q0, q1) under them.
+struct Piece {
+  int64_t x0, x1, q0, q1;
+};
+Piece make_piece(const Problem& p, const Layout& l, int64_t i) {
+  if (l.pieces == 1) return {0, p.win[2], 0, p.in[2]};
+  const int64_t x0 = i * l.cols;
+  const int64_t x1 = std::min(x0 + l.cols, p.win[2]);
+  const int64_t q0 = x0 * p.rhs_dilation[2] - p.pad[2];
+  const int64_t q1 = (p.out[2] - 1) * p.stride[2] + (x1 - 1) * p.rhs_dilation[2] - p.pad[2] + 1;
+  return {x0, x1, std::clamp<int64_t>(q0, 0, p.in[2]), std::clamp<int64_t>(q1, 0, p.in[2])};
+}
+
+// Rows [first, last) of the window, a piece of them, features k0 .. k0 + features:
+// dst[row][x][feature], features beyond zero.
 void pack_rows(const Problem& p, const Layout& l, const Kernels& k, ConstPtr w, int64_t first,
-               int64_t last, int64_t features, Ptr dst) {
+               int64_t last, const Piece& piece, int64_t features, Ptr dst) {
+  const int64_t cols = piece.x1 - piece.x0;
   if (features < l.panel) {
-    dst.zero((last - first) * p.win[2] * l.panel);
+    dst.zero((last - first) * cols * l.panel);
   }
-  for (int64_t row = first; row < last; ++row, dst += p.win[2] * l.panel) {
+  for (int64_t row = first; row < last; ++row, dst += cols * l.panel) {
     const int64_t y = row % p.win[1];
     const int64_t z = row / p.win[1] % p.win[0];
     const int64_t c = row / p.win[1] / p.win[0];
-    ConstPtr from = w + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+    ConstPtr from = w + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + piece.x0 * p.w.sp[2];
     if (p.w.k == 1 || p.w.sp[2] == 1) {
-      k.copy(dst, l.panel, from, p.w.sp[2], p.w.k, p.win[2], features);
+      k.copy(dst, l.panel, from, p.w.sp[2], p.w.k, cols, features);
       continue;
     }
-    for (int64_t x = 0; x < p.win[2]; ++x) {
+    for (int64_t x = 0; x < cols; ++x) {
       k.copy(dst + x * l.panel, 0, from + x * p.w.sp[2], 0, p.w.k, 1, features);
     }
   }
@@ -147,9 +185,9 @@ int64_t tile_slot(const Problem& p, const Layout& l, int64_t first, int64_t c, i
          (c == c0 ? rows_under(p, first % p.win[1], p.win[1]).begin : 0);
 }
 
-// The images of one group under window rows [first, last), for the tiled form.
+// The images of one group under a piece of window rows [first, last), for the tiled form.
 void pack_tiles(const Problem& p, const Layout& l, const Kernels& k, ConstPtr x, int64_t first,
-                int64_t last, Ptr dst) {
+                int64_t last, const Piece& piece, Ptr dst) {
   for (int64_t row = first; row < last;) {
     const int64_t c = row / p.win[1];
     const int64_t end = std::min(last, (c + 1) * p.win[1]);
@@ -159,8 +197,9 @@ void pack_tiles(const Problem& p, const Layout& l, const Kernels& k, ConstPtr x,
       for (int64_t t = 0; t < l.row_tiles; ++t) {
         const int64_t i0 = l.rows * t / l.row_tiles;
         const int64_t i1 = l.rows * (t + 1) / l.row_tiles;
-        k.copy(dst + (t * l.slots + slot) * p.in[2] * l.tile_rows, l.tile_rows,
-               x + c * p.x.c + iy * p.x.sp[1] + i0, p.x.sp[2], 1, p.in[2], i1 - i0);
+        k.copy(dst + (t * l.slots + slot) * l.tile_cols * l.tile_rows, l.tile_rows,
+               x + c * p.x.c + iy * p.x.sp[1] + piece.q0 * p.x.sp[2] + i0, p.x.sp[2], 1,
+               piece.q1 - piece.q0, i1 - i0);
       }
     }
     row = end;
@@ -168,11 +207,18 @@ void pack_tiles(const Problem& p, const Layout& l, const Kernels& k, ConstPtr x,
 }
 
 void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& at, int64_t chunk,
-               std::vector<Run>* runs, int64_t* a_step, int64_t* b_step) {
+               const Piece& piece, std::vector<Run>* runs, int64_t* a_step, int64_t* b_step) {
   runs->clear();
   Progression in[3];
   for (int d = 0; d < 3; ++d) in[d] = window_positions(p, d, at[d]);
   if (in[2].n == 0 || in[1].n == 0 || in[0].n == 0) return;
+  if (l.pieces > 1) {
+    Progression& x = in[2];
+    const int64_t begin = std::max<int64_t>(0, ceil_div(piece.x0 - x.first, x.step));
+    const int64_t end = std::min(x.n, ceil_div(piece.x1 - x.first, x.step));
+    if (end <= begin) return;
+    x = {x.first + begin * x.step, x.step, end - begin, x.at + begin * x.at_step, x.at_step};
+  }
   if (l.chunked) {  // (c, z, y) rows of this chunk, along x
     *a_step = in[2].at_step * (l.tiled ? l.tile_rows : p.x.sp[2]);
     *b_step = in[2].step * (l.pack ? l.panel : w.sp[2]);
@@ -188,11 +234,13 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
       if (tz < 0 || tz % in[0].step != 0 || tz / in[0].step >= in[0].n) continue;
       const int64_t iy = in[1].at + ty / in[1].step * in[1].at_step;
       const int64_t iz = in[0].at + tz / in[0].step * in[0].at_step;
-      runs->push_back({l.tiled ? (tile_slot(p, l, first, c, iy) * p.in[2] + in[2].at) * l.tile_rows
-                               : c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + in[2].at * p.x.sp[2],
-                       l.pack ? ((row - first) * p.win[2] + in[2].first) * l.panel
-                              : c * w.c + z * w.sp[0] + y * w.sp[1] + in[2].first * w.sp[2],
-                       in[2].n});
+      runs->push_back(
+          {l.tiled
+               ? (tile_slot(p, l, first, c, iy) * l.tile_cols + in[2].at - piece.q0) * l.tile_rows
+               : c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + in[2].at * p.x.sp[2],
+           l.pack ? ((row - first) * (piece.x1 - piece.x0) + in[2].first - piece.x0) * l.panel
+                  : c * w.c + z * w.sp[0] + y * w.sp[1] + in[2].first * w.sp[2],
+           in[2].n});
     }
     return;
   }
@@ -266,6 +314,13 @@ Params defaults(const Problem& p, const Target& t) {
                               positions * l.panels >= 4 * useful_threads(p, t.threads)
                           ? 1
                           : 0;
+  // A row that the second-level cache does not hold, for every output position anew.
+  const int64_t step_bytes = (p.n + p.k) * t.kernels->size;
+  if (l.chunked && l.chunk_rows == 1 && positions > 1 && p.win[2] * step_bytes > caches().l2 / 2) {
+    const int64_t halo = 4 * (p.out[2] - 1) * p.stride[2];
+    const int64_t fit = std::max<int64_t>(256, caches().l2 / 4 / step_bytes);
+    params[kGradCols] = std::min(std::max(fit, halo), p.win[2]);
+  }
   // Rows of results lie apart: a store that first reads its line waits for it. And no other layer's
   // gradient reads them.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * t.kernels->size;
@@ -278,6 +333,7 @@ Params defaults(const Problem& p, const Target& t) {
     other[kGradMr] = swapped.mr;
     other[kGradNv] = swapped.nv;
     other[kGradSwap] = 1;
+    other[kGradCols] = params[kGradCols];
     if (cost(p, t, other) < cost(p, t, params)) return other;
   }
   return params;
@@ -299,6 +355,11 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
       (!can_tile(p) || params[kGradSwap] != 0 || make_layout(p, t, params).merged)) {
     return "tile: needs two dimensions, images next to each other, and rows that are images";
   }
+  if (params[kGradCols] < 0) return "cols: negative";
+  if (params[kGradCols] > 0 && params[kGradCols] < p.win[2] &&
+      (p.chunk_rows == 0 || make_layout(p, t, params).chunk_rows > 1)) {
+    return "cols: a chunk of the reduction is more than a row";
+  }
   if (params[kGradSwap] != 0 && params[kGradSwap] != 1) return "swap: 0 or 1";
   if (params[kGradSwap] == 1 && (p.x.n != 1 || params[kGradPack] != 0)) {
     return "swap: needs images next to each other, and no packing";
@@ -311,7 +372,8 @@ int64_t workspace(const Problem& p, const Target& t, const Params& params) {
     return channels_last_floats(p) + workspace(channels_last(p), t, without_copy(params));
   }
   const Layout l = make_layout(p, t, params);
-  return l.w_floats + l.y_floats + (l.pack_floats + l.tile_floats) * useful_threads(p, t.threads);
+  return l.w_floats + l.y_floats + l.sum_floats +
+         (l.pack_floats + l.tile_floats) * useful_threads(p, t.threads);
 }
 
 void run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
@@ -353,7 +415,8 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
     y_g = p.pixels() * p.n * p.k;
   }
 
-  const bool stream = params[kGradStream] != 0 && l.chunks == 1 && !l.buffered &&
+  const Ptr sums = e.workspace + l.w_floats + l.y_floats;
+  const bool stream = params[kGradStream] != 0 && l.chunks == 1 && l.pieces == 1 && !l.buffered &&
                       !o.has_epilogue() && streamable(p, k, o.y) && y_n % k.width == 0;
 
   // Tiles in the order (group, output position, features, rows), or (group, features, output
@@ -364,7 +427,8 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
   const int64_t total = p.g * positions * l.panels * row_tiles;
   const int64_t tasks = std::min(total, pool.count());
   pool.run(tasks, [&](int64_t task, int64_t worker) {
-    Ptr packed = e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
+    Ptr packed = e.workspace + l.w_floats + l.y_floats + l.sum_floats +
+                 worker * (l.pack_floats + l.tile_floats);
     Ptr tiles = packed + l.pack_floats;
     const int64_t begin = total * task / tasks;
     const int64_t end = total * (task + 1) / tasks;
@@ -373,54 +437,70 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
     for (int64_t chunk = 0; chunk < l.chunks; ++chunk) {
       const int64_t first = chunk * l.chunk_rows;
       const int64_t last = std::min(first + l.chunk_rows, l.window_rows);
-      int64_t at_position = -1;
-      int64_t at_panel = -1;
-      int64_t at_group = -1;
-      Dim3 at{};
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t t = tile % row_tiles;
-        const int64_t g = tile / row_tiles / positions / l.panels;
-        const int64_t within = tile / row_tiles % (positions * l.panels);
-        const int64_t u = l.pack ? within % positions : within / l.panels;
-        const int64_t panel = l.pack ? within / positions : within % l.panels;
-        const int64_t columns = std::min(l.panel, l.columns - panel * l.panel);
-        if (l.tiled && g != at_group) {
-          at_group = g;
-          pack_tiles(p, l, k, o.x + g * p.x.g, first, last, tiles);
-        }
-        if (l.pack && g * l.panels + panel != at_panel) {
-          at_panel = g * l.panels + panel;
-          pack_rows(p, l, k, o.w + g * p.w.g + panel * l.panel * p.w.k, first, last, columns,
-                    packed);
-        }
-        if (g * positions + u != at_position) {
-          at_position = g * positions + u;
-          at = {u / l.positions[2] / l.positions[1], u / l.positions[2] % l.positions[1],
-                u % l.positions[2]};
-          make_runs(p, l, w, at, chunk, &runs, &args.a_step, &args.b_step);
-          if (l.swap) {
-            std::swap(args.a_step, args.b_step);
-            for (Run& run : runs) std::swap(run.a, run.b);
+      for (int64_t i = 0; i < l.pieces; ++i) {
+        const Piece piece = make_piece(p, l, i);
+        int64_t at_position = -1;
+        int64_t at_panel = -1;
+        int64_t at_group = -1;
+        Dim3 at{};
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t t = tile % row_tiles;
+          const int64_t g = tile / row_tiles / positions / l.panels;
+          const int64_t within = tile / row_tiles % (positions * l.panels);
+          const int64_t u = l.pack ? within % positions : within / l.panels;
+          const int64_t panel = l.pack ? within / positions : within % l.panels;
+          const int64_t columns = std::min(l.panel, l.columns - panel * l.panel);
+          if (l.tiled && g != at_group) {
+            at_group = g;
+            pack_tiles(p, l, k, o.x + g * p.x.g, first, last, piece, tiles);
+          }
+          if (l.pack && g * l.panels + panel != at_panel) {
+            at_panel = g * l.panels + panel;
+            pack_rows(p, l, k, o.w + g * p.w.g + panel * l.panel * p.w.k, first, last, piece,
+                      columns, packed);
+          }
+          if (g * positions + u != at_position) {
+            at_position = g * positions + u;
+            at = {u / l.positions[2] / l.positions[1], u / l.positions[2] % l.positions[1],
+                  u % l.positions[2]};
+            make_runs(p, l, w, at, chunk, piece, &runs, &args.a_step, &args.b_step);
+            if (l.swap) {
+              std::swap(args.a_step, args.b_step);
+              for (Run& run : runs) std::swap(run.a, run.b);
+            }
+          }
+          const int64_t i0 = l.rows * t / row_tiles;
+          const int64_t mr = l.rows * (t + 1) / row_tiles - i0;
+          args.a = l.swap    ? o.w + g * p.w.g + i0 * p.w.k
+                   : l.tiled ? tiles + t * l.slots * l.tile_cols * l.tile_rows
+                             : o.x + g * p.x.g + i0 * p.x.n;
+          args.a_row = l.swap ? p.w.k : p.x.n;
+          args.b = l.pack   ? packed
+                   : l.swap ? o.x + g * p.x.g + panel * l.panel
+                            : w.data + g * w.g + panel * l.panel;
+          args.runs = runs.data();
+          args.n_runs = static_cast<int64_t>(runs.size());
+          args.c = y + g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2] + i0 * y_n +
+                   panel * l.panel;
+          args.c_row = y_n;
+          args.cols = columns;
+          args.add = chunk > 0 && l.pieces == 1 ? 1 : 0;
+          args.load = i > 0 ? 1 : 0;
+          const Ptr result{static_cast<char*>(args.c), k.size};
+          const Ptr sum =
+              sums + ((g * p.pixels() + (at[0] * p.out[1] + at[1]) * p.out[2] + at[2]) * p.n * p.k +
+                      i0 * l.columns + panel * l.panel);
+          const bool apart = l.pieces > 1 && chunk > 0;
+          if (apart) {
+            args.c = sum;
+            args.c_row = l.columns;
+          }
+          args.stream = stream && columns % k.width == 0 ? 1 : 0;
+          k.strided[ceil_div(columns, k.width)][mr](&args);
+          for (int64_t r = 0; apart && i + 1 == l.pieces && r < mr; ++r) {
+            k.accumulate(result + r * y_n, sum + r * l.columns, columns);
           }
         }
-        const int64_t i0 = l.rows * t / row_tiles;
-        const int64_t mr = l.rows * (t + 1) / row_tiles - i0;
-        args.a = l.swap    ? o.w + g * p.w.g + i0 * p.w.k
-                 : l.tiled ? tiles + t * l.slots * p.in[2] * l.tile_rows
-                           : o.x + g * p.x.g + i0 * p.x.n;
-        args.a_row = l.swap ? p.w.k : p.x.n;
-        args.b = l.pack   ? packed
-                 : l.swap ? o.x + g * p.x.g + panel * l.panel
-                          : w.data + g * w.g + panel * l.panel;
-        args.runs = runs.data();
-        args.n_runs = static_cast<int64_t>(runs.size());
-        args.c = y + g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2] + i0 * y_n +
-                 panel * l.panel;
-        args.c_row = y_n;
-        args.cols = columns;
-        args.add = chunk > 0 ? 1 : 0;
-        args.stream = stream && columns % k.width == 0 ? 1 : 0;
-        k.strided[ceil_div(columns, k.width)][mr](&args);
       }
     }
     if (stream) publish_streams();
@@ -439,7 +519,8 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
         finish_rows(rows, k, o, y + from, y_n, p.n, p.k, g, 0, to);
         return;
       }
-      Ptr turned = e.workspace + l.w_floats + l.y_floats + worker * (l.pack_floats + l.tile_floats);
+      Ptr turned = e.workspace + l.w_floats + l.y_floats + l.sum_floats +
+                   worker * (l.pack_floats + l.tile_floats);
       k.copy(turned, p.k, y + from, 1, p.n, p.n, p.k);
       finish_rows(rows, k, o, turned, p.k, p.n, p.k, g, 0, to);
     });
@@ -462,7 +543,8 @@ const Algorithm& algorithm_weight_grad() {
          {"swap", "1: rows of the tile are features, columns images", {0, 1}},
          {"tile", "1: a chunk's images are packed tile by tile; 0: read in place", {0, 1}},
          {"stream", "1: results that are stored once pass the caches by", {0, 1}},
-         {"copy", "1: both operands are first copied, channels and features innermost", {0, 1}}},
+         {"copy", "1: both operands are first copied, channels and features innermost", {0, 1}},
+         {"cols", "window positions at a time, where a row is a chunk; 0: all", {0, 1024, 4096}}},
         rejects,
         defaults,
         check,

@@ -26,12 +26,13 @@ const Algorithm& algorithm_winograd() {
     row.params = tile_param_specs(tiles());
     row.rejects = tile_rejects;
     row.defaults = [](const Problem& p, const Target& t) { return tile_defaults(p, t, tiles()); };
-    row.check = [](const Problem& p, const Target&, const Params& q) {
-      return tile_check(p, q, tiles());
+    row.check = [](const Problem& p, const Target& t, const Params& q) {
+      return tile_check(p, t, q, tiles());
     };
     row.workspace = tile_workspace;
     row.run = tile_run;
     row.cost = tile_cost;
+    row.takes_packed = true;
     row.family = "winograd";
     row.error_bound = tile_error_bound;
     return row;

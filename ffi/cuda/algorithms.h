@@ -88,7 +88,10 @@ struct Algorithm {
   const char* name;
   const char* summary;
   const char* source;  // paper and section
-  const char* family;  // "canonical": the bits of README.md's contract; "tensor": tensor cores
+  // "canonical": the bits of README.md's contract. "pieces": float32 like those, but sums of
+  // several chains. "tensor": tensor cores.
+  const char* family;
+  const char* files;  // the name of its source here and in kernels/, for `abi`
   std::vector<const char*> dtypes;
   std::vector<ParamSpec> params;
   // Empty where the algorithm can compute the problem, else why not. Constant time.
@@ -124,6 +127,9 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan);
 
 // Every source that the kernels are made of, by name; "args" and "device" come before the others.
 const char* kernel_source(const std::string& name);
+
+// The state of an algorithm's sources (Algorithm::files): measurements are filed under it.
+const char* abi(const std::string& files);
 
 // What NVRTC compiles for a launch: its source with what it includes.
 std::string translation_unit(const std::string& source);

@@ -213,14 +213,6 @@ nb::list images(Runtime* runtime, const nb::dict& problem, const std::string& al
 nb::dict registry() {
   nb::list rows;
   for (const Algorithm* a : algorithms()) {
-    nb::list params;
-    for (const ParamSpec& s : a->params) {
-      nb::dict row;
-      row["name"] = s.name;
-      row["description"] = s.description;
-      row["values"] = nb::cast(s.values);
-      params.append(row);
-    }
     nb::list dtypes;
     for (const char* name : a->dtypes) dtypes.append(name);
     nb::dict row;
@@ -228,9 +220,9 @@ nb::dict registry() {
     row["summary"] = a->summary;
     row["source"] = a->source;
     row["family"] = a->family;
-    row["abi"] = kernel_source("hash");
+    row["abi"] = abi(a->files);
     row["dtypes"] = nb::tuple(dtypes);
-    row["params"] = params;
+    row["params"] = param_specs(a->params);
     rows.append(row);
   }
   nb::dict result;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/kernels.h"
+#include "kernels/transforms.h"
 
 #define JAXWIN_PASTE(a, b) JAXWIN_PASTE_(a, b)
 #define JAXWIN_PASTE_(a, b) a##b
@@ -63,4 +64,9 @@ JAXWIN_SYMBOL(jaxwin_test_narrow_epilogue_)
 }
 JAXWIN_SYMBOL(jaxwin_test_accumulate_)
 (int64_t word, void* dst, const void* src, int64_t n) { JAXWIN_TABLE.accumulate(dst, src, n); }
+JAXWIN_SYMBOL(jaxwin_test_transform_)
+(int64_t word, int64_t kind, int64_t scheme, const jaxwin::TransformArgs* args) {
+  const auto& t = *jaxwin::JAXWIN_TARGET::transforms(static_cast<jaxwin::Word>(word));
+  (kind == 0 ? t.input : kind == 1 ? t.filter : t.output)[scheme](args);
+}
 }

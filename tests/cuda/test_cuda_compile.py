@@ -38,7 +38,12 @@ PROBLEMS = {
     "im2win_full": _make(64, 64, 64, (56, 56), (3, 3)),
     "segregated": _make(64, 64, 64, (28, 28), (4, 4), lhs_dilation=(2, 2)),
     "weight_grad": _make(64, 64, 64, (56, 56), (54, 54), layout=("CHWN", "IHWO")),
+    "two_stage": _make(1, 256, 256, (14, 14), (3, 3)),
+    "few_channels": _make(64, 3, 64, (224, 224), (7, 7), stride=(2, 2)),
     "depthwise": _make(64, 128, 128, (56, 56), (3, 3), groups=128),
+    "lanes_grad": _make(
+        128, 64, 128, (56, 56), (54, 54), batch_groups=128, layout=("CHWN", "IHWO")
+    ),
     "grouped": _make(64, 128, 128, (56, 56), (3, 3), groups=32),
     "direct": _make(2, 8, 8, (9, 9), (3, 3)),
     "tensor": _make(64, 64, 128, (56, 56), (3, 3)),
@@ -48,6 +53,12 @@ MORE = {
     "few features": ("im2win", _make(64, 64, 24, (56, 56), (3, 3))),
     "batch 1": ("im2win", _make(1, 256, 256, (14, 14), (3, 3))),
     "volume": ("im2win", _make(4, 16, 32, (16, 28, 28), (3, 3, 3))),
+    "planes": ("im2win", _make(64, 64, 128, (56, 56), (3, 3), layout=("NCHW", "OIHW"))),
+    "rgb 3x3": ("few_channels", _make(64, 3, 32, (224, 224), (3, 3), stride=(2, 2))),
+    "depthwise gradient 5x5": (
+        "lanes_grad",
+        _make(240, 64, 240, (28, 28), (24, 24), batch_groups=240, layout=("CHWN", "IHWO")),
+    ),
     "depthwise 5x5": ("depthwise", _make(64, 128, 128, (28, 28), (5, 5), groups=128)),
     "depthwise 7x7": ("depthwise", _make(64, 96, 96, (28, 28), (7, 7), groups=96)),
 }

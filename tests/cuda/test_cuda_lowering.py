@@ -181,7 +181,7 @@ def test_installed_reaches_cuda() -> None:
 
 
 def test_explain_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_explain, "_platform", lambda: "cuda")
+    monkeypatch.setattr(_explain, "default_platform", lambda: "cuda")
     (row,) = jaxwin.explain(_depthwise, *_shapes(X, DEPTHWISE))
     assert (row.algorithm, row.tier, row.isa) == ("depthwise", "heuristic", "cuda")
     assert row.parameters.keys() == {"strip", "vector", "threads"}

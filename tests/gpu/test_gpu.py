@@ -48,13 +48,14 @@ def _poison(shape: tuple[int, ...]) -> None:
         jnp.full(shape, jnp.nan, jnp.float32).block_until_ready().delete()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("algorithm", CANONICAL)
 def test_bits_of_the_chain(algorithm: str, seed: int) -> None:
     rng = np.random.default_rng([seed, CANONICAL.index(algorithm)])
-    kinds = ("depthwise", "grouped", "segregated", "weight_grad")
+    kinds = {name: name for name in ("depthwise", "grouped", "segregated", "weight_grad")}
+    kinds["lanes_grad"] = "weight_grad"
     while True:
-        problem = problems.draw(rng, algorithm if algorithm in kinds else None)
+        problem = problems.draw(rng, kinds.get(algorithm))
         if "rejected" not in _ffi.cuda_candidates(problem.native())[algorithm]:
             break
     x, w = problems.operands(problem, rng)
@@ -104,7 +105,7 @@ def test_denormals_are_flushed_as_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("dtype", REGISTRY["tensor"]["dtypes"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_tensor_cores(dtype: str, seed: int) -> None:
     rng = np.random.default_rng([seed, 77])
     while True:

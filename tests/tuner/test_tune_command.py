@@ -63,7 +63,7 @@ def test_a_run(path: Path) -> None:
     assert data["database"] == str(path)
     (row,) = data["rows"]
     names = {field.name for field in dataclasses.fields(search.Outcome)}
-    assert row.keys() == names | {"name", "text", "count"}
+    assert row.keys() == names | {"name", "text", "count", "isa"}
     problem = jaxwin.Problem.from_key(json.dumps(row["problem"]))
     assert str(problem) == row["text"]
     assert row["measured"] == 3 and row["default"]["algorithm"]

@@ -11,7 +11,7 @@
 //
 // Specialised by definitions: JAXWIN_BM, _BN, _BK (tile), _TM, _TN (of a thread, or of a warp for
 // tensor cores), _STAGES, _THREADS, _A, _B (how operands lie, below), _CHUNKED, _PARTIAL,
-// _IMAGES_FIRST, _DIMS, _TYPE, _EPILOGUE, _Y_VECTOR, _BLOCKS, _UNROLL.
+// _IMAGES_FIRST, _DIMS, _TYPE, _EPILOGUE, _Y_VECTOR, _Y_STAGED, _BLOCKS, _UNROLL.
 
 namespace jaxwin {
 namespace cuda {
@@ -457,7 +457,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a)
   const int total = a.c * p.taps;
   int begin = 0;
   int end = total;
-#if JAXWIN_CHUNKED
+#if JAXWIN_PARTIAL
   begin = (a.first_chunk + chunk) * a.chunk_length;
   end = begin + a.chunk_length < total ? begin + a.chunk_length : total;
 #endif
@@ -513,6 +513,49 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a)
   }
   wait_groups<0>();
 
+#if JAXWIN_Y_STAGED
+  // Rows are neighbours in memory, columns are not: some columns at a time go through shared
+  // memory, so that neighbouring threads store neighbouring results.
+  constexpr int kSlice = kBn < 32 ? kBn : 32, kLdSlice = kBm + 1;
+  constexpr int kRowsEach = max_of(1, kBm / kThreads), kColumnStep = max_of(1, kThreads / kBm);
+  float* const slice = reinterpret_cast<float*>(tiles);
+  Result* const y = static_cast<Result*>(a.y);
+  int places[kRowsEach];  // of a row's first result; negative behind the last row
+#pragma unroll
+  for (int r = 0; r < kRowsEach; ++r) {
+    const int row = first_row + thread % kBm + r * kThreads;
+    places[r] = -1;
+    if (row < p.rows) {
+      int o[3];
+      const int image = row_position(a, p, row, o);
+      places[r] = p.y_first + g * a.y_g + image * a.y_n;
+#pragma unroll
+      for (int d = kFirstDim; d < 3; ++d) places[r] += o[d] * p.y_sp[d];
+    }
+  }
+  for (int first = 0; first < kBn; first += kSlice) {
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kTileColumns; ++j) {
+      const int column = tile.column(j) - first;
+      if (column < 0 || column >= kSlice) continue;
+#pragma unroll
+      for (int i = 0; i < kTileRows; ++i) slice[column * kLdSlice + tile.row(i)] = tile.sum[i][j];
+    }
+    __syncthreads();
+    for (int c = thread / kBm; c < kSlice; c += kColumnStep) {
+      const int column = first_column + first + c;
+      if (column >= a.k) break;
+#pragma unroll
+      for (int r = 0; r < kRowsEach; ++r) {
+        if (places[r] < 0) continue;
+        const int there = places[r] + column * a.y_k;
+        const float value = slice[c * kLdSlice + thread % kBm + r * kThreads];
+        y[there] = round_result(finish(a, value, g * a.k + column, there));
+      }
+    }
+  }
+#else
 #pragma unroll
   for (int i = 0; i < kTileRows; ++i) {
     const int row = first_row + tile.row(i);
@@ -556,6 +599,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, JAXWIN_BLOCKS) jaxwin_gemm(JAXWIN_ARGS ConvArgs a)
 #endif
     }
   }
+#endif
 }
 
 }  // namespace cuda

@@ -57,7 +57,7 @@ JAXWIN_DEVICE Work find_work(const ConvArgs& a, const Part& p, int block, int la
   return r;
 }
 
-#if JAXWIN_DEPTHWISE
+#if JAXWIN_DEPTHWISE && !JAXWIN_LANES_GRAD
 // One channel per group, one feature: kVector groups per thread. Columns of the window one after
 // the other, each loaded once for all pixels of the strip.
 JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_depthwise(JAXWIN_ARGS ConvArgs a) {
@@ -212,6 +212,130 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_grouped(JAXWIN_ARGS ConvArgs a) {
     if (r.o[2] + t >= p.out[2]) break;
     const int there = at + t * p.y_sp[2];
     y[there] = finish(a, sum[t], r.lane, there);
+  }
+}
+#endif
+
+#if JAXWIN_LANES_GRAD
+// Weight gradients of few channels in a group. A thread follows the chains of kTapsY x kTapsX
+// results side by side, for kVector neighbouring groups (JAXWIN_DEPTHWISE: one channel and feature
+// each) or features of one group. Of the input, columns that the next step needs again move along
+// in registers (kShift of them are new then; 0: all).
+constexpr int kTapsY = JAXWIN_TAPS_Y, kTapsX = JAXWIN_TAPS_X, kShift = JAXWIN_SHIFT;
+#if JAXWIN_DEPTHWISE
+using Value = Lanes;
+JAXWIN_DEVICE float part_of(const Value& v, int i) { return v.v[i]; }
+JAXWIN_DEVICE Value value_at(const float* from, bool real) { return lanes_at(from, real); }
+#else
+using Value = float;
+JAXWIN_DEVICE float part_of(Value v, int) { return v; }
+JAXWIN_DEVICE Value value_at(const float* from, bool real) { return real ? *from : 0.0F; }
+#endif
+
+JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_lanes_grad(JAXWIN_ARGS ConvArgs a) {
+  const Part& p = a.part[0];
+  const int chunk = static_cast<int>(blockIdx.x) / a.row_blocks;  // of this launch
+  const int tiles_x = (p.out[2] + kTapsX - 1) / kTapsX, tiles_y = (p.out[1] + kTapsY - 1) / kTapsY;
+  int rest = static_cast<int>(blockIdx.x) % a.row_blocks * kThreads + static_cast<int>(threadIdx.x);
+  const int lanes = a.g * a.k / kVector;
+  const int lane = rest % lanes * kVector;
+  rest /= lanes;
+  const int ox = rest % tiles_x * kTapsX;
+  rest /= tiles_x;
+  const int oy = rest % tiles_y * kTapsY;
+  rest /= tiles_y;
+  const int oz = rest % p.out[0];
+  const int image = rest / p.out[0];
+  if (image >= a.n) return;
+  const int g = lane / a.k;
+  const int k = lane % a.k;
+  const float* const x = static_cast<const float*>(a.x) + g * a.x_g + image * a.x_n;
+  const float* const w = static_cast<const float*>(a.w) + g * a.w_g + k * a.w_k + p.w_first;
+  const int at_z = oz * p.stride[0] - p.pad[0];
+  const int at_y = oy * p.stride[1] - p.pad[1];
+  const int at_x = ox * p.stride[2] - p.pad[2];
+
+  Lanes sum[kTapsY][kTapsX];
+#pragma unroll
+  for (int i = 0; i < kTapsY; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTapsX; ++j) sum[i][j] = zeros();
+  }
+  // Rows (channel, z, y) of the window, each along x.
+  const int height = p.win[1];
+  const int all = a.c * p.win[0] * height;
+  const int of_chunk = a.chunk_length / p.win[2];
+  const int first = (a.first_chunk + chunk) * of_chunk;
+  const int last = first + of_chunk < all ? first + of_chunk : all;
+  for (int row = first; row < last; ++row) {
+    const int u = row % height;
+    const int s = row / height % p.win[0];
+    const int c = row / height / p.win[0];
+    const int iz = at_z + s * p.dilation[0];
+    const bool real_z = static_cast<unsigned>(iz) < static_cast<unsigned>(a.in[0]);
+    const float* const tap = w + c * a.w_c + s * p.w_sp[0] + u * p.w_sp[1];
+    const float* const from = x + c * a.x_c + iz * a.x_sp[0];
+    const auto load = [&](int i, int ix) {
+      const int iy = at_y + i * p.stride[1] + u * p.dilation[1];
+      const bool real = real_z && static_cast<unsigned>(iy) < static_cast<unsigned>(a.in[1]) &&
+                        static_cast<unsigned>(ix) < static_cast<unsigned>(a.in[2]);
+      return value_at(from + iy * a.x_sp[1] + ix * a.x_sp[2], real);
+    };
+    Value columns[kTapsY][kTapsX];
+#if JAXWIN_SHIFT > 0
+    // One step early: the first step moves them.
+#pragma unroll
+    for (int i = 0; i < kTapsY; ++i) {
+#pragma unroll
+      for (int j = kShift; j < kTapsX; ++j) {
+        columns[i][j] = load(i, at_x + (j - kShift) * p.stride[2]);
+      }
+    }
+#endif
+    for (int v = 0; v < p.win[2]; ++v) {
+      const Lanes weight = lanes_at(tap + v * p.w_sp[2], true);
+#pragma unroll
+      for (int i = 0; i < kTapsY; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTapsX; ++j) {
+          if (kShift > 0 && j + kShift < kTapsX) {
+            columns[i][j] = columns[i][j + kShift];
+          } else {
+            columns[i][j] = load(i, at_x + j * p.stride[2] + v * p.dilation[2]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTapsX; ++j) {
+#pragma unroll
+          for (int q = 0; q < kVector; ++q) {
+            sum[i][j].v[q] = fma(part_of(columns[i][j], q), weight.v[q], sum[i][j].v[q]);
+          }
+        }
+      }
+    }
+  }
+
+  float* const y = static_cast<float*>(a.y);
+#pragma unroll
+  for (int i = 0; i < kTapsY; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTapsX; ++j) {
+      if (oy + i >= p.out[1] || ox + j >= p.out[2]) continue;
+#pragma unroll
+      for (int q = 0; q < kVector; ++q) {
+        const int group = JAXWIN_DEPTHWISE ? g + q : g, feature = JAXWIN_DEPTHWISE ? 0 : k + q;
+#if JAXWIN_PARTIAL
+        const int row = ((image * p.out[0] + oz) * p.out[1] + oy + i) * p.out[2] + ox + j;
+        y[(static_cast<long long>(chunk * a.g + group) * p.rows + row) * a.k_pitch + feature] =
+            sum[i][j].v[q];
+#else
+        const int at = group * a.y_g + feature * a.y_k + image * a.y_n + oz * p.y_sp[0] +
+                       (oy + i) * p.y_sp[1] + (ox + j) * p.y_sp[2];
+        y[at] = finish(a, sum[i][j].v[q], lane + q, at);
+        static_cast<void>(chunk);
+#endif
+      }
+    }
   }
 }
 #endif
