@@ -17,7 +17,7 @@ from rich.table import Table
 
 import jaxwin
 from jaxwin import _explain
-from jaxwin.tuner import exits, measure, options
+from jaxwin.tuner import exits, measure, options, output
 from jaxwin.tuner.problems import Conv
 
 LAYOUTS = ("NHWC", "NCHW", "CHWN", "CHWN8", "CHWN16")
@@ -252,8 +252,6 @@ def command(
 
 
 def _print(rows: list[Row], totals: dict[str, float], best: str, noise: dict[str, float]) -> None:
-    from jaxwin.tuner import cli  # it imports this module
-
     table = Table(title="milliseconds")
     table.add_column("convolution")
     table.add_column("times")
@@ -265,7 +263,7 @@ def _print(rows: list[Row], totals: dict[str, float], best: str, noise: dict[str
     table.add_row("all", "", *(f"{totals[layout] / 1e6:.3f}" for layout in LAYOUTS))
     fastest = totals[best]
     table.add_row("ratio", "", *(f"{totals[layout] / fastest:.2f}" for layout in LAYOUTS))
-    cli._print(table)
+    output.show(table)
     ties = [
         layout
         for layout in LAYOUTS
