@@ -78,7 +78,8 @@ def _array(shape: Sequence[int], dtype: str, rng: np.random.Generator) -> jax.Ar
 
 def _timed(function: Any, *arrays: Any) -> measure.Timed:
     compiled = jax.jit(function).lower(*arrays).compile()
-    return measure.Timed(lambda: jax.block_until_ready(compiled(*arrays)))
+    finished: Any = jax.block_until_ready
+    return measure.Timed(lambda: finished(compiled(*arrays)))
 
 
 def _measured(
@@ -213,7 +214,8 @@ def command(
     """
     convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
     _check(convs)
-    jax.config.update("jax_enable_x64", True)  # else float64 would become float32
+    configure: Any = jax.config.update
+    configure("jax_enable_x64", True)  # else float64 would become float32
     if not any(map(_native, convs)):
         click.echo("none of the convolutions has a native kernel", err=True)
         sys.exit(exits.UNSUPPORTED)
