@@ -214,19 +214,18 @@ def command(
     """
     convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
     _check(convs)
-    configure: Any = jax.config.update
-    configure("jax_enable_x64", True)  # else float64 would become float32
-    if not any(map(_native, convs)):
-        click.echo("none of the convolutions has a native kernel", err=True)
-        sys.exit(exits.UNSUPPORTED)
     rows: list[Row] = []
     try:
-        for number, conv in enumerate(convs):
-            if not quiet:
-                click.echo(f"[{number + 1}/{len(convs)}] {conv.name}", err=True)
-            rows.append(measure_convolution(conv, directions, rounds))
-        backward = bool({"dx", "dw"} & {*directions})
-        rows.append(measure_conversions(convs[0], convs[-1], source, backward, rounds))
+        with jax.enable_x64(True):  # else float64 would become float32
+            if not any(map(_native, convs)):
+                click.echo("none of the convolutions has a native kernel", err=True)
+                sys.exit(exits.UNSUPPORTED)
+            for number, conv in enumerate(convs):
+                if not quiet:
+                    click.echo(f"[{number + 1}/{len(convs)}] {conv.name}", err=True)
+                rows.append(measure_convolution(conv, directions, rounds))
+            backward = bool({"dx", "dw"} & {*directions})
+            rows.append(measure_conversions(convs[0], convs[-1], source, backward, rounds))
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
     totals = {layout: sum(row.ns[layout] for row in rows) for layout in LAYOUTS}
