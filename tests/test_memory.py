@@ -72,12 +72,18 @@ def test_dispatch_needs_no_more(layer: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_kn2_adds_up_in_place(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = 3
     monkeypatch.setenv("NPROC", str(threads))
-    _, size, k, window, stride = LAYERS[layer]
+    c, size, k, window, stride = LAYERS[layer]
     width = (size - window) // stride + 1
     assert _temporary_bytes(layer, 2, "kn2col_aa")[0] == 0
     # NCHW with a stride: some channels of a row, no more than a few output rows.
     rows, _ = _temporary_bytes(layer, 2, "kn2row_aa", "NCHW")
     assert rows <= (0 if stride == 1 else threads * 4 * 4 * k * width)
+    # OIHW: and as much of the filters of one window position.
+    problem = problems.make(
+        2, c, k, (size,) * 2, (window,) * 2, stride=(stride,) * 2, layout=("NCHW", "OIHW")
+    )
+    plan = _ffi.make_plan(problem.native(), algorithm="kn2row_aa", threads=threads)["plan"]
+    assert plan["workspace_bytes"] <= threads * 2 * (4 * 4 * k * width + LINE)
     # One image of one phase of the input.
     phase = -(-size // stride)
     products = 4 * k * phase * phase

@@ -16,13 +16,15 @@ bool shifted(Kn2 form) { return form == Kn2::kRowAs || form == Kn2::kColAs; }
 struct Layout {
   Problem p;  // collapsed
   int64_t mr, nv, panel;
-  int64_t kc;           // channels that are multiplied, and copied, at a time
-  int64_t all_rows;     // n * z * y
-  int64_t rows;         // output rows of a task
-  bool copied;          // what the lanes read is copied: pixels that lie apart, or features
-  int64_t copy_floats;  // per thread
-  bool whole;           // shifted: all pixels of an image are multiplied as one row
-  int64_t sum_floats;   // shifted: the temporary
+  int64_t kc;             // channels that are multiplied, and copied, at a time
+  int64_t all_rows;       // n * z * y
+  int64_t rows;           // output rows of a task
+  bool copied;            // what the lanes read is copied: pixels that lie apart, or features
+  int64_t copy_floats;    // per thread
+  bool turned;            // filters are copied, channels next to each other
+  int64_t filter_floats;  // per thread
+  bool whole;             // shifted: all pixels of an image are multiplied as one row
+  int64_t sum_floats;     // shifted: the temporary
 };
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params, Kn2 form) {
@@ -37,6 +39,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.rows = params[kKn2Rows] == 0 ? ceil_div(l.all_rows, useful_threads(problem, t.threads))
                                  : std::min(params[kKn2Rows], l.all_rows);
   l.copied = by_rows(form) ? p.x.sp[2] != 1 || p.stride[2] != 1 : p.w.k != 1;
+  l.turned = by_rows(form) && p.w.c != 1 && p.w.k != 1 && p.c > 1;
   if (shifted(form)) {
     l.whole = p.stride == Dim3{1, 1, 1} && !(by_rows(form) && l.copied) &&
               p.x.sp[1] == p.in[2] * p.x.sp[2] &&
@@ -45,6 +48,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
                                 ceil_div(p.in[2], p.stride[2]),
                             16);
   }
+  if (shifted(form) && !l.whole) l.turned = false;  // each row would copy them anew
+  if (l.turned) l.filter_floats = round_up(l.kc * p.k, 16);
   const int64_t row = shifted(form) ? ceil_div(p.in[2], p.stride[2]) : p.out[2];
   if (l.copied) l.copy_floats = round_up(l.kc * (by_rows(form) ? row : l.panel), 16);
   return l;
@@ -108,6 +113,18 @@ void product(const Layout& l, const Kernels& k, GemmArgs args, ConstPtr a, Const
   }
 }
 
+// Channels c0 ... of the filters of one window position as rows of features, in place or copied.
+ConstPtr channels_of(const Layout& l, const Kernels& k, ConstPtr w, int64_t c0, int64_t channels,
+                     Ptr filters, GemmArgs* args) {
+  const Problem& p = l.p;
+  const ConstPtr from = w + c0 * p.w.c;
+  args->a_row = l.turned ? channels : p.w.k;
+  args->a_step = l.turned ? 1 : p.w.c;
+  if (!l.turned) return from;
+  k.copy(filters, channels, from, p.w.k, p.w.c, p.k, channels);
+  return filters;
+}
+
 // The results of one output row, in y.
 void zero_row(const Problem& p, Ptr y, Kn2 form) {
   const bool rows = by_rows(form);
@@ -137,7 +154,8 @@ void run_in_place(const Problem& problem, const Params& params, const Operands& 
     const int64_t g = task / blocks;
     const int64_t r0 = task % blocks * l.rows;
     const int64_t r1 = std::min(r0 + l.rows, l.all_rows);
-    const Ptr copy = e.workspace + worker * l.copy_floats;
+    const Ptr copy = e.workspace + worker * (l.copy_floats + l.filter_floats);
+    const Ptr filters = copy + l.copy_floats;
     for (int64_t r = r0; r < r1; ++r) zero_row(p, o.y + output(p, g, r), form);
     for (int64_t tap = 0; tap < p.window(); ++tap) {
       const Tap t = make_tap(p, tap);
@@ -147,22 +165,21 @@ void run_in_place(const Problem& problem, const Params& params, const Operands& 
       GemmArgs args{};
       args.load = 1;
       if (by_rows(form)) {
-        args.a_row = p.w.k;
-        args.a_step = p.w.c;
         args.c_row = p.y.k;
         args.b_step = l.copied ? pixels : p.x.c;
-        for (int64_t r = r0; r < r1; ++r) {
-          const ConstPtr x = input(p, o, t, g, r, t.j0);
-          if (x == nullptr) continue;
-          for (int64_t c0 = 0; c0 < p.c; c0 += l.kc) {
-            const Run run{0, 0, std::min(l.kc, p.c - c0)};
-            args.runs = &run;
+        for (int64_t c0 = 0; c0 < p.c; c0 += l.kc) {
+          const Run run{0, 0, std::min(l.kc, p.c - c0)};
+          args.runs = &run;
+          const ConstPtr a = channels_of(l, k, w, c0, run.len, filters, &args);
+          for (int64_t r = r0; r < r1; ++r) {
+            const ConstPtr x = input(p, o, t, g, r, t.j0);
+            if (x == nullptr) continue;
             ConstPtr b = x + c0 * p.x.c;
             if (l.copied) {
               k.copy(copy, pixels, b, p.x.c, p.stride[2] * p.x.sp[2], run.len, pixels);
               b = copy;
             }
-            product(l, k, args, w + c0 * p.w.c, b, o.y + output(p, g, r) + t.j0, p.k, pixels);
+            product(l, k, args, a, b, o.y + output(p, g, r) + t.j0, p.k, pixels);
           }
         }
         continue;
@@ -221,7 +238,8 @@ void multiply_phase(const Layout& l, const Kernels& k, const Threads& pool, cons
   const int64_t lines = all / line;
   const int64_t parts = std::clamp<int64_t>(pool.count() / lines, 1, line);
   pool.run(lines * parts, [&](int64_t task, int64_t worker) {
-    const Ptr copy = copies + worker * l.copy_floats;
+    const Ptr copy = copies + worker * (l.copy_floats + l.filter_floats);
+    const Ptr filters = copy + l.copy_floats;
     const int64_t row = task / parts;
     const int64_t i0 = line * (task % parts) / parts;
     const int64_t pixels = line * (task % parts + 1) / parts - i0;
@@ -230,8 +248,6 @@ void multiply_phase(const Layout& l, const Kernels& k, const Threads& pool, cons
                           (f.first[2] + i0 * p.stride[2]) * p.x.sp[2];
     GemmArgs args{};
     if (by_rows(form)) {
-      args.a_row = p.w.k;
-      args.a_step = p.w.c;
       args.c_row = all;
       args.b_step = l.copied ? pixels : p.x.c;
       for (int64_t c0 = 0; c0 < p.c; c0 += l.kc) {
@@ -243,7 +259,8 @@ void multiply_phase(const Layout& l, const Kernels& k, const Threads& pool, cons
           k.copy(copy, pixels, b, p.x.c, p.stride[2] * p.x.sp[2], run.len, pixels);
           b = copy;
         }
-        product(l, k, args, w + c0 * p.w.c, b, sums + row * line + i0, p.k, pixels);
+        product(l, k, args, channels_of(l, k, w, c0, run.len, filters, &args), b,
+                sums + row * line + i0, p.k, pixels);
       }
       return;
     }
@@ -361,9 +378,9 @@ Params kn2_defaults(const Problem& problem, const Target& t, Kn2 form) {
   // A copy is no larger than a few output rows: the point of the algorithm.
   const int64_t line = by_rows(form) ? p.out[2] : tile.nv * k.width;
   const int64_t limit = 4 * p.k * p.out[2] / line;
-  if (make_layout(problem, t, params, form).copied && limit < p.c) {
-    params[kKn2Kc] = std::max<int64_t>(1, limit);
-  }
+  const Layout l = make_layout(problem, t, params, form);
+  const int64_t most = std::min(l.copied ? limit : p.c, l.turned ? 4 * p.out[2] : p.c);
+  if (most < p.c) params[kKn2Kc] = std::max<int64_t>(1, most);
   // The rows of the result stay in the second-level cache while one window position after another
   // is added to them.
   const int64_t row = p.out[2] * (p.k + p.c * p.stride[2]);
@@ -381,13 +398,13 @@ std::string kn2_check(const Problem& p, const Target& t, const Params& params, K
   if (params[kKn2Kc] < 0 || params[kKn2Rows] < 0) return "kc, rows: negative";
   const Layout l = make_layout(p, t, params, form);
   constexpr int64_t kLimit = 1 << 24;
-  if (l.copied && l.kc > 1 && l.copy_floats > kLimit) return "kc: the copy is too large";
+  if (l.kc > 1 && l.copy_floats + l.filter_floats > kLimit) return "kc: the copy is too large";
   return {};
 }
 
 int64_t kn2_workspace(const Problem& p, const Target& t, const Params& params, Kn2 form) {
   const Layout l = make_layout(p, t, params, form);
-  return l.sum_floats + l.copy_floats * useful_threads(p, t.threads);
+  return l.sum_floats + (l.copy_floats + l.filter_floats) * useful_threads(p, t.threads);
 }
 
 double kn2_cost(const Problem& problem, const Target& t, const Params& params, Kn2 form) {
@@ -413,7 +430,8 @@ double kn2_cost(const Problem& problem, const Target& t, const Params& params, K
   // elements.
   if (by_rows(form) && p.w.k != 1 && p.window() > 1) {
     const double bytes = as_double(p.k * p.reduction() * k.size);
-    cost += passes * as_double(p.k * p.c) * (bytes > as_double(caches().l2 / 2) ? 8.0 : 2.0);
+    const double times = passes / (l.turned ? as_double(l.rows) : 1.0);
+    cost += times * as_double(p.k * p.c) * (bytes > as_double(caches().l2 / 2) ? 8.0 : 2.0);
   }
   if (shifted(form)) cost += passes * as_double(p.k * p.out[2]) * 4.0 / as_double(k.width);
   return 1.2 * cost;
