@@ -124,6 +124,24 @@ def test_integers_at_their_limits(dtype: str, most: int, extreme: int) -> None:
     assert "too many channels" in _ffi.candidates(more.native())["sfc"]["rejected"]
 
 
+@pytest.mark.parametrize(("algorithm", "tile"), SCHEMES)
+def test_the_workspace_of_a_thread_does_not_grow_with_the_images(algorithm, tile) -> None:
+    """Nor with the filters, which go through it piece by piece, unless transformed once for all."""
+
+    def workspace(n: int, size: int, k: int, threads: int, once: int = 0) -> int:
+        problem = problems.make(n, 64, k, (size, size), (3, 3))
+        params = _params(algorithm, tile, tiles=16, once=once)
+        answer = _ffi.make_plan(problem.native(), algorithm, threads=threads, params=params)
+        return answer["plan"]["workspace_bytes"]
+
+    one = workspace(1, 56, 64, 1)
+    assert one == workspace(8, 224, 512, 1)
+    assert workspace(8, 224, 512, 4) == 4 * one
+    products = SCHEMES[algorithm, tile]().products
+    shared = workspace(8, 224, 512, 1, once=1) - workspace(8, 224, 64, 1, once=1)
+    assert 4 * products * 64 * 448 <= shared < 1.1 * 4 * products * 64 * 448
+
+
 def test_not_a_number_stays_in_its_tile() -> None:
     """What is not finite spreads over a tile, not beyond it."""
     problem = problems.make(1, 2, 3, (14, 14), (3, 3))
@@ -287,7 +305,7 @@ def test_explain_names_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.family == "any"
 
 
-def test_gradients_of_the_fastest_are_canonical() -> None:
+def test_gradients_of_the_fastest_are_canonical(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = jnp.ones((1, 24, 24, 32)), jnp.ones((3, 3, 32, 32))
 
     def loss(x, w, **options):
@@ -296,6 +314,11 @@ def test_gradients_of_the_fastest_are_canonical() -> None:
     options = {"precision": "fastest"}
     rows = jaxwin.explain(jax.grad(lambda x, w: loss(x, w, **options), (0, 1)), x, w)
     assert [row.family == "canonical" for row in rows] == [False, True, True]
+    monkeypatch.setenv("JAXWIN_FAMILY", "any")
+    rows = jaxwin.explain(jax.grad(loss, (0, 1)), x, w)
+    families = {bool(row.problem.rhs_reversal): row.family for row in rows}
+    assert families[True] != "canonical", "the input gradient is a forward convolution"
+    monkeypatch.delenv("JAXWIN_FAMILY")
     rng = np.random.default_rng(0)
     x, w = (
         jnp.asarray(rng.standard_normal(x.shape, "f4")),

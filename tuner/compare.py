@@ -547,6 +547,14 @@ def _figure_lines(section: Section) -> bench.Grid:
     ]
 
 
+def _label(row: bench.Row, among: Sequence[bench.Row]) -> str:
+    """A row's name, with what tells it from others."""
+    words = [row.name]
+    words += [row.direction] * (len({other.direction for other in among}) > 1)
+    words += [row.dtype] * (len({other.dtype for other in among}) > 1)
+    return " ".join(words)
+
+
 def grids(section: Section) -> dict[str, bench.Grid]:
     """Title -> header and lines: the papers' figures, times, workspaces."""
     title = section.comparison.title
@@ -556,7 +564,7 @@ def grids(section: Section) -> dict[str, bench.Grid]:
     times = [["layer", "convolution", *names]]
     memory = [["layer", *(n for n in names if _measured_workspace(shown, n))]]
     for row in shown:
-        label = f"{row.name} {row.direction} {row.dtype}"
+        label = _label(row, shown)
         taken = (row.time(name) for name in names)
         times.append([label, row.problem, *("-" if t is None else duration(t) for t in taken)])
         cells = (row.cells[name] for name in memory[0][1:])
@@ -624,7 +632,7 @@ def _per_layer(section: Section) -> str:
         parts.append(svg.text(scale(tick), height - 6, f"{svg.plain(tick)} ms", "tick", "middle"))
     for i, entry in enumerate(shown):
         y = 18 + i * row
-        words = f"{entry.name} {entry.direction} {entry.dtype}"
+        words = _label(entry, shown)
         parts.append(svg.text(label - 10, y + 4, words, "label", "end"))
         for number, name in enumerate(names):
             if (taken := entry.time(name)) is not None:
@@ -644,7 +652,7 @@ def page(run: Run) -> str:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     body = [
         "<h1>The papers' comparisons, here</h1>",
-        f"<p>{escape(str(run.base.machine))}, {run.base.options.threads} threads. "
+        f"<p>{escape(str(run.base.machine))}, threads: {run.base.options.threads}. "
         f"jaxwin {jaxwin.__version__}, {now}.</p>",
     ]
     for section in run.sections:

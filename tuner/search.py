@@ -354,7 +354,9 @@ class _Search:
             ):
                 ranked.append(candidate)
         previous = [self._previous] if self._previous is not None else []
-        return [self.default, *previous, *lent, *plausible, *ranked]
+        # Half of the effort is for the neighbours of what turns out to be fast.
+        first = dict.fromkeys([self.default, *previous, *lent, *plausible, *ranked])
+        return list(first)[: max(3, self.context.effort.candidates // 2)]
 
     def _read_shared(self) -> None:
         """What other machines of this kind measured, where they share a storage with this one."""

@@ -333,8 +333,8 @@ std::string tile_check(const Problem& p, const Target& t, const Params& params,
   }
   if (params[kVectors] < 1 || params[kVectors] > kMaxNv) return "nv: from 1 to 4";
   const Kernels& k = *t.kernels;
-  if (p.panel > 0 &&
-      (p.panel % k.width != 0 || p.panel > kMaxNv * k.width || k.max_mr[p.panel / k.width] == 0)) {
+  if (p.panel > 0 && (p.panel % k.width != 0 || p.panel > int64_t{kMaxNv} * k.width ||
+                      k.max_mr[p.panel / k.width] == 0)) {
     return "the filters are packed in other panels";
   }
   if (params[kOnce] != 0 && params[kOnce] != 1) return "once: 0 or 1";

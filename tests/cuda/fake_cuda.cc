@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <string>
@@ -77,9 +78,36 @@ EXPORT int cuStreamGetCtx(void*, void** c) {
   *c = &context;
   return called("cuStreamGetCtx");
 }
+static thread_local void* current;
 EXPORT int cuCtxGetCurrent(void** c) {
-  *c = nullptr;
+  *c = current;
   return called("cuCtxGetCurrent");
+}
+// What tests/gpu/on_device.py takes beside; memory is the host's.
+EXPORT int cuDevicePrimaryCtxRetain(void** c, int) {
+  *c = &context;
+  return 0;
+}
+EXPORT int cuCtxSetCurrent(void* c) {
+  current = c;
+  return 0;
+}
+EXPORT int cuCtxSynchronize() { return called("cuCtxSynchronize"); }
+EXPORT int cuMemAlloc_v2(unsigned long long* address, size_t size) {
+  *address = reinterpret_cast<unsigned long long>(std::malloc(size));
+  return called("cuMemAlloc");
+}
+EXPORT int cuMemFree_v2(unsigned long long address) {
+  std::free(reinterpret_cast<void*>(address));
+  return called("cuMemFree");
+}
+EXPORT int cuMemcpyHtoD_v2(unsigned long long to, const void* from, size_t size) {
+  std::memcpy(reinterpret_cast<void*>(to), from, size);
+  return 0;
+}
+EXPORT int cuMemcpyDtoH_v2(void* to, unsigned long long from, size_t size) {
+  std::memcpy(to, reinterpret_cast<void*>(from), size);
+  return 0;
 }
 EXPORT int cuCtxPushCurrent_v2(void*) {
   const int code = called("cuCtxPushCurrent");

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import problems
 import pytest
 
@@ -296,3 +298,27 @@ def test_the_cache_is_bounded(fakes: Fakes, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("stays")
     assert _run(runtime, params=[32, 32, 8, 4, 4, 2, 0, 1]) == ("", "")
     assert (tmp_path / "mine.txt").exists()
+
+
+def test_plans_on_the_device_without_xla(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What tests/gpu/measure.py checks bits with: a kernel that does nothing leaves NaN."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "gpu"))
+    on_device: Any = importlib.import_module("on_device")
+    monkeypatch.setattr(on_device, "LIBRARY", fakes.paths["CUDA"])
+    monkeypatch.setattr(on_device._cuda, "nvrtc_libraries", lambda: [fakes.paths["NVRTC"]])
+    monkeypatch.setenv("JAXWIN_KERNEL_CACHE", "off")
+    x, w = problems.operands(_PROBLEM, np.random.default_rng(0))
+    try:
+        result = on_device.run(_PROBLEM, x, w, "im2win")
+        assert result.shape == _PROBLEM.out_shape and np.isnan(result).all()
+        assert fakes.calls("cuMemAlloc") == fakes.calls("cuMemFree") == 4
+        fakes.set("cuCtxSynchronize", 999)
+        with pytest.raises(on_device.DriverError, match="CUDA_ERROR_UNKNOWN"):
+            on_device.run(_PROBLEM, x, w, "im2win")
+        fakes.set("cuLaunchKernel", 2)
+        with pytest.raises(RuntimeError, match=r"out of memory: .*CUDA_ERROR_OUT_OF_MEMORY"):
+            on_device.run(_PROBLEM, x, w, "im2win")
+    finally:
+        fakes.cuda.cuCtxSetCurrent(None)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxwin import _cuda, _ffi
 from jaxwin._problem import Problem
 
+LIBRARY = "libcuda.so.1"
 _GUARD = 4096  # bytes on both sides
 
 
@@ -24,7 +25,7 @@ class DriverError(RuntimeError):
 
 @functools.cache
 def _driver() -> Any:
-    library = ctypes.CDLL("libcuda.so.1")
+    library = ctypes.CDLL(LIBRARY)
     device, context = ctypes.c_int(), ctypes.c_void_p()
     _check(library, library.cuInit(0))
     _check(library, library.cuDeviceGet(ctypes.byref(device), 0))
@@ -73,7 +74,7 @@ class _Memory:
 def runtime() -> Any:
     """The native core's runtime, with the cache of kernels that programs use."""
     _driver()
-    return _ffi.CudaRuntime([], _cuda.nvrtc_libraries(), _cuda.cache_folder())
+    return _ffi.CudaRuntime([LIBRARY], _cuda.nvrtc_libraries(), _cuda.cache_folder())
 
 
 def run(
