@@ -159,7 +159,7 @@ def test_no_vector_spills_in_the_tiles(target: str) -> None:
             spills = _spills(loop, code)
             # AVX2's strided form also needs a register for the mask of the last column vector;
             # where all sixteen are taken, reading that mask again is the cheapest way out.
-            if target == "avx2" and form == "true" and steps + int(nv) + 2 > 16:
+            if target == "avx2" and form.endswith("1") and steps + int(nv) + 2 > 16:
                 spills = [line for line in spills if not _reads_whole_vector(line)] + spills[1:]
             assert spills == [], f"gemm_tile<{mr}, {nv}, {form}, {element}>"
 

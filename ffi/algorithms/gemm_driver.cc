@@ -701,7 +701,7 @@ void turn_panel(const Layout& l, const Kernels& k, ConstPtr w, int64_t features,
   const int64_t taps = p.window();
   const int64_t most = std::clamp<int64_t>(kTurnedRows / taps, 1, 8);
   std::array<double, kTurnedFilters * kTurnedRows> room;
-  const Ptr turned{static_cast<char*>(static_cast<void*>(room.data())), k.size};
+  const Ptr turned{reinterpret_cast<char*>(room.data()), k.size};
   for (int64_t f = 0; f < features; f += kTurnedFilters) {
     const int64_t count = std::min(kTurnedFilters, features - f);
     for (int64_t c0 = 0; c0 < p.c; c0 += most) {
@@ -840,7 +840,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const Ptr table_words = zeros + l.zero_floats;
   Ptr scratch = table_words + l.table_words;
   // Words of a workspace are floats or doubles, and it begins on a cache line.
-  auto* table = static_cast<int64_t*>(static_cast<void*>(table_words));
+  auto* table = reinterpret_cast<int64_t*>(table_words.at);
   zeros.zero(l.zero_floats);
   const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const Threads pool = e.pool->limited(threads);

@@ -6,10 +6,10 @@
 // "kn2row-aa"): for every window position the filters' matrix K x C times the input's C x W, row by
 // row, added to the shifted output row by the matrix product itself. Shorter rows at the borders
 // stand for the paper's punched holes. The sums are stored and loaded between window positions and
-// go on by fma, in the order of the contract: the canonical chain. Nothing is copied where pixels of
-// the input are neighbours, the stride is 1, and channels or features of the filters are neighbours.
-// Else some channels of a row are, or of a window position's filters (OIHW): by default no more than
-// four output rows each.
+// go on by fma, in the order of the contract: the canonical chain. Nothing is copied where pixels
+// of the input are neighbours, the stride is 1, and channels or features of the filters are
+// neighbours. Else some channels of a row are, or of a window position's filters (OIHW): by default
+// no more than four output rows each.
 
 #include "algorithms/kn2_driver.h"
 #include "algorithms/registry.h"
