@@ -138,9 +138,9 @@ def conv(
             f"layout={layout!r}, groups={groups})"
         )
 
-    if packing is not None and packing.groups != groups:
+    if isinstance(w, PackedWeights) and w.groups != groups:
         raise ValueError(
-            f"conv: w was packed with groups={packing.groups}, got groups={groups}; give "
+            f"conv: w was packed with groups={w.groups}, got groups={groups}; give "
             "jaxwin.pack the groups of the convolution"
         )
 
