@@ -17,7 +17,7 @@ from rich.table import Table
 
 import jaxwin
 from jaxwin import _explain
-from jaxwin.tuner import exits, measure, options
+from jaxwin.tuner import exits, measure, options, output
 from jaxwin.tuner.problems import Conv
 
 LAYOUTS = ("NHWC", "NCHW", "CHWN", "CHWN8", "CHWN16")
@@ -78,7 +78,8 @@ def _array(shape: Sequence[int], dtype: str, rng: np.random.Generator) -> jax.Ar
 
 def _timed(function: Any, *arrays: Any) -> measure.Timed:
     compiled = jax.jit(function).lower(*arrays).compile()
-    return measure.Timed(lambda: jax.block_until_ready(compiled(*arrays)))
+    finished: Any = jax.block_until_ready
+    return measure.Timed(lambda: finished(compiled(*arrays)))
 
 
 def _measured(
@@ -213,18 +214,18 @@ def command(
     """
     convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
     _check(convs)
-    jax.config.update("jax_enable_x64", True)  # else float64 would become float32
-    if not any(map(_native, convs)):
-        click.echo("none of the convolutions has a native kernel", err=True)
-        sys.exit(exits.UNSUPPORTED)
     rows: list[Row] = []
     try:
-        for number, conv in enumerate(convs):
-            if not quiet:
-                click.echo(f"[{number + 1}/{len(convs)}] {conv.name}", err=True)
-            rows.append(measure_convolution(conv, directions, rounds))
-        backward = bool({"dx", "dw"} & {*directions})
-        rows.append(measure_conversions(convs[0], convs[-1], source, backward, rounds))
+        with jax.enable_x64(True):  # else float64 would become float32
+            if not any(map(_native, convs)):
+                click.echo("none of the convolutions has a native kernel", err=True)
+                sys.exit(exits.UNSUPPORTED)
+            for number, conv in enumerate(convs):
+                if not quiet:
+                    click.echo(f"[{number + 1}/{len(convs)}] {conv.name}", err=True)
+                rows.append(measure_convolution(conv, directions, rounds))
+            backward = bool({"dx", "dw"} & {*directions})
+            rows.append(measure_conversions(convs[0], convs[-1], source, backward, rounds))
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
     totals = {layout: sum(row.ns[layout] for row in rows) for layout in LAYOUTS}
@@ -252,8 +253,6 @@ def command(
 
 
 def _print(rows: list[Row], totals: dict[str, float], best: str, noise: dict[str, float]) -> None:
-    from jaxwin.tuner import cli  # it imports this module
-
     table = Table(title="milliseconds")
     table.add_column("convolution")
     table.add_column("times")
@@ -265,7 +264,7 @@ def _print(rows: list[Row], totals: dict[str, float], best: str, noise: dict[str
     table.add_row("all", "", *(f"{totals[layout] / 1e6:.3f}" for layout in LAYOUTS))
     fastest = totals[best]
     table.add_row("ratio", "", *(f"{totals[layout] / fastest:.2f}" for layout in LAYOUTS))
-    cli._print(table)
+    output.show(table)
     ties = [
         layout
         for layout in LAYOUTS

@@ -222,6 +222,10 @@ def test_several_chunks_and_rounds_were_met() -> None:
 PIECES = {
     "a small image": (_make(1, 20, 9, (6, 7), (3, 3), padding=_PAD), {"pieces": 4}),
     "rows of 16 bytes": (_make(1, 8, 12, (5, 5), (3, 3)), {"pieces": 8, "pack": 1}),
+    "images are neighbours": (
+        _make(4, 10, 6, (4, 5), (3, 3), padding=_PAD, layout=("CHWN", "IHWO")),
+        {"pieces": 2},
+    ),
     "pointwise planes": (_make(1, 70, 5, (5, 4), (1, 1), layout=("NCHW", "OIHW")), {"pieces": 2}),
 }
 

@@ -474,6 +474,26 @@ def test_xla_takes_part_only_where_it_may(path: Path, monkeypatch: pytest.Monkey
     assert _dispatch.decide(DENSE).plan is not None, "the last comparison counts"
 
 
+def test_another_family_wins_only_where_it_may(path: Path) -> None:
+    """It is compared with the winner of the canonical family, and stored as what it is."""
+    ours = _towards(GOAL)
+
+    def ratio(candidate: Candidate) -> float:
+        return 0.2 if candidate.algorithm == "winograd" else ours(candidate)
+
+    ((_, outcome),) = _run(Fake(ratio), family="any").outcomes
+    assert outcome.winner == GOAL, "of the canonical family"
+    assert outcome.others["winograd"] == pytest.approx(0.2 / 0.7, rel=0.01)
+    assert "winograd takes 0.29 of its time" in str(outcome)
+    rows = [row for row in _rows(path) if row.algorithm == "winograd"]
+    assert {row.family for row in rows} == {"winograd"}
+    assert [row.confirmed for row in rows].count(True) == 1
+    found = _dispatch.decide(DENSE, algorithm="any")
+    assert found.tier == "tuned" and found.plan is not None and found.plan.algorithm == "winograd"
+    decision = _dispatch.decide(DENSE)
+    assert decision.plan is not None and _candidate(decision.plan) == GOAL
+
+
 @pytest.mark.parametrize("fate", ["wrong", "crashed", "timeout", "error"])
 def test_xla_that_goes_wrong(path: Path, fate: str) -> None:
     xla = Candidate("xla", ())
