@@ -685,41 +685,6 @@ void finish_planes(const Problem& p, const Kernels& k, const Operands& o, Ptr c,
 
 namespace {
 
-// Packs whole filters that are stored one after another, channel by channel (OIHW). Filters lie far
-// apart, at distances that fall on few sets of the caches: some at a time are transposed whole, a
-// few channels of them, and their rows then moved to where the reduction has them.
-constexpr int64_t kTurnedFilters = 16;
-constexpr int64_t kTurnedRows = 128;
-bool can_turn(const Problem& p) {
-  const int64_t taps = p.window();
-  return p.plain() && p.w.c == taps && taps > 1 && taps <= kTurnedRows && p.w.k != 1 &&
-         (p.win[2] == 1 || p.w.sp[2] == 1) && (p.win[1] == 1 || p.w.sp[1] == p.win[2]) &&
-         (p.win[0] == 1 || p.w.sp[0] == p.win[2] * p.win[1]);
-}
-void turn_panel(const Layout& l, const Kernels& k, ConstPtr w, int64_t features, Ptr dst) {
-  const Problem& p = l.p;
-  const int64_t taps = p.window();
-  const int64_t most = std::clamp<int64_t>(kTurnedRows / taps, 1, 8);
-  std::array<double, kTurnedFilters * kTurnedRows> room;
-  const Ptr turned{reinterpret_cast<char*>(room.data()), k.size};
-  for (int64_t f = 0; f < features; f += kTurnedFilters) {
-    const int64_t count = std::min(kTurnedFilters, features - f);
-    for (int64_t c0 = 0; c0 < p.c; c0 += most) {
-      const int64_t channels = std::min(most, p.c - c0);
-      k.copy(turned, kTurnedFilters, w + f * p.w.k + c0 * taps, 1, p.w.k, channels * taps, count);
-      for (int64_t tap = 0; tap < taps; ++tap) {  // z, y, x as they are stored
-        const int64_t x = tap % p.win[2];
-        const int64_t zy = tap / p.win[2];
-        const int64_t at = (x * p.win[1] + zy % p.win[1]) * p.win[0] + zy / p.win[1];
-        for (int64_t c = 0; c < channels; ++c) {
-          std::memcpy(dst + (at * p.c + c0 + c) * l.panel + f,
-                      turned + (c * taps + tap) * kTurnedFilters, count * k.size);
-        }
-      }
-    }
-  }
-}
-
 // Packs rows [r0, r1) of the reduction, panels [panel0, panel1) of group g: panel after panel
 // (stride `ld` in dst), each [r - r0][feature], features beyond k zero.
 void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64_t panel0,
@@ -731,14 +696,7 @@ void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64
   if (features(panel1 - 1) < l.panel) {
     (dst + (panel1 - 1 - panel0) * ld).zero((r1 - r0) * l.panel);
   }
-  if (r0 == 0 && r1 == l.reduction && can_turn(p)) {
-    for (int64_t panel = panel0; panel < panel1; ++panel) {
-      turn_panel(l, k, base + panel * l.panel * p.w.k, features(panel),
-                 dst + (panel - panel0) * ld);
-    }
-    return;
-  }
-  // Other filters stored with the window innermost: walk each filter's memory in order.
+  // Filters stored with the window innermost (OIHW): walk each filter's memory in order.
   if (p.w.k != 1 && p.w.c != 1 && taps > 1 && p.w.sp[2] == 1 && r0 == 0 && r1 == l.reduction &&
       k.channels == 1) {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
