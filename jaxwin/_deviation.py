@@ -26,7 +26,7 @@ from jaxwin._dispatch import Forced
 from jaxwin._fused import fused_conv_p
 from jaxwin._plan import Decision
 from jaxwin._primitive import conv_p
-from jaxwin._problem import Problem, from_parameters
+from jaxwin._problem import Problem, from_equation
 
 # Instruction sets without fused multiply-adds are slow: by default only for so many operations.
 _SLOW_FLOPS = 2e8
@@ -217,17 +217,7 @@ class _Study:
     def visit(self, equation: Any, values: list[Any], path: tuple[int, ...]) -> Any:
         """Runs one convolution by all ways; its result is the default's."""
         params = equation.params
-        lhs, rhs = (v.aval for v in equation.invars[:2])
-        problem = from_parameters(
-            lhs,
-            rhs,
-            equation.outvars[0].aval,
-            params,
-            bias=params.get("has_bias", False),
-            residual=params.get("has_residual", False),
-            activation=params.get("activation"),
-            packed=params.get("packed"),
-        )
+        problem = from_equation(equation)
         layer = self._layers.setdefault(path, len(self._layers))
         if layer == len(self._found):
             self._found.append({})

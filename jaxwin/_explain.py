@@ -14,7 +14,7 @@ from jaxwin import _compat, _cuda, _dispatch, _ffi, _install, _registry, _settin
 from jaxwin._fused import fused_conv_p
 from jaxwin._plan import Decision, Plan
 from jaxwin._primitive import conv_p
-from jaxwin._problem import Problem, from_parameters
+from jaxwin._problem import Problem, from_equation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,20 +181,8 @@ def _walk(jaxpr: Any, found: dict[tuple[Any, ...], int], by_precision: bool) -> 
         primitive = equation.primitive
         if primitive in (conv_p, fused_conv_p, _compat.lax_conv_p):
             params = equation.params
-            lhs, rhs = (v.aval for v in equation.invars[:2])
-            problem = from_parameters(
-                lhs,
-                rhs,
-                equation.outvars[0].aval,
-                params,
-                bias=params.get("has_bias", False),
-                residual=params.get("has_residual", False),
-                activation=params.get("activation"),
-                reversed_dimensions=_spatial(
-                    reversed_dimensions.get(equation.invars[1], ()), params
-                ),
-                packed=params.get("packed"),
-            )
+            backwards = reversed_dimensions.get(equation.invars[1], ())
+            problem = from_equation(equation, _spatial(backwards, params))
             problem = _dispatch.without_epilogue(problem)
             native = primitive is not _compat.lax_conv_p or _install.is_installed()
             options = tuple(

@@ -314,3 +314,20 @@ def from_parameters(
         ),
         rhs_panel=0 if packed is None else packed.panel,
     )
+
+
+def from_equation(equation: Any, reversed_dimensions: Sequence[int] = ()) -> Problem:
+    """The problem of a jaxpr's equation: of a convolution of ours, or of lax's."""
+    params = equation.params
+    lhs, rhs = (v.aval for v in equation.invars[:2])
+    return from_parameters(
+        lhs,
+        rhs,
+        equation.outvars[0].aval,
+        params,
+        bias=params.get("has_bias", False),
+        residual=params.get("has_residual", False),
+        activation=params.get("activation"),
+        reversed_dimensions=reversed_dimensions,
+        packed=params.get("packed"),
+    )

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -33,3 +35,18 @@ def _no_packaged_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def _empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nor what the user tuned, and missed; nor do tests add to that."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where JAXWIN_TUNING_DB points: no file yet. No other tier has one. It is read."""
+    from jaxwin import _tuning
+
+    place = tmp_path / "tuning.db"
+    monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAXWIN_MODE", "cached")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    _tuning.reload()
+    yield place
+    _tuning.reload()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import bilinear
@@ -196,17 +195,11 @@ def test_packed_filters_give_the_same_bits(groups: int, features: int) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    place = tmp_path / "tuning.db"
-    monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
-    with Database(place):
+def path(own_database: Path) -> Path:
+    with Database(own_database):
         pass
     _tuning.reload()
-    yield place
-    _tuning.reload()
+    return own_database
 
 
 def _row(algorithm: str, tile: int, problem=LARGE, **changes):

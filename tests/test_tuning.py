@@ -14,7 +14,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -33,16 +33,11 @@ PROBLEM = tuning.DENSE
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where JAXWIN_TUNING_DB points: no file yet. No other tier has one."""
-    place = tmp_path / "tuning ?#%41.db"
+def path(own_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, with a name that an URI would not take as it is."""
+    place = own_database.with_name("tuning ?#%41.db")
     monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
-    _tuning.reload()
-    yield place
-    _tuning.reload()
+    return place
 
 
 def _write(path: Path, *measurements) -> None:

@@ -12,11 +12,6 @@
 namespace jaxwin {
 namespace {
 
-const std::vector<int64_t>& tiles() {
-  static const std::vector<int64_t> list{6};
-  return list;
-}
-
 std::string rejects(const Problem& p) {
   std::string why = tile_rejects(p);
   if (!why.empty() || kDtypeRows[p.dtype].word != kPair) return why;
@@ -32,23 +27,10 @@ std::string rejects(const Problem& p) {
 
 const Algorithm& algorithm_sfc() {
   static const Algorithm a = [] {
-    Algorithm row{};
-    row.name = "sfc";
-    row.summary = "3x3 windows by SFC-6(6x6, 3x3): fewer products, transforms of additions alone";
-    row.source = "arXiv 2407.02913";
-    row.dtypes = {kF32, kBF16, kF16, kS8, kU8};
-    row.params = tile_param_specs(tiles());
+    Algorithm row = tile_algorithm<6>(
+        "sfc", "3x3 windows by SFC-6(6x6, 3x3): fewer products, transforms of additions alone",
+        "arXiv 2407.02913", {kF32, kBF16, kF16, kS8, kU8});
     row.rejects = rejects;
-    row.defaults = [](const Problem& p, const Target& t) { return tile_defaults(p, t, tiles()); };
-    row.check = [](const Problem& p, const Target& t, const Params& q) {
-      return tile_check(p, t, q, tiles());
-    };
-    row.workspace = tile_workspace;
-    row.run = tile_run;
-    row.cost = tile_cost;
-    row.takes_packed = true;
-    row.family = "sfc";
-    row.error_bound = tile_error_bound;
     return row;
   }();
   return a;

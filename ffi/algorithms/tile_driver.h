@@ -10,6 +10,9 @@
 // tile. In integers all is exact.
 #pragma once
 
+#include <utility>
+#include <vector>
+
 #include "algorithms/algorithm.h"
 #include "kernels/transforms.h"
 
@@ -27,5 +30,30 @@ int64_t tile_workspace(const Problem& p, const Target& t, const Params& params);
 void tile_run(const Problem& p, const Params& params, const Operands& o, const Execution& e);
 double tile_cost(const Problem& p, const Target& t, const Params& params);
 double tile_error_bound(const Problem& p, const Params& params);
+
+// The registry's row of an algorithm on this driver, a family of its own; kTiles: its schemes.
+template <int64_t... kTiles>
+Algorithm tile_algorithm(const char* name, const char* summary, const char* source,
+                         std::vector<Dtype> dtypes) {
+  static const std::vector<int64_t> tiles{kTiles...};
+  Algorithm row{};
+  row.name = name;
+  row.summary = summary;
+  row.source = source;
+  row.dtypes = std::move(dtypes);
+  row.params = tile_param_specs(tiles);
+  row.rejects = tile_rejects;
+  row.defaults = [](const Problem& p, const Target& t) { return tile_defaults(p, t, tiles); };
+  row.check = [](const Problem& p, const Target& t, const Params& q) {
+    return tile_check(p, t, q, tiles);
+  };
+  row.workspace = tile_workspace;
+  row.run = tile_run;
+  row.cost = tile_cost;
+  row.takes_packed = true;
+  row.family = name;
+  row.error_bound = tile_error_bound;
+  return row;
+}
 
 }  // namespace jaxwin

@@ -7,36 +7,11 @@
 #include "algorithms/tile_driver.h"
 
 namespace jaxwin {
-namespace {
-
-const std::vector<int64_t>& tiles() {
-  static const std::vector<int64_t> list{2, 4};
-  return list;
-}
-
-}  // namespace
 
 const Algorithm& algorithm_winograd() {
-  static const Algorithm a = [] {
-    Algorithm row{};
-    row.name = "winograd";
-    row.summary = "3x3 windows by F(2x2, 3x3) or F(4x4, 3x3): fewer products, larger errors";
-    row.source = "arXiv 1509.09308";
-    row.dtypes = {kF32, kBF16, kF16};
-    row.params = tile_param_specs(tiles());
-    row.rejects = tile_rejects;
-    row.defaults = [](const Problem& p, const Target& t) { return tile_defaults(p, t, tiles()); };
-    row.check = [](const Problem& p, const Target& t, const Params& q) {
-      return tile_check(p, t, q, tiles());
-    };
-    row.workspace = tile_workspace;
-    row.run = tile_run;
-    row.cost = tile_cost;
-    row.takes_packed = true;
-    row.family = "winograd";
-    row.error_bound = tile_error_bound;
-    return row;
-  }();
+  static const Algorithm a = tile_algorithm<2, 4>(
+      "winograd", "3x3 windows by F(2x2, 3x3) or F(4x4, 3x3): fewer products, larger errors",
+      "arXiv 1509.09308", {kF32, kBF16, kF16});
   return a;
 }
 

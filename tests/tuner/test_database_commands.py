@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import problems
@@ -22,24 +20,18 @@ OTHER = problems.make(1, 4, 8, (9, 9), (3, 3))
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def path(own_database: Path) -> Path:
     """The default file, with two measurements that count here, one that is old, one of others."""
-    place = tmp_path / "tuning.db"
-    monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
     rows = [
         tuning.measurement(),
         tuning.measurement(OTHER),
         tuning.measurement(OTHER, abi="old", created="2001-01-01T00:00:00+00:00"),
         tuning.measurement(machine={"model": 999, "brand": "Abacus [red]"}),
     ]
-    with Database(place) as db:
+    with Database(own_database) as db:
         db.add(rows)
     _tuning.reload()
-    yield place
-    _tuning.reload()
+    return own_database
 
 
 def _run(*arguments: str, code: int = 0, **kwargs) -> Result:

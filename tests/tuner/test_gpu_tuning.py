@@ -7,7 +7,6 @@ Only the kernels do not run: in the measuring process the CPU's take their place
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -33,16 +32,10 @@ GPU = ("Made-up GPU", 7, "9.0")
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    place = tmp_path / "tuning.db"
-    monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
+def path(own_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(gpu.REHEARSAL, "1")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
     monkeypatch.setattr(_machine, "_gpu", lambda: GPU)
-    yield place
-    _tuning.reload()
+    return own_database
 
 
 class Fake:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import problems
@@ -98,14 +97,8 @@ def _towards(goal: Candidate, gain: float = 0.3) -> Callable[[Candidate], float]
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    place = tmp_path / "tuning.db"
-    monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
-    yield place
-    _tuning.reload()
+def path(own_database: Path) -> Path:
+    return own_database
 
 
 def _run(fake: Fake, *tasks: Problem, **options) -> tune.Result:

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import jaxwin
-from jaxwin import _record, _registry, _tuning
+from jaxwin import _record, _registry
 from jaxwin.tuner import search
 from jaxwin.tuner.cli import main
 from jaxwin.tuner.database import Database
@@ -28,15 +27,9 @@ FAST = search.Effort(3, 60.0, 1, 1e-6, 1, 2)
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    place = tmp_path / "tuning.db"
-    monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+def path(own_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(search.EFFORTS, "quick", FAST)
-    yield place
-    _tuning.reload()
+    return own_database
 
 
 def _run(*arguments: str, **kwargs) -> Result:

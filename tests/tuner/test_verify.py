@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import problems
@@ -26,15 +24,9 @@ OTHER = next(c for c in SPACE.ranked() if c != SPACE.incumbent())
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    place = tmp_path / "tuning.db"
-    monkeypatch.setenv("JAXWIN_TUNING_DB", str(place))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
+def path(own_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NPROC", "1")
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
-    yield place
-    _tuning.reload()
+    return own_database
 
 
 def _store(path: Path, ns: float, candidate: Candidate = OTHER, threads: int = 1) -> Measurement:
