@@ -6,6 +6,8 @@
 #include <xmmintrin.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <limits>
 
 namespace jaxwin {
@@ -138,6 +140,43 @@ bool finite_result(const Problem& p, const Kernels& k, ConstPtr y) {
   return true;
 }
 
+// The filters may be some of an array's: those that one residue of a transposed convolution sees.
+bool finite_filters(const Problem& p, const Kernels& k, ConstPtr w) {
+  struct Dimension {
+    int64_t stride, size;
+  };
+  std::array<Dimension, 6> dims{{{p.w.g, p.g},
+                                 {p.w.k, p.k},
+                                 {p.w.c, p.c},
+                                 {p.w.sp[0], p.win[0]},
+                                 {p.w.sp[1], p.win[1]},
+                                 {p.w.sp[2], p.win[2]}}};
+  for (Dimension& d : dims) {
+    if (d.stride < 0) w = w + (d.size - 1) * d.stride;
+    d.stride = d.size == 1 ? 0 : std::abs(d.stride);
+  }
+  std::sort(dims.begin(), dims.end(),
+            [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
+  // Dimensions that follow upon each other in memory are one run.
+  int64_t run = 1;
+  size_t outer = 0;
+  while (outer < dims.size() && (dims[outer].size == 1 || dims[outer].stride == run)) {
+    run *= dims[outer++].size;
+  }
+  int64_t runs = 1;
+  for (size_t d = outer; d < dims.size(); ++d) runs *= dims[d].size;
+  for (int64_t i = 0; i < runs; ++i) {
+    ConstPtr at = w;
+    int64_t rest = i;
+    for (size_t d = outer; d < dims.size(); ++d) {
+      at = at + rest % dims[d].size * dims[d].stride;
+      rest /= dims[d].size;
+    }
+    if (k.finite[p.dtype](at, run) == 0) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
@@ -148,7 +187,7 @@ void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution&
       finite_result(p, *e.target.kernels, o.y)) {
     return;
   }
-  if (e.target.kernels->finite[p.dtype](o.w - p.w_first, size) != 0) return;
+  if (finite_filters(p, *e.target.kernels, o.w)) return;
   mark_skipped_nonfinite(p, o, e);
 }
 
