@@ -36,7 +36,9 @@ struct Ptr {
 
   Ptr operator+(int64_t elements) const { return {at + elements * size, size}; }
   Ptr& operator+=(int64_t elements) { return *this = *this + elements; }
-  void zero(int64_t elements) const { std::memset(at, 0, elements * size); }
+  void zero(int64_t elements) const {
+    if (elements > 0) std::memset(at, 0, elements * size);  // else there may be no place
+  }
   // NOLINTNEXTLINE(google-explicit-constructor)
   operator void*() const { return at; }
   // NOLINTNEXTLINE(google-explicit-constructor)
