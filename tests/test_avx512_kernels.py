@@ -134,13 +134,13 @@ class EpilogueArgs(ctypes.Structure):
 class Kernels:
     """The plain symbols, and the emulated CPU that runs those of AVX-512."""
 
-    library: ctypes.CDLL
+    symbols: ctypes.CDLL
     emulator: Emulator
     reached: set[str] = field(default_factory=set)
 
     def native(self, isa: str, name: str, dtype: str, *arguments: np.ndarray | int) -> None:
         """Calls a kernel on this CPU."""
-        function = getattr(self.library, f"jaxwin_test_{name}_{isa}")
+        function = getattr(self.symbols, f"jaxwin_test_{name}_{isa}")
         function.restype = None
         function(
             ctypes.c_int64(WORDS[dtype]),
@@ -161,7 +161,7 @@ class Kernels:
     ) -> None:
         """Calls an AVX-512 kernel on the emulated CPU."""
         self.reached.add(name)
-        function = getattr(self.library, f"jaxwin_test_{name}_avx512")
+        function = getattr(self.symbols, f"jaxwin_test_{name}_avx512")
         self.emulator.call(function, WORDS[dtype], *arguments, buffers=buffers)
 
 
@@ -709,5 +709,5 @@ def test_every_plain_symbol_was_emulated(kernels: Kernels, request: pytest.Fixtu
     """A kernel that is new in ffi/kernels/kernels.cc needs a test here."""
     if request.config.option.keyword or len(request.session.items) < len(TILES):
         pytest.skip("not all tests of this file were selected")
-    exported = native.plain_symbols(kernels.library._name, "avx512")
+    exported = native.plain_symbols(kernels.symbols._name, "avx512")
     assert kernels.reached == exported

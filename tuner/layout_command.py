@@ -18,7 +18,7 @@ from rich.table import Table
 import jaxwin
 from jaxwin import _explain
 from jaxwin.tuner import exits, measure, options, output
-from jaxwin.tuner.problems import Conv
+from jaxwin.tuner.problems import Conv, friendly
 
 LAYOUTS = ("NHWC", "NCHW", "CHWN", "CHWN8", "CHWN16")
 _LEAST_SECONDS = 0.005  # of a sample
@@ -46,24 +46,9 @@ class Row:
         return dataclasses.asdict(self)
 
 
-def _call(conv: Conv, layout: str) -> Any:
-    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jaxwin.conv(
-            x,
-            w,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.rhs_dilation,
-            groups=conv.groups,
-            layout=layout,
-        )
-
-    return convolve
-
-
 def _directions(conv: Conv, layout: str, directions: Sequence[str]) -> dict[str, Any]:
     """Functions of (x, w, y), y being the cotangent of the result."""
-    convolve = _call(conv, layout)
+    convolve = friendly(conv, layout)
     functions = {
         "fwd": lambda x, w, y: convolve(x, w),
         "dx": lambda x, w, y: jax.vjp(lambda x: convolve(x, w), x)[1](y),
@@ -164,7 +149,7 @@ def _check(convs: Sequence[Conv]) -> None:
 
 def _native(conv: Conv) -> bool:
     shapes: Any = [jax.ShapeDtypeStruct(s, conv.dtype) for s in (conv.x_shape, conv.w_shape)]  # type: ignore[no-untyped-call]
-    (problem,) = _explain.problems(_call(conv, "NHWC"), *shapes)
+    (problem,) = _explain.problems(friendly(conv, "NHWC"), *shapes)
     return next(iter(jaxwin.explain(problem))).algorithm != "xla"
 
 

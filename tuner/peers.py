@@ -35,6 +35,7 @@ from jaxwin.tuner.problems import (
     Conv,
     abstract,
     computation,
+    friendly,
     from_layout,
     result_operand,
     to_layout,
@@ -764,17 +765,7 @@ class JaxwinIn(Jaxwin):
         if max(conv.lhs_dilation) > 1 or conv.reversed or conv.batch_groups > 1:
             raise Unsupported("jaxwin.conv has no such convolution")
 
-        def fn(x: jax.Array, w: jax.Array) -> jax.Array:
-            return jaxwin.conv(
-                *(x, w),
-                stride=conv.stride,
-                padding=conv.padding,
-                dilation=conv.rhs_dilation,
-                groups=conv.groups,
-                layout=self.layout,
-                algorithm=self.algorithm,
-            )
-
+        fn = friendly(conv, self.layout, self.algorithm)
         arrays = [jaxwin.to_layout(task.x, self.layout), jax.device_put(task.w)]
         try:
             compiled = jax.jit(fn).lower(*arrays).compile()

@@ -195,6 +195,24 @@ def computation(
     return filter_gradient, ("x", "y")
 
 
+def friendly(conv: Conv, layout: str, algorithm: str = "auto") -> Callable[..., jax.Array]:
+    """`jaxwin.conv` of x in one of its layouts and w, which cannot say all that a `Conv` can."""
+
+    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jaxwin.conv(
+            x,
+            w,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.rhs_dilation,
+            groups=conv.groups,
+            layout=layout,
+            algorithm=algorithm,
+        )
+
+    return convolve
+
+
 def result_operand(direction: str) -> str:
     """Which operand's shape the result of a direction has."""
     return {"fwd": "y", "dx": "x", "dw": "w"}[direction]

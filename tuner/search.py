@@ -462,24 +462,32 @@ class _Search:
                 counts = self.outcome.bad
                 counts[finding.status] = counts.get(finding.status, 0) + 1
             rows.append(
-                Measurement(
-                    self.problem,
-                    candidate.algorithm,
-                    candidate.parameters,
-                    self.context.isa,
-                    self.context.threads,
-                    finding.status,
-                    ns_min=min(finding.ns) if ok else None,
-                    ns_median=finding.median_ns if ok else None,
-                    ns_mad=finding.mad_ns if ok else None,
-                    repeats=finding.calls,
-                    error=finding.error,
+                self._measurement(
+                    candidate,
+                    finding,
                     family=_family(self.context.isa),
                     confirmed=ok and candidate == confirmed,
-                    machine=self.machine,
                 )
             )
         self.context.database.add(rows)
+
+    def _measurement(self, candidate: Candidate, finding: Finding, **more: Any) -> Measurement:
+        ok = finding.status == "ok"
+        return Measurement(
+            self.problem,
+            candidate.algorithm,
+            candidate.parameters,
+            self.context.isa,
+            self.context.threads,
+            finding.status,
+            ns_min=min(finding.ns) if ok else None,
+            ns_median=finding.median_ns if ok else None,
+            ns_mad=finding.mad_ns if ok else None,
+            repeats=finding.calls,
+            error=finding.error,
+            machine=self.machine,
+            **more,
+        )
 
     def _best_so_far(self) -> str:
         if not self.ratios or self.default not in self.ratios:
@@ -588,29 +596,16 @@ class _Search:
             best.setdefault(candidate.algorithm, candidate)
         confirmed = {c for c in best.values() if paired[c].faster()}
         created = now()
-        rows = []
-        for candidate, finding in zip(candidates, theirs, strict=True):
-            ok = finding.status == "ok"
-            rows.append(
-                Measurement(
-                    self.problem,
-                    candidate.algorithm,
-                    candidate.parameters,
-                    context.isa,
-                    context.threads,
-                    finding.status,
-                    ns_min=min(finding.ns) if ok else None,
-                    ns_median=finding.median_ns if ok else None,
-                    ns_mad=finding.mad_ns if ok else None,
-                    repeats=finding.calls,
-                    error=finding.error,
-                    family=_registry.family(candidate.algorithm, context.isa),
-                    confirmed=candidate in confirmed,
-                    machine=self.machine,
-                    created=created,
-                )
+        context.database.add(
+            self._measurement(
+                candidate,
+                finding,
+                family=_registry.family(candidate.algorithm, context.isa),
+                confirmed=candidate in confirmed,
+                created=created,
             )
-        context.database.add(rows)
+            for candidate, finding in zip(candidates, theirs, strict=True)
+        )
         outcome.others = {name: paired[candidate].ratio for name, candidate in best.items()}
 
     def _compared(self, candidates: list[Candidate]) -> dict[Candidate, Finding]:

@@ -156,6 +156,9 @@ const Caches& caches();
 // The number of threads that is worth waking for this much arithmetic.
 int64_t useful_threads(const Problem& p, int64_t threads);
 
+// Those of the call's threads that are worth waking for the problem.
+Threads useful_pool(const Problem& p, const Execution& e);
+
 // Stores of whole vectors of features may pass the caches by: they are aligned in y.
 bool streamable(const Problem& p, const Kernels& k, ConstPtr y);
 // Makes such stores of this thread visible to the others.

@@ -800,8 +800,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   // Words of a workspace are floats or doubles, and it begins on a cache line.
   auto* table = reinterpret_cast<int64_t*>(table_words.at);
   zeros.zero(l.zero_floats);
-  const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
-  const Threads pool = e.pool->limited(threads);
+  const Threads pool = useful_pool(problem, e);
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const bool stream =
       params[kStream] != 0 && !l.buffered && !o.has_epilogue() && streamable(p, k, o.y);

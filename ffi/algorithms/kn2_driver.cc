@@ -147,8 +147,7 @@ void run_in_place(const Problem& problem, const Params& params, const Operands& 
   const Layout l = make_layout(problem, e.target, params, form);
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  const Threads pool =
-      e.pool->limited(std::min(useful_threads(problem, e.target.threads), e.pool->count()));
+  const Threads pool = useful_pool(problem, e);
   const int64_t blocks = ceil_div(l.all_rows, l.rows);
   pool.run(p.g * blocks, [&](int64_t task, int64_t worker) {
     const int64_t g = task / blocks;
@@ -321,8 +320,7 @@ void run_shifted(const Problem& problem, const Params& params, const Operands& o
   const Layout l = make_layout(problem, e.target, params, form);
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  const Threads pool =
-      e.pool->limited(std::min(useful_threads(problem, e.target.threads), e.pool->count()));
+  const Threads pool = useful_pool(problem, e);
   const Ptr sums = e.workspace;
   const Ptr copies = sums + l.sum_floats;
   pool.run(p.g * l.all_rows, [&](int64_t task, int64_t) {

@@ -155,7 +155,7 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
   const Problem flat = flatten_groups(p);
   Problem flat_along_y = flat;  // output lines that run along y
   flat_along_y.y.sp[2] = p.y.sp[1];
-  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  const Threads pool = useful_pool(p, e);
   Ptr packed = e.workspace;
   Ptr scratch = packed + round_up(f.w_floats, 16);
   pack_filters(p, f, k, o.w, pool, packed);
@@ -263,7 +263,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   const Forward f = make_forward(p, e.target, params);
   const Kernels& k = *e.target.kernels;
   const Problem flat = flatten_groups(p);
-  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  const Threads pool = useful_pool(p, e);
   Ptr packed = e.workspace;
   pack_filters(p, f, k, o.w, pool, packed);
   const int64_t most = params[kLanesSweep];
@@ -343,7 +343,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
   const Problem flat = flatten_groups(p);
   Problem flat_along_y = flat;  // output lines that run along y
   flat_along_y.y.sp[2] = p.y.sp[1];
-  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  const Threads pool = useful_pool(p, e);
   const int64_t reduction = p.reduction();
   Ptr packed = e.workspace;
   Ptr scratch = packed + round_up(f.w_floats, 16);
@@ -483,7 +483,7 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
   const Grad f = make_grad(p, e.target);
   const Kernels& k = *e.target.kernels;
   const Problem flat = flatten_groups(p);
-  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  const Threads pool = useful_pool(p, e);
   const int64_t window_rows = p.c * p.win[0] * p.win[1];
   const int64_t out_rows = p.out[0] * p.out[1];
   std::vector<int64_t> offsets(f.outputs);

@@ -258,8 +258,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const int64_t own = l.strip_floats + l.tile_floats;
   gather_filters(l, k, o.w, w);
 
-  const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
-  const Threads pool = e.pool->limited(threads);
+  const Threads pool = useful_pool(problem, e);
   const int64_t tasks = p.g * p.n * p.out[0] * l.row_blocks * l.col_blocks;
   pool.run(tasks, [&](int64_t task, int64_t worker) {
     const int64_t cb = task % l.col_blocks;

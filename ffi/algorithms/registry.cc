@@ -83,6 +83,10 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e6)), 1, threads);
 }
 
+Threads useful_pool(const Problem& p, const Execution& e) {
+  return e.pool->limited(useful_threads(p, e.target.threads));
+}
+
 double lone_element_cycles(const Problem& p) {
   // Each one from a cache line of its own, which other images need again when it is gone.
   constexpr double kCycles = 40;

@@ -96,7 +96,6 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const Layout l = make_layout(problem, params);
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
-  const int64_t threads = std::min(useful_threads(problem, e.target.threads), e.pool->count());
   const int64_t blocks = ceil_div(p.out[1], l.rows);
   // The runs of one column of the window, in the order of the reduction.
   std::vector<Run> runs;
@@ -106,7 +105,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       runs.push_back({u * p.w.sp[1] + z * p.w.sp[0], z * p.c * l.channel + row * p.out[2], p.c});
     }
   }
-  e.pool->limited(threads).run(p.g * p.n * p.out[0] * blocks, [&](int64_t task, int64_t worker) {
+  useful_pool(problem, e).run(p.g * p.n * p.out[0] * blocks, [&](int64_t task, int64_t worker) {
     const int64_t y0 = task % blocks * l.rows;
     const int64_t rows = std::min(l.rows, p.out[1] - y0);
     const int64_t oz = task / blocks % p.out[0];

@@ -226,8 +226,7 @@ void tile_run(const Problem& problem, const Params& params, const Operands& o, c
   const Kernels& k = *e.target.kernels;
   const Transforms& transforms = transforms_of(k, p.dtype);
   const Ptr filters = e.workspace;
-  const Threads pool =
-      e.pool->limited(std::min(useful_threads(problem, e.target.threads), e.pool->count()));
+  const Threads pool = useful_pool(problem, e);
   const auto scratch = [&](int64_t worker) {
     return filters + l.shared + worker * l.thread_words();
   };

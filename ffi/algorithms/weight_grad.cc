@@ -378,7 +378,7 @@ int64_t workspace(const Problem& p, const Target& t, const Params& params) {
 
 void run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
   if (params[kGradCopy] != 0) {
-    const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+    const Threads pool = useful_pool(p, e);
     const Operands copies = copy_channels_last(p, o, *e.target.kernels, pool, e.workspace);
     Execution rest = e;
     rest.workspace += channels_last_floats(p);
@@ -387,7 +387,7 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
   }
   const Layout l = make_layout(p, e.target, params);
   const Kernels& k = *e.target.kernels;
-  const Threads pool = e.pool->limited(useful_threads(p, e.target.threads));
+  const Threads pool = useful_pool(p, e);
 
   Filter w{o.w, p.w.g, p.w.c, p.w.sp};
   if (l.copy_w) {  // [g][c][z][y][x][k]

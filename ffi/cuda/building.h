@@ -93,11 +93,18 @@ void launch_sum(const Problem& p, const Types& t, const Buffers& b, const Chunks
                 const ConvArgs& a, float* partial, bool images_first, int64_t first,
                 Program* program);
 
-// `launch(args)` makes the launch for so many chunks; sums follow each.
+// `launch(args)` makes the launch for so many chunks; sums follow each, if there are several.
 template <typename LaunchChunks>
 void launch_chunked(const Problem& p, const Types& t, const Buffers& b, const Chunks& c,
-                    const ConvArgs& whole_args, float* partial, bool images_first,
-                    const LaunchChunks& launch, Program* program) {
+                    const ConvArgs& whole_args, bool images_first, const LaunchChunks& launch,
+                    Program* program) {
+  if (c.count <= 1) {
+    ConvArgs a = whole_args;
+    a.chunk_length = small(c.length);
+    launch(a);
+    return;
+  }
+  auto* const partial = static_cast<float*>(take(b, partial_bytes(c), program));
   for (int64_t first = 0; first < c.count; first += c.capacity) {
     ConvArgs a = whole_args;
     a.y = partial;

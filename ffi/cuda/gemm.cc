@@ -271,8 +271,7 @@ void gemm_build(const Problem& original, const Types& t, const Params& v, const 
   }
   a.part[a.parts++] = list[0];
   a.row_blocks = small(blocks_of(list[0]));
-  auto* const sums = static_cast<float*>(take(b, partial_bytes(c), program));
-  launch_chunked(p, t, b, c, a, sums, side.images_first, launch, program);
+  launch_chunked(p, t, b, c, a, side.images_first, launch, program);
 }
 
 std::vector<ParamSpec> gemm_params(Kind kind) {

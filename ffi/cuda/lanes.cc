@@ -236,7 +236,6 @@ void grad_build(const Problem& p, const Types& t, const Params& v, const Buffers
   ConvArgs a = common_args(p, b);
   a.part[a.parts++] = whole(p);
   a.row_blocks = small(ceil_div(grad_items(p, actual), v[kGradThreads]));
-  a.chunk_length = small(c.length);
   const int64_t shift = p.rhs_dilation[2] / p.stride[2];
   const auto launch = [&](const ConvArgs& args) {
     Launch l{};
@@ -259,12 +258,7 @@ void grad_build(const Problem& p, const Types& t, const Params& v, const Buffers
     l.set_args(args);
     program->launches.push_back(l);
   };
-  if (!partial) {
-    launch(a);
-    return;
-  }
-  auto* const sums = static_cast<float*>(take(b, partial_bytes(c), program));
-  launch_chunked(p, t, b, c, a, sums, false, launch, program);
+  launch_chunked(p, t, b, c, a, false, launch, program);
 }
 
 double grad_cost(const Problem& p, const Types&, const Params& v) {
@@ -308,7 +302,6 @@ void direct_build(const Problem& p, const Types& t, const Params&, const Buffers
   ConvArgs a = common_args(p, b);
   a.part[a.parts++] = whole(p);
   a.row_blocks = small(ceil_div(p.n * p.pixels() * p.g * p.k, kDirectThreads));
-  a.chunk_length = small(c.length);
   const auto launch = [&](const ConvArgs& args) {
     Launch l{};
     l.kernel = "jaxwin_direct";
@@ -327,12 +320,7 @@ void direct_build(const Problem& p, const Types& t, const Params&, const Buffers
     l.set_args(args);
     program->launches.push_back(l);
   };
-  if (!partial) {
-    launch(a);
-    return;
-  }
-  auto* const sums = static_cast<float*>(take(b, partial_bytes(c), program));
-  launch_chunked(p, t, b, c, a, sums, false, launch, program);
+  launch_chunked(p, t, b, c, a, false, launch, program);
 }
 
 double direct_cost(const Problem& p, const Types&, const Params&) {
