@@ -46,6 +46,7 @@ struct Layout {
   int64_t group;        // panels that are passed over together, kc steps of the reduction at a time
   int64_t unit;         // window order: floats per input column, Kd * Kh * C
   bool disjoint;        // window order: windows share no column
+  bool streams;         // the filters come from behind the second-level cache in every call
   int64_t strip_row;    // floats of A per output row of a block
   // Padded rows, columns of windows: input rows of one (image, z) in a block, floats of one of
   // them.
@@ -166,6 +167,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
             : l.pack == kShared ? 1
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
                                                       1, ceil_div(l.panels, l.panel_split));
+  l.streams = l.pack != kLocal && p.k * l.reduction * t.kernels->size > caches().l2 / 2;
   l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
   int64_t strip = l.full != 0 ? l.strip_row * p.g * l.all_rows : l.strip_row * l.rows;
   if (lowering == Lowering::kWidth && l.full != 0) {
@@ -523,10 +525,18 @@ struct Block {  // one block of A rows, ready for the micro-kernel
   ConstPtr zeros;
 };
 
+// What is read of the filters after the panel at hand, a matrix of kc rows with this stride. Its
+// columns of cache lines are prefetched one by one, by the first tiles of the panel.
+struct Ahead {
+  ConstPtr at;  // may be null
+  int64_t step;
+  int64_t columns;  // that are left
+};
+
 // One panel of features against a block: rows x cols pixels, block kb of the reduction.
 void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
               const RowKinds& kinds, int64_t kb, int64_t features, Ptr c, const int64_t* c_rows,
-              int64_t c_pixel) {
+              int64_t c_pixel, Ahead* ahead) {
   const int64_t nv = ceil_div(features, l.width);
   // The strided kernel also masks what it reads of B: in place, nothing may follow the features.
   const bool strided = l.a_step != 1 || (l.pack == kInPlace && features % l.width != 0);
@@ -544,6 +554,8 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
   const auto& tile = (l.lowering == Lowering::kIndirect ? k.indirect
                       : strided                         ? k.strided
                                                         : k.packed)[nv];
+  args.ahead_step = ahead->step;
+  const bool dense = l.lowering != Lowering::kIndirect && !strided;
   args.stream = block.stream && features % l.width == 0 && (kb + 1) * l.kc >= l.reduction ? 1 : 0;
   // Tiles of nearly equal height: 55 pixels are 14 + 14 + 14 + 13.
   const int64_t tiles = ceil_div(block.cols, mr_max);
@@ -561,6 +573,13 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         args.table = block.table + j0 * l.pixel_stride;
       }
       args.c = c + c_rows[r] + j0 * c_pixel;
+      if (dense && ahead->columns > 0 && k.ahead[nv][mr] != nullptr) {
+        args.ahead = ahead->at;
+        ahead->at = ahead->at + l.width;
+        --ahead->columns;
+        k.ahead[nv][mr](&args);
+        continue;
+      }
       tile[mr](&args);
     }
   }
@@ -685,6 +704,13 @@ void finish_planes(const Problem& p, const Kernels& k, const Operands& o, Ptr c,
 
 namespace {
 
+// Where row r of the reduction lies in the filters of a group.
+int64_t filter_row(const Problem& p, int64_t r) {
+  const int64_t tap = r / p.c;
+  return r % p.c * p.w.c + tap % p.win[0] * p.w.sp[0] + tap / p.win[0] % p.win[1] * p.w.sp[1] +
+         tap / (p.win[0] * p.win[1]) * p.w.sp[2];
+}
+
 // Packs rows [r0, r1) of the reduction, panels [panel0, panel1) of group g: panel after panel
 // (stride `ld` in dst), each [r - r0][feature], features beyond k zero.
 void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64_t panel0,
@@ -717,12 +743,10 @@ void pack_panels(const Layout& l, const Kernels& k, ConstPtr w, int64_t g, int64
   // Otherwise a few rows at a time, all panels of them: filters stored with the features innermost
   // are read in the order of their memory.
   for (int64_t r = r0; r < r1;) {
-    const int64_t tap = r / p.c;
     const int64_t c = r % p.c;
     const int64_t rows = std::min({p.c - c, r1 - r, p.w.k == 1 ? int64_t{16} : r1 - r});
     const int64_t channel = c * k.channels;
-    ConstPtr from = base + channel * p.w.c + tap % p.win[0] * p.w.sp[0] +
-                    tap / p.win[0] % p.win[1] * p.w.sp[1] + tap / (p.win[0] * p.win[1]) * p.w.sp[2];
+    ConstPtr from = base + filter_row(p, r) + (channel - c) * p.w.c;
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       k.pack[p.dtype](dst + (panel - panel0) * ld + (r - r0) * l.panel, l.panel,
                       from + panel * l.panel * p.w.k, p.w.c, p.w.k,
@@ -922,6 +946,24 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       c_rows[r - r0] =
           l.buffered ? (r - r0) * block.cols * buffer_ld : output(g, r) + j0 * p.y.sp[2];
     }
+    const int64_t panel_end = l.panels * (split + 1) / l.panel_split;
+    // The filters that are read after panel `panel` of block kb.
+    const auto ahead_of = [&](int64_t panel, int64_t first, int64_t kb) -> Ahead {
+      if (!l.streams) return {};
+      int64_t next = panel + 1;
+      int64_t next_kb = kb;
+      if (next == std::min(first + l.group, panel_end)) {
+        next_kb = kb + 1 < n_blocks ? kb + 1 : 0;
+        if (next_kb > 0) next = first;
+        if (next == panel_end) return {};
+      }
+      const int64_t r = next_kb * l.kc;
+      const int64_t columns = ceil_div(std::min(l.panel, p.k - next * l.panel), l.width);
+      if (l.pack == kInPlace) {
+        return {o.w + g * p.w.g + filter_row(p, r) + next * l.panel, p.w.c, columns};
+      }
+      return {packed + ((g * l.panels + next) * l.reduction + r) * l.panel, l.panel, columns};
+    };
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       ConstPtr b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
@@ -929,8 +971,9 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
                                       : packed + (g * l.panels + panel) * l.panel * l.reduction;
       Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
+      Ahead ahead = ahead_of(panel, first, kb);
       if (!apart) {
-        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel);
+        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel, &ahead);
         return;
       }
       for (int64_t r = r0; r < r1; ++r) {
@@ -942,7 +985,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
           row.table = table + (r % l.out_rows * p.out[2] + j0) * l.pixel_stride;
           row.zeros = zeros;
         }
-        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel);
+        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, &ahead);
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
@@ -965,7 +1008,6 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
     };
 
-    const int64_t panel_end = l.panels * (split + 1) / l.panel_split;
     for (int64_t first = l.panels * split / l.panel_split; first < panel_end; first += l.group) {
       const int64_t last = std::min(first + l.group, panel_end);
       for (int64_t kb = 0; kb < n_blocks; ++kb) {
@@ -1152,6 +1194,13 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   params[kRows] = std::max<int64_t>(1, rows);
+  // Each pass over a block's input beyond the second-level cache costs more than a panel that fills
+  // most of that cache.
+  if (lowering == Lowering::kDirect && !few_blocks && p.window() > 1 &&
+      rows_read(p, rows) * p.win[0] * p.in[2] * p.c > 2 * panel_floats(k) &&
+      p.reduction() * panel <= panel_floats(k) * 5 / 2) {
+    params[kKc] = 0;
+  }
   // Results that would not stay in the caches until they are read.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * k.size;
   params[kStream] =

@@ -11,7 +11,7 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-enum class Form { kPacked, kStrided, kIndirect };
+enum class Form { kPacked, kAhead, kStrided, kIndirect };
 
 template <int MR, int NV, Form kForm, typename T>
 void gemm_tile(const GemmArgs* g) {
@@ -47,6 +47,7 @@ void gemm_tile(const GemmArgs* g) {
   const int64_t row = g->a_row;
   const int64_t a_step = kStrided ? g->a_step : 1;
   const int64_t b_step = g->b_step;
+  const T* ahead = static_cast<const T*>(g->ahead);
   for (int64_t t = 0; t < g->n_runs; ++t) {
     const Run run = g->runs[t];
     const T* b = static_cast<const T*>(g->b) + run.b;
@@ -61,6 +62,10 @@ void gemm_tile(const GemmArgs* g) {
       }
     }
     for (int64_t i = 0; i < run.len; ++i) {
+      if constexpr (kForm == Form::kAhead) {
+        __builtin_prefetch(ahead, 0, 2);  // the second level
+        ahead += g->ahead_step;
+      }
       V bv[NV];
       JAXWIN_UNROLL
       for (int v = 0; v < NV; ++v) {

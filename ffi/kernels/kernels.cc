@@ -21,6 +21,9 @@ constexpr void fill_tile(Kernels& k) {
   if constexpr (MR > 0) {
     static_assert(MR * NV + NV + 1 <= kRegisters, "the tile does not fit the register file");
     k.packed[NV][MR] = gemm_tile<MR, NV, Form::kPacked, T>;
+    if constexpr (std::is_same_v<T, float>) {
+      k.ahead[NV][MR] = gemm_tile<MR, NV, Form::kAhead, T>;
+    }
     // Integers are packed always.
     if constexpr (!std::is_same_v<T, Pair>) {
       k.strided[NV][MR] = gemm_tile<MR, NV, Form::kStrided, T>;

@@ -27,6 +27,8 @@ struct Run {
 // The chain is one fma per (t, i) in this order; it starts from C where `load`, else from zero.
 // Where `add`, its value is added to C with one more rounding (chunked reductions), else stored.
 // Reads of B: columns [0, NV * W) by the packed form, [0, cols) by the strided form.
+// The form with prefetches is the packed one, and brings one cache line per step into the
+// second-level cache: that of ahead[s * ahead_step] in step s. No address is invalid there.
 // The indirect form finds every row of A by itself, in a table of offsets; -1 stands for zeros:
 //   A[r, t, i] = (o < 0 ? zeros : a + o)[i],  o = table[r * table_row + run[t].a]
 struct GemmArgs {
@@ -48,6 +50,8 @@ struct GemmArgs {
   const int64_t* table;  // these three: the indirect form only
   int64_t table_row;
   const void* zeros;
+  const void* ahead;  // these two: the form with prefetches only
+  int64_t ahead_step;
 };
 using GemmFn = void (*)(const GemmArgs*);
 
@@ -132,6 +136,7 @@ struct Kernels {
   int width;
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
+  GemmFn ahead[kMaxNv + 1][kMaxMr + 1];  // may be null
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
   int max_pixels;
