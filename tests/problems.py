@@ -133,7 +133,7 @@ def draw(
             # what a weight gradient looks like: a window of almost the input's size
             window = tuple(max(1, s - int(d)) for s, d in zip(size, ints(0, 2), strict=True))
             stride, rdil = (1,) * rank, stride
-            padding = tuple((int(a), int(b)) for a, b in zip(ints(0, 2), ints(0, 2), strict=True))
+            padding = tuple((int(a), int(b)) for a, b in zip(ints(-1, 2), ints(-1, 2), strict=True))
             if rank == 3 and rng.random() < 0.5:  # a depth that is only summed over
                 window, padding = (size[0], *window[1:]), ((0, 0), *padding[1:])
                 ldil, rdil = (1, *ldil[1:]), (1, *rdil[1:])

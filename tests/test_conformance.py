@@ -188,6 +188,28 @@ def test_wide_weight_gradients_in_pieces(images: int, layout: tuple[str, str]) -
     assert pieces >= 4
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_weight_gradients_of_cropped_inputs(isa: str) -> None:
+    """Negative padding: the input rows that a chunk packs begin behind the first."""
+    problem = problems.make(
+        6,
+        9,
+        8,
+        (4, 6),
+        (4, 5),
+        padding=((-1, 2), (-1, 1)),
+        layout=("CHWN", "IHWO"),
+        out_layout="NHWC",
+    )
+    x, w = problems.operands(problem, np.random.default_rng(3))
+    expected = reference.chain(problem, x, w)
+    names = [spec["name"] for spec in ALGORITHMS["weight_grad"]["params"]]
+    plan = _ffi.make_plan(problem.native(), algorithm="weight_grad", isa=isa)["plan"]
+    params = tuple((dict(zip(names, plan["params"], strict=True)) | {"tile": 1}).values())
+    result = problems.run(problem, x, w, "weight_grad", isa=isa, params=params)
+    np.testing.assert_array_equal(result, expected)
+
+
 def test_every_algorithm_can_be_chosen() -> None:
     """The heuristic uses the whole registry but the baselines, some where there is no workspace."""
     chosen = set()

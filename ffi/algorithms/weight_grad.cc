@@ -181,8 +181,7 @@ void pack_rows(const Problem& p, const Layout& l, const Kernels& k, ConstPtr w, 
 // The slot of input row iy of c, in a chunk that begins with window row `first`.
 int64_t tile_slot(const Problem& p, const Layout& l, int64_t first, int64_t c, int64_t iy) {
   const int64_t c0 = first / p.win[1];
-  return (c - c0) * l.c_slots + iy -
-         (c == c0 ? rows_under(p, first % p.win[1], p.win[1]).begin : 0);
+  return (c - c0) * l.c_slots + iy - rows_under(p, c == c0 ? first % p.win[1] : 0, p.win[1]).begin;
 }
 
 // The images of one group under a piece of window rows [first, last), for the tiled form.
