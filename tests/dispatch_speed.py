@@ -43,7 +43,7 @@ def microseconds(draw: Callable[[int], Problem], tier: str, **options: str) -> f
 
 def main() -> None:
     """Prints the best of a few medians for each tier."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ |= {
             "JAXWIN_MODE": "cached",
             "JAXWIN_TUNING_DB": f"{folder}/tuning.db",

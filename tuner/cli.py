@@ -417,8 +417,9 @@ jax.lax, of a training step the losses and every parameter's gradient.
 With one thread the clock is the CPU time of the process, since other processes may take a share of
 the core that wall-clock time would count. With more threads it is wall-clock time, since CPU time
 adds up the threads. Peers marked "output kept" write into memory that they keep, the others into
-fresh memory in each call, whose page faults are part of their time. So jaxwin-donated, which gets
-its result's memory back, is compared with the former and jaxwin with the latter.
+fresh memory in each call, whose page faults are part of their time. The former are compared with
+jaxwin-loop, many convolutions in one program that uses one result's memory, the latter with jaxwin.
+jaxwin-donated, single calls that get their result's memory back, shows what fresh memory costs.
 
 Exits with 1 where jaxwin's result is wrong or --fail-under says so, and with 130 after Ctrl-C,
 which prints what was measured so far.

@@ -24,20 +24,22 @@ SLOW_SECONDS = 1.0  # a call as long as this needs no loop, and no second warm-u
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A computation to be timed: one call of `call` is one computation, finished on return.
+    """A computation to be timed: what a call of `call` computes is finished on return.
 
-    around: a context in which it runs, such as a library's global switch.
+    around: a context in which it runs, such as a library's global switch. calls: how often one call
+    of `call` computes it.
     """
 
     call: Callable[[], Any]
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    calls: int = 1
 
 
 @dataclasses.dataclass
 class Samples:
-    """Measurements of one computation, per call.
+    """Measurements of one computation, per computation.
 
-    inner: calls per sample. ns: the clock that counts; wall_ns and cpu_ns: both of them.
+    inner: computations per sample. ns: the clock that counts; wall_ns and cpu_ns: both of them.
     faults: page faults that needed no disk.
     """
 
@@ -110,7 +112,7 @@ def interleave(
         results[name] = Samples(inner=1)
         try:
             with timed.around():
-                results[name].inner = _calls_per_sample(timed.call, min_seconds)
+                results[name].inner = timed.calls * calls_per_sample(timed.call, min_seconds)
         except Exception as error:  # any library may fail in its own way; the others go on
             results[name].error = first_line(error)
         spent[name] += time.perf_counter() - start
@@ -130,7 +132,7 @@ def interleave(
             start = time.perf_counter()
             try:
                 with computations[name].around():
-                    _take(computations[name].call, samples, threads, settle)
+                    _take(computations[name], samples, threads, settle)
             except Exception as error:
                 samples.error = first_line(error)
             spent[name] += time.perf_counter() - start
@@ -143,7 +145,8 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _calls_per_sample(call: Callable[[], Any], min_seconds: float) -> int:
+def calls_per_sample(call: Callable[[], Any], min_seconds: float) -> int:
+    """How many calls take at least so long, by the fastest of some."""
     seconds = math.inf
     for _ in range(3):
         start = time.perf_counter()
@@ -154,9 +157,10 @@ def _calls_per_sample(call: Callable[[], Any], min_seconds: float) -> int:
     return max(1, math.ceil(min_seconds / max(seconds, 1e-7)))
 
 
-def _take(call: Callable[[], Any], samples: Samples, threads: int, settle: float) -> None:
+def _take(timed: Timed, samples: Samples, threads: int, settle: float) -> None:
+    call = timed.call
     time.sleep(settle)
-    if not samples.ns or samples.ns[-1] < SLOW_SECONDS * 1e9:
+    if not samples.ns or samples.ns[-1] * timed.calls < SLOW_SECONDS * 1e9:
         call()
     collecting = gc.isenabled()
     gc.disable()
@@ -164,7 +168,7 @@ def _take(call: Callable[[], Any], samples: Samples, threads: int, settle: float
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         cpu = time.process_time_ns()
         wall = time.perf_counter_ns()
-        for _ in range(samples.inner):
+        for _ in range(samples.inner // timed.calls):
             call()
         wall = time.perf_counter_ns() - wall
         cpu = time.process_time_ns() - cpu

@@ -30,7 +30,7 @@ import jaxwin
 from jaxwin import _ffi, _fused, _lowering, _primitive, _problem, _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
-from jaxwin.tuner.measure import Timed, first_line
+from jaxwin.tuner.measure import Timed, calls_per_sample, first_line
 from jaxwin.tuner.problems import (
     Conv,
     abstract,
@@ -117,6 +117,8 @@ class Peer:
         raise NotImplementedError
 
 
+_LOOP_SECONDS = 0.002  # of a program of many convolutions: what calling it costs is little of that
+
 _REGISTRY: dict[str, type[Peer]] = {}
 
 
@@ -176,7 +178,6 @@ class _Jax(Peer):
     """A convolution compiled by XLA, called through its compiled executable."""
 
     options: ClassVar[dict[str, Any]] = {}
-    donates: ClassVar[bool] = False
 
     def function(self, task: Task) -> Callable[..., jax.Array]:
         fn, _ = computation(task.conv, task.direction, task.layout, lax.conv_general_dilated)
@@ -189,44 +190,32 @@ class _Jax(Peer):
             jax.device_put(to_layout(task.operand(name), name, task.layout)) for name in operands
         ]
         kind = result_operand(task.direction)
-        if self.donates:
-            compiled, call = self._donating(fn, arrays, abstract(task.conv, kind, task.layout))
-        else:
-            compiled = jax.jit(fn).lower(*arrays).compile(compiler_options=self.options)
-
-            def call() -> Any:
-                return compiled(*arrays).block_until_ready()
-
+        like = abstract(task.conv, kind, task.layout)
+        compiled, timed = self.program(fn, arrays, like)
         memory = compiled.memory_analysis()
         facts = {"workspace_bytes": int(memory.temp_size_in_bytes)} | self.facts(fn, arrays)
-        return Prepared(
-            Timed(call), lambda: from_layout(np.asarray(call()), kind, task.layout), facts
-        )
+
+        def result() -> Array:
+            made: Array = from_layout(np.asarray(timed.call()), kind, task.layout)
+            return made
+
+        return Prepared(timed, result, facts)
 
     def facts(self, fn: Callable[..., jax.Array], arrays: list[jax.Array]) -> dict[str, Any]:
         return {}
 
-    def _donating(
+    def program(
         self, fn: Callable[..., jax.Array], arrays: list[jax.Array], like: Any
-    ) -> tuple[Any, Callable[[], Any]]:
-        """The computation with one more argument, whose memory the result takes over."""
+    ) -> tuple[Any, Timed]:
+        """What is compiled, and what is timed of it; calls return a result that is like `like`."""
+        compiled = jax.jit(fn).lower(*arrays).compile(compiler_options=self.options)
+        return compiled, Timed(lambda: compiled(*arrays).block_until_ready())
 
-        def into(first: jax.Array, second: jax.Array, out: jax.Array) -> jax.Array:
-            return fn(first, second)
 
-        program = jax.jit(into, donate_argnums=2, keep_unused=True)
-        compiled = program.lower(*arrays, like).compile(compiler_options=self.options)
-        held = jax.jit(lambda: jnp.zeros(like.shape, like.dtype))()  # memory of XLA's own
-
-        def call() -> Any:
-            nonlocal held
-            held = compiled(*arrays, held).block_until_ready()
-            return held
-
-        place = held.unsafe_buffer_pointer()
-        if any(call().unsafe_buffer_pointer() != place for _ in range(2)):
-            raise Unsupported("XLA did not put the result into the donated buffer")
-        return compiled, call
+def _zeros(like: Any) -> jax.Array:
+    """In memory of XLA's own, which it can take over."""
+    held: jax.Array = jax.jit(lambda: jnp.zeros(like.shape, like.dtype))()
+    return held
 
 
 @register
@@ -659,9 +648,66 @@ class JaxwinDonated(Jaxwin):
     """jaxwin where the program reuses its buffers, as the peers that keep their output do."""
 
     name = "jaxwin-donated"
-    summary = "jaxwin with the result in a donated buffer, to compare with peers that keep theirs"
-    donates = True
+    summary = "jaxwin with the result in a donated buffer"
     reuses_output = True
+
+    def program(
+        self, fn: Callable[..., jax.Array], arrays: list[jax.Array], like: Any
+    ) -> tuple[Any, Timed]:
+        def into(first: jax.Array, second: jax.Array, out: jax.Array) -> jax.Array:
+            return fn(first, second)
+
+        program = jax.jit(into, donate_argnums=2, keep_unused=True)
+        compiled = program.lower(*arrays, like).compile(compiler_options=self.options)
+        held = _zeros(like)
+
+        def call() -> Any:
+            nonlocal held
+            held = compiled(*arrays, held).block_until_ready()
+            return held
+
+        place = held.unsafe_buffer_pointer()
+        if any(call().unsafe_buffer_pointer() != place for _ in range(2)):
+            raise Unsupported("XLA did not put the result into the donated buffer")
+        return compiled, Timed(call)
+
+
+@register
+class JaxwinLoop(Jaxwin):
+    """jaxwin as a part of a larger program, which is called once for many convolutions."""
+
+    name = "jaxwin-loop"
+    summary = "jaxwin in a loop of one program, to compare with peers that keep their output"
+    reuses_output = True
+
+    def program(
+        self, fn: Callable[..., jax.Array], arrays: list[jax.Array], like: Any
+    ) -> tuple[Any, Timed]:
+        def repeated(count: jax.Array, out: jax.Array, *operands: jax.Array) -> jax.Array:
+            def once(_: jax.Array, carry: Any) -> Any:
+                # As if an operand depended on the result before it, or XLA would compute only one.
+                operands, _ = lax.optimization_barrier(carry)  # type: ignore[no-untyped-call]
+                return operands, fn(*operands)
+
+            result: jax.Array = lax.fori_loop(0, count, once, (operands, out))[1]
+            return result
+
+        program = jax.jit(repeated, donate_argnums=1)
+        compiled = program.lower(np.int32(1), like, *arrays).compile(compiler_options=self.options)
+        held = _zeros(like)
+
+        def times(count: int) -> Callable[[], Any]:
+            number = jax.device_put(np.int32(count))
+
+            def call() -> Any:
+                nonlocal held
+                held = compiled(number, held, *arrays).block_until_ready()
+                return held
+
+            return call
+
+        calls = calls_per_sample(times(1), _LOOP_SECONDS)
+        return compiled, Timed(times(calls), calls=calls)
 
 
 class JaxwinWith(Jaxwin):

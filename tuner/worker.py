@@ -238,7 +238,8 @@ def _measure(
                 if _afflicted("late-crash", plan):
                     run = _crash
                 around = _bind(announced, number)
-                timed[str(number)] = measure.Timed(run, around)
+                calls = subject.calls if isinstance(subject, gpu.Subject) else 1
+                timed[str(number)] = measure.Timed(run, around, calls)
     samples = measure.interleave(
         timed,
         threads=request["threads"],
@@ -249,10 +250,9 @@ def _measure(
         keep=("0",),  # what the others are compared with
         rng=random.Random(request["seed"]),
     )
-    calls = subject.calls if isinstance(subject, gpu.Subject) else 1
     for name, taken in samples.items():
         answer = answers[int(name)]
-        answer |= {"ns": [ns / calls for ns in taken.ns], "inner": taken.inner * calls}
+        answer |= {"ns": taken.ns, "inner": taken.inner}
         if taken.error:
             answer |= {"status": "error", "error": taken.error}
     return {"answers": answers}

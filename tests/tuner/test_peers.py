@@ -6,7 +6,9 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -122,6 +124,21 @@ def test_a_donated_buffer_is_where_the_result_lies() -> None:
     assert call().unsafe_buffer_pointer() == first
 
 
+def test_a_loop_computes_the_convolution_each_time() -> None:
+    task = _task("n1 32x32 c16 k16 w3", "fwd")
+    timed = peers.make("jaxwin-loop").prepare(task).timed
+    one = peers.make("jaxwin-donated").prepare(task).timed
+    assert timed.calls > 10
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    # A loop of which XLA computes only one convolution would take no longer than one.
+    assert min(seconds(timed.call) for _ in range(5)) > 2 * min(seconds(one.call) for _ in range(5))
+
+
 def test_a_peer_that_is_not_installed_says_why() -> None:
     class Absent(peers.Peer):
         name = "absent"
@@ -143,6 +160,10 @@ def test_nothing_is_imported_before_a_peer_is_asked_for() -> None:
 def test_names() -> None:
     assert set(peers.summaries()) == set(peers.names())
     assert all(peers.summaries().values())
-    assert [name for name in peers.names() if peers.is_ours(name)] == ["jaxwin", "jaxwin-donated"]
+    assert [name for name in peers.names() if peers.is_ours(name)] == [
+        "jaxwin",
+        "jaxwin-donated",
+        "jaxwin-loop",
+    ]
     with pytest.raises(KeyError):
         peers.make("nonsense")
