@@ -1179,8 +1179,10 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   }
   if (p.panel > 0) params[kPack] = kBefore;
   int64_t rows;
-  if (few_blocks && params[kPack] != kShared) {
-    if (params[kKc] >= p.reduction()) params[kKc] = 0;
+  if (params[kKc] >= p.reduction()) params[kKc] = 0;
+  // A single pass over filters in place gains nothing by large blocks.
+  const bool once = params[kPack] == kInPlace && params[kKc] == 0;
+  if (few_blocks && params[kPack] != kShared && !once) {
     const int64_t panels = ceil_div(p.k, panel);
     rows = ceil_div(all_rows, std::max(fewest, ceil_div(threads, p.g * panels)));
   } else {
