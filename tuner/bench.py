@@ -97,6 +97,12 @@ class Row:
         cell = self.cells.get(peer)
         return cell.median_ns if cell is not None and cell.status == "ok" else None
 
+    def relative(self, ours: str, theirs: str) -> float | None:
+        """How many times faster the first is than the second, of two that got it right."""
+        if self.time(ours) is None or self.time(theirs) is None:
+            return None
+        return measure.relative(self.cells[ours].samples_ns, self.cells[theirs].samples_ns)
+
     def ratio(self, peer: str) -> float | None:
         """How many times faster than a peer jaxwin is, both with or both without fresh output."""
         ours = [name for name in self.cells if peers.is_ours(name)]
@@ -104,9 +110,8 @@ class Row:
         like = [name for name in ours if peers.make(name).reuses_output == kept]
         if kept:
             like.reverse()  # the last has least of what a call from Python costs, as theirs have
-        mine = next((t for t in map(self.time, [*like, *ours]) if t is not None), None)
-        other = self.time(peer)
-        return None if mine is None or other is None else other / mine
+        mine = next((name for name in [*like, *ours] if self.time(name) is not None), None)
+        return None if mine is None else self.relative(mine, peer)
 
     def best(self) -> tuple[str, float] | None:
         """The peer that does best against jaxwin, and how many times faster jaxwin is."""

@@ -414,6 +414,9 @@ Each peer's result is compared with that of jax.lax in float64; a wrong one is r
 counted. What is not installed is named as missing. Results of models are compared with those of
 jax.lax, of a training step the losses and every parameter's gradient.
 
+Times are medians over the rounds. Ratios are medians over the rounds of the ratios in each: that is
+steadier where the speed of the machine changes for seconds.
+
 With one thread the clock is the CPU time of the process, since other processes may take a share of
 the core that wall-clock time would count. With more threads it is wall-clock time, since CPU time
 adds up the threads. Peers marked "output kept" write into memory that they keep, the others into

@@ -172,8 +172,7 @@ def rows(names: Iterable[str], quick: bool) -> int:
 
 def _speed(rows: Iterable[bench.Row], ours: str, theirs: str) -> list[float]:
     """How many times faster `ours` is than `theirs`, on the rows that have both."""
-    pairs = [(row.time(ours), row.time(theirs)) for row in rows]
-    return [other / mine for mine, other in pairs if mine is not None and other is not None]
+    return [ratio for row in rows if (ratio := row.relative(ours, theirs)) is not None]
 
 
 def _at_least(
@@ -458,10 +457,9 @@ def _long_figures(rows: Sequence[bench.Row]) -> Iterator[Figure]:
             chosen = [row for row in of_type if row.direction == direction]
             best = []
             for row in chosen:
-                known = [t for p in ("onednn", "onednn-nchw") if (t := row.time(p)) is not None]
-                mine = row.time("jaxwin")
-                if known and mine is not None:
-                    best.append(min(known) / mine)
+                against = (row.relative("jaxwin", p) for p in ("onednn", "onednn-nchw"))
+                if known := [ratio for ratio in against if ratio is not None]:
+                    best.append(min(known))
             yield _told(
                 f"{dtype} {direction}: against the faster form of oneDNN",
                 "up to 6.86x, whole training",

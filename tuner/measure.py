@@ -16,7 +16,7 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 SLOW_SECONDS = 1.0  # a call as long as this needs no loop, and no second warm-up
@@ -70,6 +70,21 @@ def mad(values: Iterable[float]) -> float:
     values = list(values)
     middle = statistics.median(values)
     return statistics.median(abs(value - middle) for value in values)
+
+
+def relative(one: Sequence[float], other: Sequence[float]) -> float:
+    """How much time `other` takes relative to `one`: the median over the rounds of their ratios.
+
+    Both are samples of one `interleave`, in order. The samples of a round lie near each other, so
+    this says the same whether the machine runs fast or slow, which often changes for seconds. Where
+    there are fewer than three rounds, it is the ratio of the medians.
+
+    Raises:
+        statistics.StatisticsError: one has no samples.
+    """
+    if min(len(one), len(other)) < 3:
+        return statistics.median(other) / statistics.median(one)
+    return statistics.median(b / a for a, b in zip(one, other, strict=False))
 
 
 def geomean(values: Iterable[float]) -> float:

@@ -354,9 +354,8 @@ class Row(bench.Row):
 
     def ratio(self, peer: str) -> float | None:
         """How many times faster than a peer jaxwin is, in the faster of its forms."""
-        ours = [t for name in self.cells if is_ours(name) if (t := self.time(name)) is not None]
-        other = self.time(peer)
-        return None if not ours or other is None else other / min(ours)
+        ours = {n: t for n in self.cells if is_ours(n) if (t := self.time(n)) is not None}
+        return self.relative(min(ours, key=lambda name: ours[name]), peer) if ours else None
 
     def best(self) -> tuple[str, float] | None:
         """The fastest other peer, and how many times faster jaxwin is."""

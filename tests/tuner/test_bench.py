@@ -155,7 +155,9 @@ def test_json(not_pinned: None) -> None:
             assert cell["median_ns"] == cell["cpu_ns"]  # one thread
             assert cell["gflops"] == pytest.approx(row["flops"] / cell["median_ns"])
             assert cell["error"] < bench.TOLERANCE["float32"]
-        expected = row["cells"]["xla"]["median_ns"] / row["cells"]["jaxwin"]["median_ns"]
+        expected = (
+            row["cells"]["xla"]["median_ns"] / row["cells"]["jaxwin"]["median_ns"]
+        )  # 2 rounds
         assert row["ratio_to_best"] == row["ratios"]["xla"] == pytest.approx(expected)
     # im2win has no weight gradient: said, and not counted
     assert data["rows"][2]["cells"]["jaxwin:im2win"]["status"] == "failed"
@@ -266,7 +268,7 @@ def test_a_missing_peer_is_named(not_pinned: None, monkeypatch: pytest.MonkeyPat
 
 
 def _cell(ns: float) -> bench.Cell:
-    return bench.Cell("ok", median_ns=ns, mad_ns=0.0, gflops=1e3 / ns)
+    return bench.Cell("ok", median_ns=ns, mad_ns=0.0, gflops=1e3 / ns, samples_ns=[ns])
 
 
 def _row(cells: dict[str, bench.Cell]) -> bench.Row:
@@ -294,6 +296,17 @@ def test_peers_that_keep_their_output_meet_what_keeps_its_own() -> None:
     assert row.best() == ("ort", 0.5)
     del row.cells["jaxwin"]
     assert row.best() is None
+
+
+def test_ratios_are_of_the_samples_of_a_round() -> None:
+    fast, slow = [10.0, 10.0, 10.0, 20.0, 20.0], [15.0, 15.0, 30.0, 30.0, 30.0]
+    assert measure.relative(fast, slow) == 1.5  # the medians say 3
+    assert measure.relative(slow, fast) == 1 / 1.5
+    assert measure.relative(fast[:2], slow) == 3.0
+    assert measure.relative(fast[1:], slow[1:]) == 1.5
+    cells = {"xla": _cell(30.0), "jaxwin": _cell(20.0)}
+    cells["xla"].samples_ns, cells["jaxwin"].samples_ns = slow, fast
+    assert _row(cells).ratio("xla") == 1.5
 
 
 def test_shares_are_of_the_peak_that_the_core_measures(
