@@ -116,6 +116,7 @@ nb::list param_specs(const std::vector<ParamSpec>& specs) {
     row["name"] = s.name;
     row["description"] = s.description;
     row["values"] = nb::cast(s.values);
+    row["tuned"] = s.tuned;
     rows.append(row);
   }
   return rows;

@@ -41,7 +41,8 @@ class Space:
     """The valid candidates for one problem, instruction set and number of threads.
 
     On the CPU and for "cuda" these are of the canonical family; for "cuda-tensor" of all of them.
-    An algorithm's parameters take the values of its ParamSpecs and those of its default plan.
+    An algorithm's parameters take the values of its ParamSpecs and those of its default plan; what
+    only a whole program can tell stays as in the default plan.
     max_workspace: bytes, as in `make_plan`. canonical: whether the algorithms of the canonical
     numerical family are meant, or those of all others.
     """
@@ -77,7 +78,7 @@ class Space:
                 continue
             self.defaults[row["name"]] = default
             self.values[row["name"]] = tuple(
-                tuple(sorted({*spec["values"], value}))
+                tuple(sorted({*spec["values"], value})) if spec["tuned"] else (value,)
                 for spec, value in zip(row["params"], default.params, strict=True)
             )
 

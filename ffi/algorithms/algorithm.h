@@ -85,6 +85,9 @@ struct ParamSpec {
   const char* name;
   const char* description;
   std::vector<int64_t> values;  // worth trying; `check` decides what is valid
+  // False: what it is worth depends on the rest of a program, which a measurement of one
+  // convolution does not see.
+  bool tuned = true;
 };
 
 // The family of all algorithms that give the bits which README.md promises.

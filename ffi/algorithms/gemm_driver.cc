@@ -1147,7 +1147,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     const int64_t cols = params[kCols] == 0 ? p.out[2] : params[kCols];
     if (fitting >= p.out[1]) fitting = fitting / p.out[1] * p.out[1];
     while (fitting > 1 && shared_floats(p, lowering, fitting, cols) > strip_limit(k)) {
-      fitting = fitting > p.out[1] ? fitting - p.out[1] : ceil_div(fitting, 2);
+      fitting -= fitting > p.out[1] ? p.out[1] : 1;
     }
   }
   const int64_t fewest = ceil_div(all_rows, std::min(fitting, all_rows));
@@ -1336,7 +1336,7 @@ std::vector<ParamSpec> gemm_param_specs(Lowering lowering) {
        "packed before the call",
        {0, 1, 2, 3}},
       {"full", "1: the whole lowered tensor at once, as in the paper; 0: blocks", {0}},
-      {"stream", "1: results pass the caches by on their way to memory", {0, 1}},
+      {"stream", "1: results pass the caches by on their way to memory", {0, 1}, false},
   };
   if (lowering == Lowering::kIndirect) {
     specs[kMr].values = {1, 2, 3, 4, 5, 6, 7, 8};
