@@ -69,6 +69,8 @@ class GemmArgs(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("table_row", ctypes.c_int64),
         ("zeros", ctypes.c_void_p),
+        ("ahead", ctypes.c_void_p),
+        ("ahead_step", ctypes.c_int64),
     ]
 
 
@@ -194,14 +196,18 @@ def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
     np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8), what)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "strided"),  # integers are packed always
-    [(dtype, strided) for dtype in WORDS for strided in (0, 1) if not (dtype == PAIRS and strided)],
-)
+PACKED, STRIDED, INDIRECT, AHEAD = range(4)  # the forms, as jaxwin_test_gemm_* counts them
+FORMS = [(dtype, form) for dtype in WORDS for form in (PACKED, STRIDED)]
+FORMS.remove((PAIRS, STRIDED))  # integers are packed always
+FORMS.append(("float32", AHEAD))
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
 @pytest.mark.parametrize(("mr", "nv"), TILES)
-def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> None:
+def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, form: int) -> None:
     full = _width("avx512", dtype)
-    rng = np.random.default_rng([mr, nv, strided])
+    strided = form == STRIDED
+    rng = np.random.default_rng([mr, nv, form])
     # Runs of odd lengths, out of order; rows of A overlap, as windows do.
     lengths = [5, 1, 7]
     steps = sum(lengths)
@@ -227,8 +233,10 @@ def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> N
                 "add": add,
             }
             c = guarded(start)
-            arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
-            kernels.emulated("gemm", dtype, mr, nv, strided, arguments, buffers=(a, b, c, runs))
+            # What is prefetched may lie anywhere.
+            ahead = {"ahead": b.ctypes.data, "ahead_step": 1 << 20}
+            arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers, **ahead)
+            kernels.emulated("gemm", dtype, mr, nv, form, arguments, buffers=(a, b, c, runs))
             for isa in REFERENCES:
                 width = _width(isa, dtype)
                 expected = start.copy()
@@ -243,7 +251,9 @@ def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, strided: int) -> N
                             **numbers,
                         )
                         # the strided form, which reads no column beyond
-                        kernels.native(isa, "gemm", dtype, 1, 1, int(dtype != PAIRS), piece)
+                        kernels.native(
+                            isa, "gemm", dtype, 1, 1, PACKED if dtype == PAIRS else STRIDED, piece
+                        )
                 _same(c, expected, f"{isa} cols {cols} load {load} add {add}")
 
 
@@ -280,7 +290,9 @@ def test_gemm_by_a_table(kernels: Kernels, dtype: str, mr: int, nv: int) -> None
                 **numbers,
             )
         )
-        kernels.emulated("gemm", dtype, mr, nv, 2, arguments, buffers=(a, b, c, runs, table, zeros))
+        kernels.emulated(
+            "gemm", dtype, mr, nv, INDIRECT, arguments, buffers=(a, b, c, runs, table, zeros)
+        )
         for isa in REFERENCES:
             width = _width(isa, dtype)
             expected = start.copy()
@@ -301,7 +313,7 @@ def test_gemm_by_a_table(kernels: Kernels, dtype: str, mr: int, nv: int) -> None
                         cols=min(width, cols - j),
                         **numbers,
                     )
-                    kernels.native(isa, "gemm", dtype, 1, 1, 1, piece)
+                    kernels.native(isa, "gemm", dtype, 1, 1, STRIDED, piece)
             _same(c, expected, f"{isa} cols {cols}")
 
 
@@ -351,7 +363,7 @@ def test_gemm_past_the_caches(kernels: Kernels, dtype: str, mr: int, nv: int) ->
         c = guarded(np.full(mr * c_row, _CANARY, dtype))
         numbers = {"a_row": 2, "a_step": 1, "b_step": cols, "c_row": c_row, "stream": stream}
         arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
-        kernels.emulated("gemm", dtype, mr, nv, 0, arguments, buffers=(a, b, c, runs))
+        kernels.emulated("gemm", dtype, mr, nv, PACKED, arguments, buffers=(a, b, c, runs))
         results.append(c)
     _same(results[1], results[0], "stream")
 

@@ -136,7 +136,7 @@ struct Kernels {
   int width;
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
-  GemmFn ahead[kMaxNv + 1][kMaxMr + 1];  // may be null
+  GemmFn ahead[kMaxNv + 1][kMaxMr + 1];   // may be null
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
   int max_pixels;
