@@ -161,6 +161,8 @@ def _decide(
                 if isinstance(plan, Plan):
                     return Decision("tuned", plan, row=row)
             for row in table.nearest(problem, isa, threads):
+                if _confirms_the_heuristic(row):
+                    break
                 plan = propose(native, row, isa, threads, max_workspace)
                 if isinstance(plan, Plan):
                     return Decision("transferred", plan, row=row)
@@ -177,6 +179,17 @@ def _decide(
     if not choose:
         raise ValueError(f"algorithm: {algorithm!r} cannot compute {problem}: {reason}")
     return Decision(_registry.XLA, None, reason)
+
+
+@functools.lru_cache(maxsize=4096)
+def _confirms_the_heuristic(row: Row) -> bool:
+    """Whether a row's winner is what the heuristic takes for the row's own problem.
+
+    Then the heuristic is to be trusted for the problems near it too. Its parameters follow their
+    sizes, which those of the row do not.
+    """
+    plan = _make_plan(row.problem.native(), "auto", (), row.isa, row.threads, None)
+    return isinstance(plan, Plan) and (plan.algorithm, plan.params) == (row.algorithm, row.params)
 
 
 def _of_another_family(

@@ -132,6 +132,20 @@ def test_another_kind_of_problem_lends_nothing(problem: Problem, path: Path) -> 
     assert _decide(problem).tier == "heuristic"
 
 
+def test_a_row_that_confirms_the_heuristic_lends_nothing(path: Path) -> None:
+    """The heuristic's parameters follow the sizes; those that it had elsewhere would not."""
+    usual = _ffi.make_plan(PROBLEM.native(), isa=_registry.isa(), threads=_registry.threads())[
+        "plan"
+    ]
+    names = _registry.parameter_names(usual["algorithm"]) or ()
+    parameters = dict(zip(names, usual["params"], strict=True))
+    _write(path, tuning.measurement(algorithm=usual["algorithm"], parameters=parameters))
+    assert _decide().tier == "tuned"
+    assert _decide(problems.make(4, 8, 16, (24, 13), (3, 3), padding=((1, 1), (1, 1)))).tier == (
+        "heuristic"
+    )
+
+
 def test_the_nearest_row_lends(path: Path) -> None:
     shapes = [(n, c, k) for n in (1, 2, 16) for c in (4, 8, 10) for k in (8, 16, 30)]
     made = [problems.make(*s, (12, 13), (3, 3), padding=((1, 1), (1, 1))) for s in shapes]
