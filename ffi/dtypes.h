@@ -52,11 +52,6 @@ static inline bool has_kernels(Dtype operand, Dtype result) {
          kDtypeRows[result].size >= kDtypeRows[operand].size;
 }
 
-// Whether a result is what the kernels add up: a float, a double, an int32.
-static inline bool is_sum(Dtype result) {
-  return result == kF32 || result == kF64 || result == kS32 || result == kU32;
-}
-
 // Whether operands and results are words themselves, which kernels read and write in place.
 static inline bool is_plain(Dtype operand, Dtype result) {
   return operand == result && (operand == kF32 || operand == kF64);

@@ -136,7 +136,7 @@ std::shared_ptr<const CallSite::Prepared> prepare(CallSite* site, Dtype dtype, D
   const bool epilogue =
       site->has_bias || site->has_residual || site->activation != Activation::kNone;
   if (wrong->empty() && epilogue &&
-      !has_activation(*fresh->plan.target.kernels, site->activation)) {
+      !has_activation(*fresh->plan.target.kernels, dtype, site->activation)) {
     *wrong = std::string("activation: the kernels for ") + kDtypeRows[dtype].name + " lack it";
   }
   if (!wrong->empty()) return nullptr;

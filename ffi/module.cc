@@ -242,7 +242,8 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
   }
   const bool epilogue = bias.has_value() || residual.has_value() || activation != 0;
   if (activation < 0 || activation >= kActivationCount ||
-      (epilogue && !has_activation(*plan.target.kernels, static_cast<Activation>(activation)))) {
+      (epilogue &&
+       !has_activation(*plan.target.kernels, conv.dtype, static_cast<Activation>(activation)))) {
     return "activation: unknown, or not one of these kernels";
   }
   const int64_t bytes = plan.target.kernels->size;
@@ -304,16 +305,34 @@ nb::dict registry() {
     row["width"] = k->width;  // float32 lanes
     row["tiles"] = tiles;
     row["max_pixels"] = k->max_pixels;
-    nb::list sweeps;
-    for (int expand = 0; expand < 2; ++expand) {
-      for (int window = 1; window <= kMaxSweepWindow; ++window) {
-        for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
-          const int rows = max_sweep(*k, expand, window, stride);
-          if (rows > 0) sweeps.append(nb::make_tuple(expand, window, stride, rows));
+    nb::list sweeps, windows;
+    for (int d = 0; d < kDtypes; ++d) {
+      const auto dtype = static_cast<Dtype>(d);
+      for (const Word word : {kFloat, kDouble}) {
+        const Kernels& own = *set.kernels(word);
+        for (int expand = 0; expand < 2 && is_word(own, dtype); ++expand) {
+          for (int window = 1; window <= kMaxSweepWindow; ++window) {
+            for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
+              const int rows = max_sweep(own, expand, window, stride);
+              if (rows == 0) continue;
+              sweeps.append(nb::make_tuple(kDtypeRows[d].name, expand, window, stride, rows));
+            }
+          }
+        }
+        for (int stride = 1; stride <= kMaxWindowStride; ++stride) {
+          for (int rows = 1; rows <= kMaxWindowRows; ++rows) {
+            nb::list pixels;
+            for (int i = 1; i <= max_window(own, dtype, stride, rows); ++i) {
+              if (own.window[d][stride][rows][i] != nullptr) pixels.append(i);
+            }
+            if (pixels.size() == 0) continue;
+            windows.append(nb::make_tuple(kDtypeRows[d].name, stride, rows, pixels));
+          }
         }
       }
     }
     row["sweeps"] = sweeps;
+    row["windows"] = windows;
     row["runnable"] = set.runnable;
     isa_rows.append(row);
   }
@@ -330,7 +349,8 @@ nb::dict registry() {
       }
     }
     for (int i = 0; i < kActivationCount; ++i) {
-      if (has_activation(*k, static_cast<Activation>(i))) fused.append(kActivationNames[i]);
+      if (has_activation(*k, static_cast<Dtype>(d), static_cast<Activation>(i)))
+        fused.append(kActivationNames[i]);
     }
     nb::dict row;
     row["word"] = kWordSizes[kDtypeRows[d].word];  // bytes

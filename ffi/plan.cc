@@ -15,14 +15,15 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
     return "threads: must be from 1 to 4096, got " + std::to_string(request.threads);
   }
   if (!has_kernels(p.dtype, p.out_dtype)) return "no kernels for these dtypes";
-  plan->target.threads = request.threads;
-  plan->target.kernels = find_kernels(request.isa, kDtypeRows[p.dtype].word);
-  if (plan->target.kernels == nullptr) {
-    return "isa: this CPU does not run '" + request.isa + "'";
+  Targets targets{};
+  for (int word = 0; word < kWords; ++word) {
+    targets[word] = {find_kernels(request.isa, static_cast<Word>(word)), request.threads};
+    if (targets[word].kernels == nullptr) return "isa: this CPU does not run '" + request.isa + "'";
   }
+  plan->target = targets[kDtypeRows[p.dtype].word];
   const bool any_family = request.algorithm == "any";
   if (request.algorithm == "auto" || any_family) {
-    plan->algorithm = choose_algorithm(p, plan->target, request.max_workspace, any_family);
+    plan->algorithm = choose_algorithm(p, targets, request.max_workspace, any_family);
     if (plan->algorithm == nullptr) return "no algorithm computes this problem";
   } else {
     plan->algorithm = find_algorithm(request.algorithm);
@@ -31,6 +32,7 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
     if (!why.empty()) return request.algorithm + ": " + why;
   }
   const Algorithm& a = *plan->algorithm;
+  plan->target = targets[a.word(p.dtype)];
   if (request.params.empty()) {
     plan->params = a.defaults(p, plan->target);
   } else {

@@ -105,6 +105,18 @@ class SweepArgs(ctypes.Structure):
     ]
 
 
+class WindowArgs(ctypes.Structure):
+    """WindowArgs of ffi/kernels/kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("cols", "x_row", "x_col", "y_row", "y_col", "rows", "edges")
+        ),
+    ]
+
+
 class TransformArgs(ctypes.Structure):
     """TransformArgs of ffi/kernels/transforms.h."""
 
@@ -368,10 +380,13 @@ def test_gemm_past_the_caches(kernels: Kernels, dtype: str, mr: int, nv: int) ->
     _same(results[1], results[0], "stream")
 
 
-@pytest.mark.parametrize(("expand", "window", "stride", "most"), ISAS["avx512"]["sweeps"])
-def test_sweep(kernels: Kernels, expand: int, window: int, stride: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "expand", "window", "stride", "most"), ISAS["avx512"]["sweeps"]
+)
+def test_sweep(
+    kernels: Kernels, dtype: str, expand: int, window: int, stride: int, most: int
+) -> None:
     """Against the tiles of pixels, one pixel and one vector at a time, on expanded input."""
-    dtype = "float32"
     full = _width("avx512", dtype)
     rng = np.random.default_rng([expand, window, stride])
     channels, features = (2, 4) if expand else (1, 1)
@@ -428,7 +443,7 @@ def test_sweep(kernels: Kernels, expand: int, window: int, stride: int, most: in
                         real = 0 <= run[2] + r * row_step < in_rows
                         at = r * x_row + q * x_col + run[0] if real else 0
                         for i in range(channels):
-                            inputs.append(x[at + first + i] * np.float32(real))
+                            inputs.append(x[at + first + i] * np.dtype(dtype).type(real))
                             block = feature // full * w_block + kx * w_col + run[1] + i * full
                             filters.append(w[block + feature % full])
                     a = guarded(np.concatenate([*inputs, np.zeros(full, dtype)]))
@@ -445,6 +460,79 @@ def test_sweep(kernels: Kernels, expand: int, window: int, stride: int, most: in
                         )
                         kernels.native(isa, "lanes", dtype, 1, piece)
                 _same(y, expected, f"{isa} rows {rows} cols {cols} border {border}")
+
+
+@pytest.mark.parametrize(("dtype", "stride", "rows", "every"), ISAS["avx512"]["windows"])
+def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: list[int]) -> None:
+    """Against the tiles of pixels, one pixel and one vector at a time, on widened input."""
+    word = dtype if dtype in DTYPES else "float32"
+    full = _width("avx512", word)
+    rng = np.random.default_rng([ELEMENTS.index(dtype), stride, rows])
+    left, right = 1, 2
+    high = (rows - 1) * stride + 3
+    for pixels in every:
+        for cols, there, edges in (
+            (2 * full, 2**high - 1, 0),
+            (full + 3, 2**high - 1, left + right),
+            (full - 1, 2**high - 2, left),
+            (full, 2 ** (high - 1) - 1, right),
+            (3, 0, 0),
+        ):
+            # Guards end at the last column and the last row that are read, or begin at the first.
+            wide = (pixels - 1) * stride + 3
+            x_col, y_col = cols, cols + 1
+            x_row = wide * x_col
+            first_row = 1 if there and not there & 1 else 0
+            front = first_row * x_row + (x_col if edges & left else 0)
+            last_row = max(there.bit_length(), 1)
+            end = last_row * x_row - (x_col if edges & right else 0)
+            values = problems.values(rng, (high * x_row,), dtype)
+            x = guarded(values[front:end] if there else values[:1])
+            w = _matrix(rng, word, -(-cols // full) * 9 * full)
+            y_row = pixels * y_col + 5
+            start = np.full((rows - 1) * y_row + (pixels - 1) * y_col + cols, _CANARY, word)
+            y = guarded(start)
+            arguments = _words(
+                WindowArgs(
+                    x.ctypes.data - front * x.itemsize,
+                    *(w.ctypes.data, y.ctypes.data, cols, x_row, x_col, y_row, y_col, there, edges),
+                )
+            )
+            form = (ELEMENTS.index(dtype), stride, rows, pixels)
+            kernels.emulated("window", word, *form, arguments, buffers=(x, w, y))
+            wide_values = values.astype(word)
+            for isa in REFERENCES:
+                width = _width(isa, word)
+                expected = start.copy()
+                for r, p in itertools.product(range(rows), range(pixels)):
+                    inputs, filters = [np.zeros(cols, word)], [np.zeros(cols, word)]
+                    for kx, ky in itertools.product(range(3), range(3)):
+                        row, column = r * stride + ky, p * stride + kx
+                        skip = (edges & left and column == 0) or (
+                            edges & right and column == wide - 1
+                        )
+                        if skip or not there >> row & 1:
+                            continue
+                        at = row * x_row + column * x_col
+                        inputs.append(wide_values[at : at + cols])
+                        feature = np.arange(cols)
+                        filters.append(
+                            w[(feature // full * 9 + kx * 3 + ky) * full + feature % full]
+                        )
+                    a = guarded(np.concatenate([*inputs, np.zeros(full, word)]))
+                    b = guarded(np.concatenate([*filters, np.zeros(full, word)]))
+                    seen = np.array([(t * cols, t * cols, 1) for t in range(len(inputs))], np.int64)
+                    for j in range(0, cols, width):
+                        piece = _gemm_args(
+                            a[j:],
+                            b[j:],
+                            expected[r * y_row + p * y_col + j :],
+                            seen,
+                            cols=min(width, cols - j),
+                            blocks=1,
+                        )
+                        kernels.native(isa, "lanes", word, 1, piece)
+                _same(y, expected, f"{isa} pixels {pixels} cols {cols} rows {there} edges {edges}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

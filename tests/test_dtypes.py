@@ -105,7 +105,7 @@ def test_float64_does_not_depend_on_the_instruction_set(monkeypatch) -> None:
             np.testing.assert_array_equal(result, results[0])
 
 
-@pytest.mark.parametrize("case", ["dense", "grouped", "transposed"])
+@pytest.mark.parametrize("case", ["dense", "grouped", "depthwise", "transposed"])
 @pytest.mark.parametrize(("dtype", "result"), INTEGERS)
 def test_integers_equal_lax(dtype: str, result: str, case: str) -> None:
     x, w = _operands(dtype, case)
@@ -123,6 +123,22 @@ def test_integers_equal_lax(dtype: str, result: str, case: str) -> None:
     got = jax.jit(ours)(x, w)
     assert got.dtype == result
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 1024), ("uint8", 258)])
+def test_integers_are_floats_where_these_are_exact(dtype: str, most: int) -> None:
+    """The largest products of all, as many of them as 2^24 allows, and one more."""
+    extreme = np.iinfo(dtype).min if dtype == "int8" else np.iinfo(dtype).max
+    for channels in (most, most + 1):
+        problem = problems.make(1, channels, 2, (9,), (1,), dtype=dtype, out_dtype="int32")
+        assert problem is not None
+        x, w = (np.full(shape, extreme, dtype) for shape in (problem.lhs_shape, problem.rhs_shape))
+        rejected = _ffi.candidates(problem.native())["planar"].get("rejected")
+        beyond = "planar: sums are beyond the integers that floats hold"
+        assert rejected == (None if channels == most else beyond)
+        for algorithm in ("auto", "planar")[: 1 + (channels == most)]:
+            y = problems.run(problem, x, w, algorithm)
+            np.testing.assert_array_equal(y, np.full(y.shape, channels * int(extreme) ** 2))
 
 
 def test_integer_sums_wrap_around() -> None:

@@ -59,7 +59,7 @@ struct Operands {
 };
 
 // What a plan was made for: it fixes the workspace. The kernels are those of
-// the problem's words.
+// the words that the algorithm computes the problem with.
 struct Target {
   const Kernels* kernels;
   int64_t threads;
@@ -79,6 +79,9 @@ using Params = std::array<int64_t, kMaxParams>;  // values in the order of Algor
 double unit_roundoff(const Problem& p);
 // Algorithm::error_bound of one chain over the whole reduction.
 double chain_error(const Problem& p);
+
+// Whether all partial sums of an integer problem are below 2^24.
+bool exact_in_floats(const Problem& p);
 
 // One tunable, as data: the tuner builds its search space from these.
 struct ParamSpec {
@@ -129,6 +132,14 @@ struct Algorithm {
 
   // Whether it reads neighbouring images as vectors (CHWN), or `cost` knows what they are to it.
   bool knows_images = false;
+  // Whether 8-bit integers become floats instead of pairs of channels, where no sum of theirs is
+  // beyond what a float holds exactly.
+  bool integers_as_floats = false;
+
+  Word word(Dtype dtype) const {
+    const Word own = kDtypeRows[dtype].word;
+    return integers_as_floats && own == kPair ? kFloat : own;
+  }
 
   // `cost`, and what it need not know about.
   double cycles(const Problem& p, const Target& t, const Params& params) const {
@@ -143,6 +154,9 @@ struct Algorithm {
   std::string refuses(const Problem& p) const {
     if (std::find(dtypes.begin(), dtypes.end(), p.dtype) == dtypes.end()) {
       return std::string("no ") + kDtypeRows[p.dtype].name + " kernels";
+    }
+    if (word(p.dtype) != kDtypeRows[p.dtype].word && !exact_in_floats(p)) {
+      return "sums are beyond the integers that floats hold";
     }
     if (p.panel > 0 && !takes_packed) return "the filters are packed for other algorithms";
     if (p.panel > 0 && !p.plain()) return "packed filters must be float32 or float64";

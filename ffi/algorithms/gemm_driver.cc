@@ -155,7 +155,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.pixel_stride = l.full != 0 ? l.reduction : l.kc;
     l.strip_row = l.cols * l.pixel_stride;
   }
-  l.buffered = p.y.k != 1 || !is_sum(p.out_dtype);
+  l.buffered = p.y.k != 1 || !is_word(*t.kernels, p.out_dtype);
   // The blocked patch matrix is made once per kc steps, for all features.
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const int64_t blocks = p.g * l.row_blocks * l.col_blocks;
@@ -1206,8 +1206,9 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   // Results that would not stay in the caches until they are read.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * k.size;
   params[kStream] =
-      p.y.k == 1 && is_sum(p.out_dtype) && bytes >= std::max(caches().l3 / 2, 4 * caches().l2) ? 1
-                                                                                               : 0;
+      p.y.k == 1 && is_word(k, p.out_dtype) && bytes >= std::max(caches().l3 / 2, 4 * caches().l2)
+          ? 1
+          : 0;
   return params;
 }
 

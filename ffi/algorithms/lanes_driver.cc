@@ -93,7 +93,9 @@ struct Forward {
 bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1 && p.plain(); }
 
 // The micro-kernel stores to y.
-bool writes_in_place(const Problem& p) { return p.y.k == 1 && is_sum(p.out_dtype); }
+bool writes_in_place(const Problem& p, const Kernels& k) {
+  return p.y.k == 1 && is_word(k, p.out_dtype);
+}
 
 Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   Forward f{};
@@ -112,10 +114,15 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   if (f.strip) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
+  } else if (params[kLanesSweep] > 0 && !is_word(*t.kernels, p.dtype)) {
+    f.strip_floats = round_up(p.win[0] * f.in_rows * p.in[2] * p.g * p.c, 16);
   }
-  f.buffer_floats = writes_in_place(p)
-                        ? 0
-                        : round_up((f.strip ? std::max(f.rows, f.cols) : f.pixels) * f.width, 16);
+  if (!writes_in_place(p, *t.kernels)) {
+    int64_t vectors = f.strip ? std::max(f.rows, f.cols) : f.pixels;
+    if (params[kLanesSweep] > 0) vectors = params[kLanesSweep] * p.out[2];
+    if (params[kLanesWindow] > 0) vectors = params[kLanesWindow] * f.pixels * f.blocks;
+    f.buffer_floats = round_up(vectors * f.width, 16);
+  }
   return f;
 }
 
@@ -247,27 +254,49 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
 // Whether a sweep spreads the channels of a group over its features.
 bool expands(const Problem& p) { return p.c > 1 || p.k > 1; }
 
+// All channels of a pixel lie side by side.
+bool channels_together(const Problem& p) { return (p.c == 1 || p.x.c == 1) && p.x.g == p.c; }
+
 // Output rows of the highest sweep, 0 where there is none. Its lanes are whole groups, whose
 // channels lie side by side and fit one vector.
 int64_t max_sweep(const Problem& p, const Kernels& k) {
-  const bool in_place = p.plain() && p.y.k == 1 && (p.c == 1 || p.x.c == 1) && p.x.g == p.c;
   const bool fits = p.c <= p.k && k.width % p.k == 0;
-  if (!in_place || !fits || (p.stride[2] > 1 && p.rhs_dilation[2] > 1)) return 0;
+  if (!channels_together(p) || !fits || (p.stride[2] > 1 && p.rhs_dilation[2] > 1)) return 0;
   return max_sweep(k, expands(p) ? 1 : 0, p.win[2], p.stride[2]);
 }
 
-// Features as lanes, side by side in the input and the output: some output rows and a vector of
-// features at a time, swept along x, so that an input vector is loaded once for all columns of the
-// window. Columns of the window on padding are left out.
+// Pixels of the widest tile of whole windows in so many rows, 0 where there is none.
+int64_t max_window(const Problem& p, const Kernels& k, int64_t rows) {
+  const bool square = p.win == Dim3{1, kWindow, kWindow} && p.stride[1] == p.stride[2] &&
+                      p.rhs_dilation[1] == 1 && p.rhs_dilation[2] == 1;
+  // At most one column of padding at either end.
+  const int64_t last = (p.out[2] - 1) * p.stride[2] - p.pad[2] + kWindow - 1;
+  if (!square || expands(p) || !channels_together(p) || p.pad[2] > 1 || last > p.in[2]) return 0;
+  return max_window(k, p.dtype, p.stride[2], rows);
+}
+
+// Features as lanes, side by side in the input: some output rows and a vector of features at a
+// time, swept along x, so that an input vector is loaded once for all columns of the window.
+// Columns of the window on padding are left out. Elements that are not words are copied to a strip
+// of rows.
 void run_sweep(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
   const Forward f = make_forward(p, e.target, params);
   const Kernels& k = *e.target.kernels;
   const Problem flat = flatten_groups(p);
   const Threads pool = useful_pool(p, e);
   Ptr packed = e.workspace;
+  Ptr scratch = packed + round_up(f.w_floats, 16);
   pack_filters(p, f, k, o.w, pool, packed);
+  const bool in_place = writes_in_place(p, k);
+  const bool words = is_word(k, p.dtype);
+  // Strides of the input or the strip: of window position z, rows, columns.
+  const int64_t col = words ? p.x.sp[2] : p.g * p.c;
+  const int64_t in_row = words ? p.x.sp[1] : p.in[2] * col;
+  const int64_t plane = words ? p.rhs_dilation[0] * p.x.sp[0] : f.in_rows * in_row;
   const int64_t most = params[kLanesSweep];
   const int64_t dilation = p.rhs_dilation[2];
+  Problem line = flat;  // the outputs of one residue of the dilation
+  line.y.sp[2] *= dilation;
   std::vector<int32_t> table(expands(p) ? f.column : 0);
   for (int64_t i = 0; i < static_cast<int64_t>(table.size()); ++i) {
     table[i] = static_cast<int32_t>(i % f.width / p.k * p.c + i / f.width);
@@ -275,8 +304,8 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   SweepArgs shared{};
   shared.w = packed;
   shared.cols = flat.k;
-  shared.x_row = p.stride[1] * p.x.sp[1];
-  shared.x_col = dilation * p.x.sp[2];
+  shared.x_row = p.stride[1] * in_row;
+  shared.x_col = dilation * col;
   shared.w_col = p.win[1] * p.win[0] * f.column;
   shared.w_block = p.reduction() * f.width;
   shared.y_row = p.y.sp[1];
@@ -288,13 +317,29 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   shared.span = f.width / p.k * p.c;
   shared.table = table.data();
 
-  pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t) {
+  pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
     const int64_t rblock = task % f.row_blocks;
     const int64_t oz = task / f.row_blocks % p.out[0];
     const int64_t n = task / f.row_blocks / p.out[0];
+    Ptr buffer = scratch + worker * f.thread_floats();
     const int64_t r0 = rblock * f.rows;
     const int64_t r1 = std::min(r0 + f.rows, p.out[1]);
     const Progression z = window_positions(p, 0, oz);
+    // Where column 0 of input row 0 lies, for window position z = 0.
+    ConstPtr x = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0];
+    if (!words) {
+      Ptr strip = buffer + f.buffer_floats;
+      const int64_t top = std::max<int64_t>(0, r0 * p.stride[1] - p.pad[1]);
+      const int64_t last = (r1 - 1) * p.stride[1] - p.pad[1] + (p.win[1] - 1) * p.rhs_dilation[1];
+      for (int64_t i = 0; i < z.n; ++i) {
+        for (int64_t y = top; y <= std::min(last, p.in[1] - 1); ++y) {
+          ConstPtr from = o.x + n * p.x.n + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1];
+          k.read[p.dtype](strip + i * plane + (y - top) * in_row, col, from, p.x.sp[2], 1, p.in[2],
+                          col);
+        }
+      }
+      x = ConstPtr(strip) - (z.first * plane + top * in_row);
+    }
     std::vector<Run> runs;
     const int64_t tiles = ceil_div(r1 - r0, most);
     for (int64_t t = 0; t < tiles; ++t) {
@@ -309,7 +354,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
         if (last < 0 || first >= p.in[1]) continue;
         if (first < 0 || last >= p.in[1]) args.border = 1;
         for (int64_t iz = z.first; iz < z.first + z.n; ++iz) {
-          runs.push_back({iz * p.rhs_dilation[0] * p.x.sp[0] + iy * p.rhs_dilation[1] * p.x.sp[1],
+          runs.push_back({iz * plane + iy * p.rhs_dilation[1] * in_row,
                           (iy * p.win[0] + iz) * f.column, first});
         }
       }
@@ -319,18 +364,98 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
       // With dilation, the columns of one residue after those of another.
       for (int64_t j = 0; j < std::min(dilation, p.out[2]); ++j) {
         const int64_t first = j * p.stride[2] - p.pad[2];  // input column of q = 0
-        args.x = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0] +
-                 (row * p.stride[1] - p.pad[1]) * p.x.sp[1] + first * p.x.sp[2];
+        ConstPtr from = x + (row * p.stride[1] - p.pad[1]) * in_row + first * col;
+        args.x = from;
         args.y = o.y + at + j * p.y.sp[2];
         args.n = ceil_div(p.out[2] - j, dilation);
         args.q_begin = std::max<int64_t>(0, ceil_div(-first, dilation));
         args.q_end = std::max(args.q_begin, ceil_div(p.in[2] - first, dilation));
-        k.sweep[expands(p) ? 1 : 0][p.win[2]][p.stride[2]][rows](&args);
+        const SweepFn sweep = k.sweep[expands(p) ? 1 : 0][p.win[2]][p.stride[2]][rows];
+        if (in_place) {
+          sweep(&args);
+          continue;
+        }
+        // A vector of features at a time, by way of the buffer.
+        args.y = buffer;
+        args.y_col = f.width;
+        args.y_row = args.n * f.width;
+        for (int64_t block = 0; block < f.blocks; ++block) {
+          const int64_t k0 = block * f.width;
+          SweepArgs one = args;
+          one.x = from + block * shared.span;
+          one.w = packed + block * shared.w_block;
+          one.cols = std::min(f.width, flat.k - k0);
+          one.in_cols = shared.in_cols - block * shared.span;
+          sweep(&one);
+          for (int64_t i = 0; i < rows; ++i) {
+            finish_rows(line, k, o, buffer + i * args.y_row, f.width, args.n, one.cols, 0, k0,
+                        at + i * p.y.sp[1] + j * p.y.sp[2] + k0 * p.y.k);
+          }
+        }
       }
-      for (int64_t i = row; i < row + rows && o.has_epilogue(); ++i) {
+      for (int64_t i = row; in_place && i < row + rows && o.has_epilogue(); ++i) {
         const int64_t y_at = at + (i - row) * p.y.sp[1];
         finish_rows(flat, k, o, o.y + y_at, p.y.sp[2], p.out[2], flat.k, 0, 0, y_at);
       }
+    }
+  });
+  add_skipped_nonfinite(p, o, e);
+}
+
+// Depthwise 3x3, channels side by side in the input: a tile of pixels at a time, all channels of
+// them, whole windows.
+void run_window(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+  const Forward f = make_forward(p, e.target, params);
+  const Kernels& k = *e.target.kernels;
+  const Problem flat = flatten_groups(p);
+  const Threads pool = useful_pool(p, e);
+  Ptr packed = e.workspace;
+  Ptr scratch = packed + round_up(f.w_floats, 16);
+  pack_filters(p, f, k, o.w, pool, packed);
+  const bool in_place = writes_in_place(p, k);
+  const int64_t stride = p.stride[2];
+
+  pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
+    const int64_t rblock = task % f.row_blocks;
+    const int64_t oz = task / f.row_blocks % p.out[0];
+    const int64_t n = task / f.row_blocks / p.out[0];
+    const int64_t r1 = std::min((rblock + 1) * f.rows, p.out[1]);
+    Ptr buffer = scratch + worker * f.thread_floats();
+    const Progression z = window_positions(p, 0, oz);
+    ConstPtr plane = o.x + n * p.x.n + z.at * p.x.sp[0];
+    WindowArgs args{};
+    args.w = packed;
+    args.cols = flat.k;
+    args.x_row = p.x.sp[1];
+    args.x_col = p.x.sp[2];
+    for (int64_t r = rblock * f.rows; r < r1;) {
+      const int64_t rows = std::min(params[kLanesWindow], r1 - r);
+      const int64_t iy = r * stride - p.pad[1];
+      args.rows = 0;
+      for (int64_t i = 0; z.n > 0 && i < (rows - 1) * stride + kWindow; ++i) {
+        if (iy + i >= 0 && iy + i < p.in[1]) args.rows |= int64_t{1} << i;
+      }
+      const WindowFn* const tiles = k.window[p.dtype][stride][rows];
+      int64_t pixels = 0;
+      for (int64_t j = 0; j < p.out[2]; j += pixels) {
+        pixels = std::min(f.pixels, p.out[2] - j);
+        while (tiles[pixels] == nullptr) --pixels;
+        const int64_t ix = j * stride - p.pad[2];
+        const int64_t last = ix + (pixels - 1) * stride + kWindow - 1;
+        args.edges = (ix < 0 ? kWindowLeft : 0) | (last >= p.in[2] ? kWindowRight : 0);
+        args.x = plane + iy * p.x.sp[1] + ix * p.x.sp[2];
+        const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2];
+        const Ptr y = in_place ? o.y + at : buffer;
+        args.y = y;
+        args.y_col = in_place ? p.y.sp[2] : flat.k;
+        args.y_row = in_place ? p.y.sp[1] : pixels * flat.k;
+        tiles[pixels](&args);
+        for (int64_t i = 0; i < rows && (!in_place || o.has_epilogue()); ++i) {
+          finish_rows(flat, k, o, y + i * args.y_row, args.y_col, pixels, flat.k, 0, 0,
+                      at + i * p.y.sp[1]);
+        }
+      }
+      r += rows;
     }
   });
   add_skipped_nonfinite(p, o, e);
@@ -388,7 +513,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       const int64_t at =
           n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] + block * f.width * p.y.k;
       const Problem& line = along_y ? flat_along_y : flat;
-      const bool in_place = writes_in_place(p);
+      const bool in_place = writes_in_place(p, k);
       Ptr c = in_place ? o.y + at : buffer;
       GemmArgs args{};
       args.b = weights;
@@ -601,12 +726,43 @@ std::string lanes_rejects(const Problem& p) {
   return {};
 }
 
+// Output rows of a task, some tasks for every thread; 0: all.
+int64_t rows_of_tasks(const Problem& p, int64_t threads) {
+  const int64_t others = p.n * p.out[0];
+  if (threads == 1 || others >= 4 * threads) return 0;
+  return ceil_div(p.out[1], ceil_div(4 * threads, others));
+}
+
+// Output rows of a task, at most as asked, whose input rows fit a quarter of the second-level
+// cache.
+int64_t rows_of_strip(const Problem& p, const Target& t, Params params) {
+  int64_t rows = params[kLanesRows] == 0 ? p.out[1] : params[kLanesRows];
+  const int64_t limit = caches().l2 / 4 / t.kernels->size;
+  for (; rows > 1; rows = ceil_div(rows, 2)) {
+    params[kLanesRows] = rows;
+    if (make_forward(p, t, params).strip_floats <= limit) break;
+  }
+  return rows;
+}
+
 Params lanes_defaults(const Problem& p, const Target& t) {
   Params params{};
   params[kLanesPixels] = t.kernels->max_pixels;
   params[kLanesStrip] = 1;
   if (p.chunk_rows > 0) return params;
   const int64_t threads = useful_threads(p, t.threads);
+  if (max_window(p, *t.kernels, 1) > 0) {
+    params[kLanesWindow] = std::min<int64_t>(kMaxWindowRows, p.out[1]);
+    params[kLanesPixels] = max_window(p, *t.kernels, params[kLanesWindow]);
+    // A large image is read in few streams at a time.
+    const int64_t image = p.g * p.in[0] * p.in[1] * p.in[2] * kDtypeRows[p.dtype].size;
+    if (p.out[2] > params[kLanesPixels] && image > caches().l2 / 4) {
+      params[kLanesPixels] = p.stride[2] == 1 ? 4 : 2;
+    }
+    params[kLanesStrip] = 0;
+    params[kLanesRows] = rows_of_tasks(p, threads);
+    return params;
+  }
   // One row has nothing to share, nor have narrow windows of a channel that move by two columns.
   if (expands(p) || (p.out[1] > 1 && (p.stride[2] == 1 || p.win[2] > 3))) {
     params[kLanesSweep] = max_sweep(p, *t.kernels);
@@ -619,10 +775,10 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   if (params[kLanesSweep] > 0 || readable_in_place(p)) params[kLanesStrip] = 0;
   if (params[kLanesStrip] == 0) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
-    const int64_t others = p.n * p.out[0];
-    params[kLanesRows] = threads == 1 || others >= 4 * threads
-                             ? 0
-                             : ceil_div(p.out[1], ceil_div(4 * threads, others));
+    params[kLanesRows] = rows_of_tasks(p, threads);
+    if (params[kLanesSweep] > 0 && !is_word(*t.kernels, p.dtype)) {
+      params[kLanesRows] = std::max(params[kLanesSweep], rows_of_strip(p, t, params));
+    }
     return params;
   }
   // A strip of at most a quarter of the second-level cache, and some tasks for every thread.
@@ -653,6 +809,14 @@ std::string lanes_check(const Problem& p, const Target& t, const Params& params)
   }
   if (params[kLanesRows] < 0 || params[kLanesCols] < 0) return "rows, cols: negative";
   if (params[kLanesStrip] != 0 && params[kLanesStrip] != 1) return "strip: 0 or 1";
+  if (params[kLanesWindow] != 0) {
+    if (params[kLanesWindow] < 0 || params[kLanesStrip] != 0 || params[kLanesSweep] != 0 ||
+        p.chunk_rows > 0 ||
+        params[kLanesPixels] > max_window(p, *t.kernels, params[kLanesWindow])) {
+      return "window: no such tile";
+    }
+    return {};
+  }
   if (params[kLanesStrip] == 0 && params[kLanesSweep] == 0 && !readable_in_place(p)) {
     return "strip: the input cannot be read in place";
   }
@@ -674,6 +838,8 @@ int64_t lanes_workspace(const Problem& p, const Target& t, const Params& params)
 void lanes_run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
   if (p.chunk_rows > 0) {
     run_grad(p, o, e);
+  } else if (params[kLanesWindow] != 0) {
+    run_window(p, params, o, e);
   } else if (params[kLanesSweep] != 0) {
     run_sweep(p, params, o, e);
   } else {
@@ -700,11 +866,14 @@ std::vector<ParamSpec> lanes_param_specs() {
   return {
       {"rows", "output rows per block; 0: all", {0, 1, 2, 4, 8, 16}},
       {"cols", "output pixels per block; 0: the whole row", {0, 28, 56, 112, 448}},
-      {"pixels", "output pixels of the register tile", {2, 4, 6, 8, 10, 12, 14, 16}},
+      {"pixels", "output pixels of the register tile", {2, 4, 6, 7, 8, 10, 12, 14, 16}},
       {"strip", "1: a padded copy of the block's input; 0: read in place but at borders", {0, 1}},
       {"sweep",
        "output rows of the tile that is swept along x; 0: tiles of pixels",
        {0, 1, 2, 3, 4, 5, 6, 7}},
+      {"window",
+       "output rows of the tile of whole depthwise 3x3 windows; 0: other tiles",
+       {0, 1, 2}},
   };
 }
 
@@ -718,18 +887,20 @@ std::string rejects_unless(bool depthwise, const Problem& p) {
 }  // namespace
 
 Algorithm lanes_algorithm(const char* name, const char* summary, bool depthwise) {
-  return {name,
-          summary,
-          "lanes_driver.h",
-          {kF32, kF64, kBF16, kF16},
-          lanes_param_specs(),
-          depthwise ? [](const Problem& p) { return rejects_unless(true, p); }
-                    : [](const Problem& p) { return rejects_unless(false, p); },
-          lanes_defaults,
-          lanes_check,
-          lanes_workspace,
-          lanes_run,
-          lanes_cost};
+  Algorithm row{name,
+                summary,
+                "lanes_driver.h",
+                {kF32, kF64, kBF16, kF16, kS8, kU8},
+                lanes_param_specs(),
+                depthwise ? [](const Problem& p) { return rejects_unless(true, p); }
+                          : [](const Problem& p) { return rejects_unless(false, p); },
+                lanes_defaults,
+                lanes_check,
+                lanes_workspace,
+                lanes_run,
+                lanes_cost};
+  row.integers_as_floats = true;
+  return row;
 }
 
 }  // namespace jaxwin

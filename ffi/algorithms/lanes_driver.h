@@ -9,7 +9,7 @@
 
 namespace jaxwin {
 
-enum LanesParam { kLanesRows, kLanesCols, kLanesPixels, kLanesStrip, kLanesSweep };
+enum LanesParam { kLanesRows, kLanesCols, kLanesPixels, kLanesStrip, kLanesSweep, kLanesWindow };
 
 // The registry's row of an algorithm on this driver, for one input channel per group or for
 // several.

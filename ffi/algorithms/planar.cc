@@ -252,7 +252,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const Kernels& k = *e.target.kernels;
   Problem apart = p;  // the outputs of one class
   apart.y.sp[2] *= l.period;
-  const bool direct_store = apart.y.sp[2] == l.images && is_sum(p.out_dtype);
+  const bool direct_store = apart.y.sp[2] == l.images && is_word(k, p.out_dtype);
   Ptr w = e.workspace;
   Ptr scratch = w + l.w_floats;
   const int64_t own = l.strip_floats + l.tile_floats;
@@ -478,7 +478,7 @@ const Algorithm& algorithm_planar() {
         "them "
         "the images, where these lie next to each other",
         "this project; residues after arXiv 2209.03704, layouts after arXiv 2408.00278",
-        {kF32, kF64, kBF16, kF16},
+        {kF32, kF64, kBF16, kF16, kS8, kU8},
         {{"mr",
           "output features of the register tile",
           {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
@@ -495,6 +495,7 @@ const Algorithm& algorithm_planar() {
         run,
         cost};
     row.knows_images = true;
+    row.integers_as_floats = true;
     return row;
   }();
   return a;

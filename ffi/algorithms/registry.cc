@@ -43,13 +43,20 @@ double chain_error(const Problem& p) {
   return static_cast<double>(p.reduction()) * unit_roundoff(p);
 }
 
-const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace,
+bool exact_in_floats(const Problem& p) {
+  const double most = p.dtype == kS8 ? 128.0 * 128.0 : p.dtype == kU8 ? 255.0 * 255.0 : 0x1p30;
+  return static_cast<double>(p.reduction()) * most <= 0x1p24;
+}
+
+const Algorithm* choose_algorithm(const Problem& p, const Targets& targets, int64_t max_workspace,
                                   bool any_family) {
   const Algorithm* best = nullptr;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Algorithm* a : algorithms()) {
     if (!any_family && !a->canonical()) continue;
     if (!a->refuses(p).empty()) continue;
+    const Target& t = targets[a->word(p.dtype)];
+    if (t.kernels == nullptr) continue;
     const Params params = a->defaults(p, t);
     if (!a->check(p, t, params).empty()) continue;
     if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {

@@ -3,6 +3,7 @@
 // The list of algorithms, generated from algorithms.inc.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -17,10 +18,12 @@ namespace jaxwin {
 const std::vector<const Algorithm*>& algorithms();
 const Algorithm* find_algorithm(const std::string& name);
 
+using Targets = std::array<Target, kWords>;  // by the words of their kernels, which may be null
+
 // The algorithm with the lowest modelled cost among those that do not reject the problem and
 // whose workspace fits `max_workspace` bytes (negative: any); null if there is none. Of the
 // canonical family, unless any will do.
-const Algorithm* choose_algorithm(const Problem& p, const Target& t, int64_t max_workspace,
+const Algorithm* choose_algorithm(const Problem& p, const Targets& targets, int64_t max_workspace,
                                   bool any_family = false);
 
 }  // namespace jaxwin

@@ -59,7 +59,9 @@ struct Choice {
 };
 
 Choice choose(const Problem& q, const Target& t) {
-  const Algorithm* a = choose_algorithm(q, t, -1);
+  Targets targets{};  // parts have the words of the whole
+  targets[kDtypeRows[q.dtype].word] = t;
+  const Algorithm* a = choose_algorithm(q, targets, -1);
   return {a, a->defaults(q, t)};
 }
 

@@ -1,115 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Between the elements of arrays and the words of the kernels: bfloat16 and float16 (exact to
-// float32, rounded to nearest even back), integers (two channels to a pair, low bits back).
+// float32, rounded to nearest even back), integers (two channels to a pair, or each a float where
+// sums are exact; low bits back).
 #pragma once
 
-#include <cstring>
+#include <type_traits>
 
 #include "kernels/elementwise.h"
 #include "kernels/kernels.h"
-#include "kernels/vec.h"
+#include "kernels/widen.h"
 
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-// By integers: a conversion by arithmetic would lose denormals where they are flushed.
-inline float widen(Float16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000U) << 16;
-  const uint32_t exponent = x.bits >> 10 & 0x1FU;
-  uint32_t fraction = x.bits & 0x3FFU;
-  if (exponent == 0x1FU) {  // a NaN becomes quiet
-    return float_of(sign | 0x7F800000U | (fraction != 0 ? 0x400000U : 0U) | fraction << 13);
-  }
-  if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
-  if (fraction == 0) return float_of(sign);
-  uint32_t shift = 0;
-  for (; (fraction & 0x400U) == 0; fraction <<= 1) ++shift;
-  return float_of(sign | (113 - shift) << 23 | (fraction & 0x3FFU) << 13);
-}
-
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, BFloat16* to) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
-  const uint32_t nan = bits >> 16 | 0x40U;
-  to->bits = static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? nan : rounded);
-}
-inline void narrow(float x, Float16* to) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t sign = bits >> 16 & 0x8000U;
-  const uint32_t magnitude = bits & 0x7FFFFFFFU;
-  uint32_t result;
-  if (magnitude > 0x7F800000U) {
-    result = 0x7E00U | (magnitude >> 13 & 0x3FFU);
-  } else if (magnitude >= 0x47800000U) {  // 2^16 and more
-    result = 0x7C00U;
-  } else if (magnitude >= 0x38800000U) {  // 2^-14: normal; a carry goes on into the exponent
-    result = (magnitude - 0x38000000U + 0xFFFU + (magnitude >> 13 & 1U)) >> 13;
-  } else if (magnitude > 0x33000000U) {  // more than half of the least denormal
-    const uint32_t fraction = (magnitude & 0x7FFFFFU) | 0x800000U;
-    const uint32_t shift = 126 - (magnitude >> 23);
-    const uint32_t half = 1U << (shift - 1);
-    result = (fraction + half - 1 + (fraction >> shift & 1U)) >> shift;
-  } else {
-    result = 0;
-  }
-  to->bits = static_cast<uint16_t>(sign | result);
-}
-
+// By whole vectors: most rows are short, and a loop that the compiler has vectorised takes as long
+// to begin.
 template <typename S>
 inline void widen_row(float* dst, const S* src, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = widen(src[i]);
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + kWidth<float> <= n; i += kWidth<float>) store(dst + i, widen_load<float>(src + i));
+#endif
+  for (; i < n; ++i) dst[i] = widen(src[i]);
 }
 template <typename S>
 inline void narrow_row(S* dst, const float* src, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) narrow(src[i], dst + i);
-}
-#if defined(__F16C__)
-template <>
-inline void widen_row(float* dst, const Float16* src, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(dst + i,
-                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
-  }
-  for (; i < n; ++i) dst[i] = widen(src[i]);
-}
-template <>
-inline void narrow_row(Float16* dst, const float* src, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
-  }
+#if defined(__AVX2__)
+  for (; i + kWidth<float> <= n; i += kWidth<float>) narrow_store(dst + i, load(src + i));
+#endif
   for (; i < n; ++i) narrow(src[i], dst + i);
 }
-#endif
 
-// How elements S become words: `channels` of them to a word.
-template <typename S>
+// How elements S become words T: `channels` of them to a word.
+template <typename S, typename T>
 struct Words {
-  using W = float;
+  using W = T;
   static constexpr int64_t kChannels = 1;
   // Neighbouring channels.
   static void row(W* dst, const S* src, int64_t count) { widen_row(dst, src, count); }
@@ -118,7 +45,7 @@ struct Words {
   static W word(const S* src, int64_t, int64_t) { return widen(*src); }
 };
 template <typename S>
-struct PairWords {
+struct Words<S, Pair> {
   using W = Pair;
   static constexpr int64_t kChannels = 2;
   static void row(W* dst, const S* src, int64_t count) {
@@ -142,13 +69,6 @@ struct PairWords {
     return {static_cast<int32_t>(half(low) | half(high) << 16)};
   }
 };
-template <>
-struct Words<int8_t> : PairWords<int8_t> {};
-template <>
-struct Words<uint8_t> : PairWords<uint8_t> {};
-template <>
-struct Words<int16_t> : PairWords<int16_t> {};
-
 template <typename S>
 inline void result_row(S* dst, const float* src, int64_t n) {
   narrow_row(dst, src, n);
@@ -178,11 +98,11 @@ inline void turn_block(W* dst, int64_t dst_ld, const W* src, int64_t src_ld, int
   }
 }
 
-template <typename S>
+template <typename S, typename T>
 inline void read(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int64_t src_step,
                  int64_t n, int64_t count) {
-  using R = Words<S>;
-  using W = typename R::W;
+  using R = Words<S, T>;
+  using W = T;
   W* dst = static_cast<W*>(to);
   const S* src = static_cast<const S*>(from);
   if (src_step == 1) {
@@ -214,14 +134,14 @@ inline void read(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
   }
 }
 
-template <typename S>
+template <typename S, typename T>
 inline void pack(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int64_t src_step,
                  int64_t n, int64_t count) {
-  using R = Words<S>;
+  using R = Words<S, T>;
   if constexpr (R::kChannels == 1) {
-    read<S>(to, dst_ld, from, src_ld, src_step, n, count);
+    read<S, T>(to, dst_ld, from, src_ld, src_step, n, count);
   } else {
-    typename R::W* dst = static_cast<typename R::W*>(to);
+    T* dst = static_cast<T*>(to);
     const S* src = static_cast<const S*>(from);
     for (int64_t j = 0; j < n; j += R::kChannels, dst += dst_ld) {
       const S* row = src + j * src_ld;

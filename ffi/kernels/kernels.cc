@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/convert.h"
 #include "kernels/elementwise.h"
 #include "kernels/gemm.h"
 #include "kernels/lanes.h"
+#include "kernels/window.h"
 
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
@@ -44,12 +46,28 @@ constexpr void fill_lanes(Kernels& k) {
   }
 }
 
-template <typename T, int KW, int SX, bool kExpand, int R = kSweepRows<KW, SX, kExpand>>
+template <typename T, int KW, int SX, bool kExpand, int R = kSweepRows<T, KW, SX, kExpand>>
 constexpr void fill_sweep(Kernels& k) {
   if constexpr (R > 0) {
     k.sweep[kExpand][KW][SX][R] = sweep_tile<KW, SX, R, kExpand, T>;
     fill_sweep<T, KW, SX, kExpand, R - 1>(k);
   }
+}
+
+template <typename T, typename S, int SX, int R, int... P>
+constexpr void fill_window(Kernels& k, Dtype dtype, std::integer_sequence<int, P...>) {
+  ((k.window[dtype][SX][R][P] = window_tile<SX, R, P, T, S>), ...);
+}
+
+template <typename T, typename S>
+constexpr void fill_windows(Kernels& k, Dtype dtype) {
+  // A tile, with a filter and an input vector, fits the registers.
+  using Narrow = std::integer_sequence<int, 1, 2, 4, 7>;
+  using Wide = std::conditional_t<kRegisters >= 32, Narrow, std::integer_sequence<int, 1, 2, 4>>;
+  fill_window<T, S, 1, 1>(k, dtype, Narrow{});
+  fill_window<T, S, 1, 2>(k, dtype, Wide{});
+  fill_window<T, S, 2, 1>(k, dtype, Narrow{});
+  fill_window<T, S, 2, 2>(k, dtype, Wide{});
 }
 
 #define JAXWIN_STRING(x) JAXWIN_STRING_(x)
@@ -118,24 +136,36 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
   return k;
 }
 
-template <typename S>
+template <typename S, typename T>
 constexpr void add_operand(Kernels& k, Dtype dtype) {
-  k.read[dtype] = read<S>;
-  k.pack[dtype] = pack<S>;
-  if constexpr (Words<S>::kChannels == 1) {
+  k.read[dtype] = read<S, T>;
+  k.pack[dtype] = pack<S, T>;
+  if constexpr (std::is_integral_v<S>) {
+    k.finite[dtype] = always_finite;
+  } else {
     k.narrow_epilogue[dtype] = narrow_epilogue<S>;
     k.finite[dtype] = narrow_finite<S>;
-  } else {
-    k.finite[dtype] = always_finite;
   }
 }
 
 constexpr Kernels make_float() {
   Kernels k = make<float>(kWordChannels[kFloat], (1U << kActivationCount) - 1);
-  add_operand<BFloat16>(k, kBF16);
-  add_operand<Float16>(k, kF16);
+  fill_windows<float, float>(k, kF32);
+#if defined(__AVX2__)  // else fma is emulated, and its code long
+  fill_windows<float, BFloat16>(k, kBF16);
+  fill_windows<float, Float16>(k, kF16);
+  fill_windows<float, int8_t>(k, kS8);
+  fill_windows<float, uint8_t>(k, kU8);
+#endif
+  add_operand<BFloat16, float>(k, kBF16);
+  add_operand<Float16, float>(k, kF16);
+  add_operand<int8_t, float>(k, kS8);
+  add_operand<uint8_t, float>(k, kU8);
   k.write[kBF16] = write<float, BFloat16>;
   k.write[kF16] = write<float, Float16>;
+  k.write[kS8] = k.write[kU8] = write<float, uint8_t>;
+  k.write[kS16] = k.write[kU16] = write<float, uint16_t>;
+  k.write[kS32] = k.write[kU32] = write<float, int32_t>;
   k.read[kF32] = k.pack[kF32] = k.write[kF32] = k.copy;
   k.finite[kF32] = k.all_finite;
   return k;
@@ -143,6 +173,11 @@ constexpr Kernels make_float() {
 
 constexpr Kernels make_double() {
   Kernels k = make<double>(kWordChannels[kDouble], kExactActivations);
+#if defined(__AVX2__)
+  fill_sweep<double, 3, 1, true>(k);
+  fill_sweep<double, 3, 2, true>(k);
+  fill_windows<double, double>(k, kF64);
+#endif
   k.read[kF64] = k.pack[kF64] = k.write[kF64] = k.copy;
   k.finite[kF64] = k.all_finite;
   return k;
@@ -150,9 +185,9 @@ constexpr Kernels make_double() {
 
 constexpr Kernels make_pair() {
   Kernels k = make<Pair>(kWordChannels[kPair], 0);
-  add_operand<int8_t>(k, kS8);
-  add_operand<uint8_t>(k, kU8);
-  add_operand<int16_t>(k, kS16);
+  add_operand<int8_t, Pair>(k, kS8);
+  add_operand<uint8_t, Pair>(k, kU8);
+  add_operand<int16_t, Pair>(k, kS16);
   k.write[kS8] = k.write[kU8] = write<Pair, uint8_t>;
   k.write[kS16] = k.write[kU16] = write<Pair, uint16_t>;
   k.write[kS32] = k.write[kU32] = k.copy;

@@ -98,6 +98,29 @@ struct SweepArgs {
 };
 using SweepFn = void (*)(const SweepArgs*);
 
+// Depthwise, a whole 3x3 window of a tile of R x P output pixels, SX columns and rows apart, for
+// channels j < cols:
+//   Y[r, p, j] = chain over kx, ky of X[r * SX + ky, p * SX + kx, j] * B[kx, ky, j]
+//   X[a, b, j] = x[a * x_row + b * x_col + j],  Y[r, p, j] = y[r * y_row + p * y_col + j]
+//   B[kx, ky, j] = w[((j / W * 3 + kx) * 3 + ky) * W + j % W]
+// without the rows a whose bit of `rows` is not set, without the window's first column for the
+// first pixel where `edges` has kWindowLeft, its last column for the last pixel where kWindowRight.
+// x and y are addresses of row and column 0, where that is input or not. Reads of B: whole vectors.
+inline constexpr int kWindow = 3;
+inline constexpr int64_t kWindowLeft = 1;
+inline constexpr int64_t kWindowRight = 2;
+struct WindowArgs {
+  const void* x;  // elements
+  const void* w;
+  void* y;
+  int64_t cols;
+  int64_t x_row, x_col;
+  int64_t y_row, y_col;
+  int64_t rows;
+  int64_t edges;
+};
+using WindowFn = void (*)(const WindowArgs*);
+
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kGelu, kSilu, kLeakyRelu, kTanh, kSigmoid };
 inline constexpr const char* kActivationNames[] = {"none", "relu",       "relu6", "gelu",
                                                    "silu", "leaky_relu", "tanh",  "sigmoid"};
@@ -128,6 +151,9 @@ inline constexpr int kMaxIndirectMr = 8;   // each row of A takes an address reg
 inline constexpr int kMaxSweep = 7;        // output rows
 inline constexpr int kMaxSweepWindow = 7;  // columns
 inline constexpr int kMaxSweepStride = 2;
+inline constexpr int kMaxWindowRows = 2;
+inline constexpr int kMaxWindowPixels = 7;
+inline constexpr int kMaxWindowStride = 2;
 
 struct Kernels {
   const char* isa;
@@ -144,6 +170,8 @@ struct Kernels {
   LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
   // [with expansion][KW][SX][R]; may be null
   SweepFn sweep[2][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
+  // [dtype of x][SX][R][P]; may be null
+  WindowFn window[kDtypes][kMaxWindowStride + 1][kMaxWindowRows + 1][kMaxWindowPixels + 1];
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   CopyFn copy;
@@ -182,8 +210,21 @@ static inline int max_sweep(const Kernels& k, int expand, int64_t window, int64_
   return rows;
 }
 
-static inline bool has_activation(const Kernels& k, Activation a) {
-  return (k.activations >> static_cast<int>(a) & 1U) != 0;
+// Pixels of the widest tile of whole windows with so many rows; 0: there is none.
+static inline int max_window(const Kernels& k, Dtype dtype, int64_t stride, int64_t rows) {
+  if (stride > kMaxWindowStride || rows < 1 || rows > kMaxWindowRows) return 0;
+  int pixels = kMaxWindowPixels;
+  while (pixels > 0 && k.window[dtype][stride][rows][pixels] == nullptr) --pixels;
+  return pixels;
+}
+
+// Whether results of this type are words as they are.
+static inline bool is_word(const Kernels& k, Dtype result) { return k.write[result] == k.copy; }
+
+// Whether there is an epilogue with this activation, for operands of this type.
+static inline bool has_activation(const Kernels& k, Dtype operand, Activation a) {
+  return (k.activations >> static_cast<int>(a) & 1U) != 0 &&
+         (is_word(k, operand) || k.narrow_epilogue[operand] != nullptr);
 }
 
 namespace baseline {

@@ -60,12 +60,13 @@ void lanes_tile(const GemmArgs* g) {
 
 // Outputs under way while a window of KW columns passes, and how many rows of them fit the
 // registers with a column of input and the filter: one vector of it, or with expansion one for
-// every output under way, an index and an expanded vector.
+// every output under way, an expanded vector and what says where its lanes come from.
 template <int KW, int SX>
 constexpr int kSweepLive = (KW - 1) / SX + 1;
-template <int KW, int SX, bool kExpand>
+template <typename T, int KW, int SX, bool kExpand>
 constexpr int kSweepRows =
-    std::min((kRegisters - (kExpand ? kSweepLive<KW, SX> + 2 : 2)) / (kSweepLive<KW, SX> + 1),
+    std::min((kRegisters - (kExpand ? kSweepLive<KW, SX> + 1 + kIndexRegisters<T> : 2)) /
+                 (kSweepLive<KW, SX> + 1),
              kExpand ? kMaxSweep : 5);
 
 template <typename T, int R>

@@ -32,6 +32,11 @@ JAXWIN_SYMBOL(jaxwin_test_sweep_)
  const jaxwin::SweepArgs* args) {
   JAXWIN_TABLE.sweep[expand][window][stride][rows](args);
 }
+JAXWIN_SYMBOL(jaxwin_test_window_)
+(int64_t word, int64_t dtype, int64_t stride, int64_t rows, int64_t pixels,
+ const jaxwin::WindowArgs* args) {
+  JAXWIN_TABLE.window[dtype][stride][rows][pixels](args);
+}
 JAXWIN_SYMBOL(jaxwin_test_epilogue_)(int64_t word, const jaxwin::EpilogueArgs* args) {
   JAXWIN_TABLE.epilogue(args);
 }

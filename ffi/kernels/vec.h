@@ -434,6 +434,9 @@ inline D permute(D a, const int32_t* index) {
 
 template <typename T>
 inline constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
+// Registers that permute() takes for its indices: AVX2 has to make those of doubles.
+template <typename T>
+inline constexpr int kIndexRegisters = kVectorBytes == 32 && sizeof(T) == 8 ? 2 : 1;
 
 }  // namespace
 }  // namespace jaxwin::JAXWIN_TARGET

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Between the elements of arrays and floats, scalars and vectors: exact to float, rounded to
+// nearest even back; integers, which are low enough to be exact, give their low bits back.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/vec.h"
+
+namespace jaxwin::JAXWIN_TARGET {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+// By integers: a conversion by arithmetic would lose denormals where they are flushed.
+inline float widen(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000U) << 16;
+  const uint32_t exponent = x.bits >> 10 & 0x1FU;
+  uint32_t fraction = x.bits & 0x3FFU;
+  if (exponent == 0x1FU) {  // a NaN becomes quiet
+    return float_of(sign | 0x7F800000U | (fraction != 0 ? 0x400000U : 0U) | fraction << 13);
+  }
+  if (exponent != 0) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+  if (fraction == 0) return float_of(sign);
+  uint32_t shift = 0;
+  for (; (fraction & 0x400U) == 0; fraction <<= 1) ++shift;
+  return float_of(sign | (113 - shift) << 23 | (fraction & 0x3FFU) << 13);
+}
+
+inline float widen(int8_t x) { return x; }
+inline float widen(uint8_t x) { return x; }
+
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, BFloat16* to) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
+  const uint32_t nan = bits >> 16 | 0x40U;
+  to->bits = static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? nan : rounded);
+}
+template <typename S, std::enable_if_t<std::is_integral_v<S>, int> = 0>
+inline void narrow(float x, S* to) {  // low bits
+  *to = static_cast<S>(static_cast<int32_t>(x));
+}
+inline void narrow(float x, Float16* to) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t sign = bits >> 16 & 0x8000U;
+  const uint32_t magnitude = bits & 0x7FFFFFFFU;
+  uint32_t result;
+  if (magnitude > 0x7F800000U) {
+    result = 0x7E00U | (magnitude >> 13 & 0x3FFU);
+  } else if (magnitude >= 0x47800000U) {  // 2^16 and more
+    result = 0x7C00U;
+  } else if (magnitude >= 0x38800000U) {  // 2^-14: normal; a carry goes on into the exponent
+    result = (magnitude - 0x38000000U + 0xFFFU + (magnitude >> 13 & 1U)) >> 13;
+  } else if (magnitude > 0x33000000U) {  // more than half of the least denormal
+    const uint32_t fraction = (magnitude & 0x7FFFFFU) | 0x800000U;
+    const uint32_t shift = 126 - (magnitude >> 23);
+    const uint32_t half = 1U << (shift - 1);
+    result = (fraction + half - 1 + (fraction >> shift & 1U)) >> shift;
+  } else {
+    result = 0;
+  }
+  to->bits = static_cast<uint16_t>(sign | result);
+}
+
+#if defined(__AVX512F__)
+
+inline V widen_vector(__m256i bits, BFloat16) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline V widen_vector(__m256i bits, Float16) { return {_mm512_cvtph_ps(bits)}; }
+inline V widen_vector(__m128i bits, int8_t) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits))};
+}
+inline V widen_vector(__m128i bits, uint8_t) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bits))};
+}
+template <typename S>
+inline V widen_vector(const S* p) {
+  if constexpr (sizeof(S) == 2) {
+    return widen_vector(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), S{});
+  } else {
+    return widen_vector(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), S{});
+  }
+}
+template <typename S>
+inline V widen_vector(const S* p, Mask<float> m) {
+  if constexpr (sizeof(S) == 2) {
+    return widen_vector(_mm256_maskz_loadu_epi16(m.m, p), S{});
+  } else {
+    return widen_vector(_mm_maskz_loadu_epi8(m.m, p), S{});
+  }
+}
+
+inline void narrow_store(BFloat16* p, V a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), even);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_blend_epi32(nan, rounded, quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+}
+inline void narrow_store(Float16* p, V a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void narrow_store(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(a.v)); }
+inline void narrow_store(uint16_t* p, V a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_cvttps_epi32(a.v)));
+}
+inline void narrow_store(uint8_t* p, V a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a.v)));
+}
+
+#elif defined(__AVX2__)
+
+inline V widen_vector(__m128i bits, BFloat16) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline V widen_vector(__m128i bits, Float16) { return {_mm256_cvtph_ps(bits)}; }
+inline V widen_vector(__m128i bits, int8_t) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bits))};
+}
+inline V widen_vector(__m128i bits, uint8_t) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bits))};
+}
+template <typename S>
+inline V widen_vector(const S* p) {
+  const auto* at = reinterpret_cast<const __m128i*>(p);
+  return widen_vector(sizeof(S) == 2 ? _mm_loadu_si128(at) : _mm_loadl_epi64(at), S{});
+}
+// Elements of less than four bytes have no masked loads.
+template <typename S>
+inline V widen_vector(const S* p, Mask<float> m) {
+  S lanes[8] = {};
+  const int n = __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m.m)));
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return widen_vector(lanes);
+}
+
+// The low halves of eight integers.
+inline __m128i low_halves(__m256i a) {
+  const __m256i low = _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF));
+  return _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+}
+inline void narrow_store(BFloat16* p, V a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i result = _mm256_blendv_epi8(rounded, quiet, nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(_mm256_srli_epi32(result, 16)));
+}
+inline void narrow_store(Float16* p, V a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void narrow_store(int32_t* p, V a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(a.v));
+}
+inline void narrow_store(uint16_t* p, V a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(_mm256_cvttps_epi32(a.v)));
+}
+inline void narrow_store(uint8_t* p, V a) {
+  const __m128i low = _mm_and_si128(low_halves(_mm256_cvttps_epi32(a.v)), _mm_set1_epi16(0xFF));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, low));
+}
+
+#endif
+
+// A vector of words from neighbouring elements; with a mask some first lanes of one, the others
+// zero. The baseline has them for words alone.
+template <typename T, typename S>
+inline Vec<T> widen_load(const S* p) {
+  if constexpr (std::is_same_v<S, T>) {
+    return load(p);
+  } else {
+    return widen_vector(p);
+  }
+}
+template <typename T, typename S>
+inline Vec<T> widen_load(const S* p, Mask<T> m) {
+  if constexpr (std::is_same_v<S, T>) {
+    return load(p, m);
+  } else {
+    return widen_vector(p, m);
+  }
+}
+
+}  // namespace
+}  // namespace jaxwin::JAXWIN_TARGET

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Depthwise 3x3 windows, channels as lanes: a small tile of output pixels over all channels, with
+// the positions of the window unrolled. So every load has an instruction of its own that walks
+// memory in its order, which the prefetchers of CPUs follow; a loop over the positions is read as
+// jumps (XNNPACK's microkernels for depthwise convolution are unrolled in the same way).
+#pragma once
+
+#include "kernels/kernels.h"
+#include "kernels/widen.h"
+
+namespace jaxwin::JAXWIN_TARGET {
+namespace {
+
+constexpr int kTaps = kWindow * kWindow;
+
+// kInside: all window positions of all pixels are input.
+template <int SX, int R, int P, bool kInside, bool kWhole, typename T, typename S>
+JAXWIN_INLINE void window_block(const WindowArgs* g, const S* x, const T* w, T* y, Mask<T> tail) {
+  constexpr int kRows = (R - 1) * SX + kWindow;
+  const int64_t col = g->x_col;
+  const S* row[kRows];
+  JAXWIN_UNROLL
+  for (int i = 0; i < kRows; ++i) row[i] = x + i * g->x_row;
+  Vec<T> acc[R][P];
+  JAXWIN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAXWIN_UNROLL
+    for (int p = 0; p < P; ++p) acc[r][p] = zero<T>();
+  }
+  // The compiler keeps the inputs that neighbouring windows share until it comes to them.
+  JAXWIN_UNROLL
+  for (int kx = 0; kx < kWindow; ++kx) {
+    JAXWIN_UNROLL
+    for (int ky = 0; ky < kWindow; ++ky) {
+      const Vec<T> filter = load(w + (kx * kWindow + ky) * kWidth<T>);
+      JAXWIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        if (!kInside && (g->rows >> (r * SX + ky) & 1) == 0) continue;
+        JAXWIN_UNROLL
+        for (int p = 0; p < P; ++p) {
+          if (!kInside && kx == 0 && p == 0 && (g->edges & kWindowLeft) != 0) continue;
+          if (!kInside && kx == kWindow - 1 && p == P - 1 && (g->edges & kWindowRight) != 0) {
+            continue;
+          }
+          const S* at = row[r * SX + ky] + (p * SX + kx) * col;
+          const Vec<T> in = kWhole ? widen_load<T>(at) : widen_load<T>(at, tail);
+          acc[r][p] = fma(in, filter, acc[r][p]);
+        }
+      }
+    }
+  }
+  JAXWIN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    JAXWIN_UNROLL
+    for (int p = 0; p < P; ++p) {
+      T* to = y + r * g->y_row + p * g->y_col;
+      if (kWhole) {
+        store(to, acc[r][p]);
+      } else {
+        store(to, acc[r][p], tail);
+      }
+    }
+  }
+}
+
+template <int SX, int R, int P, bool kInside, typename T, typename S>
+JAXWIN_INLINE void window_blocks(const WindowArgs* g) {
+  constexpr int W = kWidth<T>;
+  const S* x = static_cast<const S*>(g->x);
+  const T* w = static_cast<const T*>(g->w);
+  T* y = static_cast<T*>(g->y);
+  const int64_t whole = g->cols / W * W;
+  for (int64_t j = 0; j < whole; j += W) {
+    window_block<SX, R, P, kInside, true>(g, x + j, w + j * kTaps, y + j, Mask<T>{});
+  }
+}
+
+template <int SX, int R, int P, typename T, typename S>
+void window_tile(const WindowArgs* g) {
+  constexpr int64_t kAll = (1 << ((R - 1) * SX + kWindow)) - 1;
+  if (g->rows == kAll && g->edges == 0) {
+    window_blocks<SX, R, P, true, T, S>(g);
+  } else {
+    window_blocks<SX, R, P, false, T, S>(g);
+  }
+  const int64_t whole = g->cols / kWidth<T> * kWidth<T>;
+  if (whole < g->cols) {
+    window_block<SX, R, P, false, false>(
+        g, static_cast<const S*>(g->x) + whole, static_cast<const T*>(g->w) + whole * kTaps,
+        static_cast<T*>(g->y) + whole, make_mask<T>(g->cols - whole));
+  }
+}
+
+}  // namespace
+}  // namespace jaxwin::JAXWIN_TARGET
