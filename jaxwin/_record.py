@@ -10,6 +10,7 @@ processes may add to one file.
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import fcntl
 import json
@@ -185,7 +186,7 @@ def note(problem: Problem, named: str) -> None:
 
 # --- missed problems -------------------------------------------------------------------------
 
-_missed: dict[tuple[Problem, int], int] = {}  # how often, not yet written
+_missed: list[tuple[Problem, int]] = []  # not yet written
 _timer: threading.Timer | None = None
 _ignored = 0
 
@@ -204,8 +205,7 @@ def miss(problem: Problem, threads: int) -> None:
     global _timer
     if _ignored:
         return
-    key = problem, threads
-    _missed[key] = _missed.get(key, 0) + 1
+    _missed.append((problem, threads))
     if _timer is None:
         with _lock:
             if _timer is None:
@@ -233,11 +233,12 @@ def flush_misses() -> None:
         if _timer is not None:
             _timer.cancel()
         _timer = None
-        missed, _missed = _missed, {}
+        missed, _missed = _missed, []
     path = misses_file()
     if not missed or path is None:
         return
-    text = "".join(line(problem, n, threads) for (problem, threads), n in missed.items())
+    counts = collections.Counter(missed)
+    text = "".join(line(problem, n, threads) for (problem, threads), n in counts.items())
     try:
         os.makedirs(path.parent, 0o700, exist_ok=True)
         with _locked(str(path), 0o600) as file:
@@ -252,7 +253,7 @@ def flush_misses() -> None:
 def _forked() -> None:
     """In a child the parent's timer does not run, and the parent writes what it missed."""
     global _missed, _timer, _lock
-    _missed, _timer, _lock = {}, None, threading.RLock()
+    _missed, _timer, _lock = [], None, threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forked)
