@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxwin import _cuda, _ffi, _record, _registry, _settings, _tuning
@@ -161,7 +161,7 @@ def _decide(
                 if isinstance(plan, Plan):
                     return Decision("tuned", plan, row=row)
             for row in table.nearest(problem, isa, threads):
-                if _confirms_the_heuristic(row):
+                if row.confirms_the_heuristic:
                     break
                 plan = propose(native, row, isa, threads, max_workspace)
                 if isinstance(plan, Plan):
@@ -181,20 +181,9 @@ def _decide(
     return Decision(_registry.XLA, None, reason)
 
 
-@functools.lru_cache(maxsize=4096)
-def _confirms_the_heuristic(row: Row) -> bool:
-    """Whether a row's winner is what the heuristic takes for the row's own problem.
-
-    Then the heuristic is to be trusted for the problems near it too. Its parameters follow their
-    sizes, which those of the row do not.
-    """
-    plan = _make_plan(row.problem.native(), "auto", (), row.isa, row.threads, None)
-    return isinstance(plan, Plan) and (plan.algorithm, plan.params) == (row.algorithm, row.params)
-
-
 def _of_another_family(
     problem: Problem,
-    native: dict[str, Any],
+    native: Mapping[str, Any],
     isa: str,
     threads: int,
     max_workspace: int | None,
@@ -225,14 +214,14 @@ def _algorithms() -> tuple[str, ...]:
 
 
 def propose(
-    native: dict[str, Any], row: Row, isa: str, threads: int, max_workspace: int | None
+    native: Mapping[str, Any], row: Row, isa: str, threads: int, max_workspace: int | None
 ) -> Plan | str:
     """The plan that a row's parameters give for a problem, or why the native core refuses them."""
     return _make_plan(native, row.algorithm, row.params, isa, threads, max_workspace)
 
 
 def _make_plan(
-    native: dict[str, Any],
+    native: Mapping[str, Any],
     algorithm: str,
     params: tuple[int, ...],
     isa: str,
@@ -240,17 +229,8 @@ def _make_plan(
     max_workspace: int | None,
 ) -> Plan | str:
     limit = -1 if max_workspace is None else max_workspace
-    answer = _ffi.make_plan(native, algorithm, isa, threads, limit, params)
-    if "plan" not in answer:
-        return str(answer["error"])
-    plan = answer["plan"]
-    return Plan(
-        plan["algorithm"],
-        plan["isa"],
-        plan["threads"],
-        tuple(plan["params"]),
-        plan["workspace_bytes"],
-    )
+    answer = _ffi.plan(native, algorithm, isa, threads, limit, params)
+    return answer if isinstance(answer, str) else Plan(*answer)
 
 
 def unsupported(problem: Problem) -> str:
@@ -272,7 +252,7 @@ def without_epilogue(problem: Problem) -> Problem:
 def _no_kernels(problem: Problem) -> str:
     """What the registry lacks for a problem's dtypes and epilogue; else empty."""
     operands, out = {problem.lhs_dtype, problem.rhs_dtype}, problem.out_dtype
-    native = problem.native()["dtype"]
+    native = problem.native()["lhs_dtype"]
     known = _registry.registry()["dtypes"].get(native)
     if not problem.widened and (len(operands) > 1 or known is None or out not in known["results"]):
         return f"no kernels for {', '.join(sorted({*operands, out}))}"
