@@ -72,25 +72,25 @@ def decide(
         ValueError: the algorithm is unknown, or it was asked for by name and cannot compute the
             problem within max_workspace; JAXWIN_MAX_ISA is no instruction set, JAXWIN_MODE no mode
             or JAXWIN_FAMILY no family.
-        RuntimeError: JAXWIN_MODE is "require", and the native core computes the problem but no
-            tuned row is for it.
+        RuntimeError: JAXWIN_MODE is "require", and there are kernels for the problem but no tuned
+            row.
     """
     settings = _settings.settings()
     if settings.disable:
         return Decision(_registry.XLA, None, "JAXWIN_DISABLE is set")
-    if platform == "cuda":
-        decision = _cuda.decide(
-            problem, algorithm=algorithm, max_workspace=max_workspace, exact=exact
-        )
-        if enforce and (settings.record or _record.recordings):
-            _record.note(problem, settings.record)
-        if settings.verbose:
-            _say(problem, decision)
-        return decision
     mode = settings.mode if settings.mode in _settings.MODES else _settings.mode()
     if algorithm == "auto" and settings.family != "canonical":
         algorithm = "any" if _settings.family() == "any" else "auto"
     table = None if mode == "off" else _tuning.table()
+    if platform == "cuda":
+        gpu_mode = _cuda.mode()
+        decision = _cuda.decide(problem, algorithm, max_workspace, exact, gpu_mode, table)
+        if enforce:
+            isa = _cuda.filed_under(problem, exact, gpu_mode)
+            _enforce(problem, decision, settings, isa, _cuda.THREADS)
+        if settings.verbose:
+            _say(problem, decision)
+        return decision
     isa = _registry.best_isa(settings.max_isa)
     threads = settings.threads or _registry.cpus()
     forced = _forced.get()
@@ -100,17 +100,25 @@ def decide(
             with contextlib.suppress(ValueError):
                 return _decide(problem, forced.algorithm, max_workspace, isa, threads, table)
     decision = _decide(problem, algorithm, max_workspace, isa, threads, table)
-    untried = decision.tier in ("transferred", "heuristic")
     if enforce:
-        if settings.record or _record.recordings:
-            _record.note(problem, settings.record)
-        if untried and mode != "off" and settings.misses:
-            _record.miss(problem, threads)
-        if untried and mode == "require":
-            raise RuntimeError(untuned(problem, isa, threads))
+        _enforce(problem, decision, settings, isa, threads)
     if settings.verbose:
         _say(problem, decision)
     return decision
+
+
+def _enforce(
+    problem: Problem, decision: Decision, settings: _settings.Settings, isa: str, threads: int
+) -> None:
+    """Records a problem that is being compiled; JAXWIN_MODE=require raises for want of a row."""
+    if settings.record or _record.recordings:
+        _record.note(problem, settings.record)
+    if not decision.untried or settings.mode == "off":
+        return
+    if settings.misses:
+        _record.miss(problem, threads, isa if _registry.side(isa) else "")
+    if settings.mode == "require":
+        raise RuntimeError(untuned(problem, isa, threads))
 
 
 def _say(problem: Problem, decision: Decision) -> None:
@@ -127,8 +135,9 @@ def untuned(problem: Problem, isa: str, threads: int) -> str:
         for file in _tuning.table().files
         if file.state not in _tuning.ABSENT or file.tier in ("environment", "user")
     ]
+    count = "" if _registry.side(isa) else f" and {threads} threads"  # GPU plans have none
     return (
-        f"JAXWIN_MODE=require: no tuned row for {problem} with {isa} and {threads} threads in "
+        f"JAXWIN_MODE=require: no tuned row for {problem} with {isa}{count} in "
         f"{', '.join(seen) or 'any file'}: tune it, or set JAXWIN_MODE=cached"
     )
 
