@@ -22,6 +22,7 @@
 #include "cuda/bindings.h"
 #include "handler.h"
 #include "isa.h"
+#include "neighbours.h"
 #include "plan.h"
 #include "problem.h"
 
@@ -49,21 +50,29 @@ int64_t integer(PyObject* value) {
   return number;
 }
 
-// Those of a tuple or a list.
-std::vector<int64_t> integers(PyObject* values) {
+template <class Use>
+void for_each(PyObject* values, Use use) {
   const bool tuple = PyTuple_Check(values);
   if (!tuple && !PyList_Check(values)) throw nb::type_error("neither a tuple nor a list");
   const Py_ssize_t size = tuple ? PyTuple_Size(values) : PyList_Size(values);
-  std::vector<int64_t> result(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    result[i] = integer(tuple ? PyTuple_GetItem(values, i) : PyList_GetItem(values, i));
+    use(tuple ? PyTuple_GetItem(values, i) : PyList_GetItem(values, i));
   }
+}
+
+std::vector<int64_t> integers(PyObject* values) {
+  std::vector<int64_t> result;
+  result.reserve(5);  // the highest rank with kernels
+  for_each(values, [&](PyObject* value) { result.push_back(integer(value)); });
   return result;
 }
 
-Dtype dtype(const std::string& name) {
+Dtype dtype(PyObject* name) {
+  if (!PyUnicode_Check(name)) throw nb::type_error("dtype: not a text");
   for (int i = 0; i < kDtypes; ++i) {
-    if (name == kDtypeRows[i].name) return static_cast<Dtype>(i);
+    if (PyUnicode_CompareWithASCIIString(name, kDtypeRows[i].name) == 0) {
+      return static_cast<Dtype>(i);
+    }
   }
   return kDtypes;  // a problem may still be described
 }
@@ -89,23 +98,22 @@ ConvParams conv_params(const nb::dict& d) {
       {Name("rhs_panel"), &ConvParams::rhs_panel},
   };
   static const std::pair<Name, Dtype ConvParams::*> kDtypeFields[] = {
-      {Name("dtype"), &ConvParams::dtype},
+      {Name("lhs_dtype"), &ConvParams::dtype},
       {Name("out_dtype"), &ConvParams::out_dtype},
   };
   static const Name kPadding("padding");
   ConvParams p;
   for (const auto& [name, member] : kLists) p.*member = integers(field(d, name));
   for (const auto& [name, member] : kNumbers) p.*member = integer(field(d, name));
-  for (const auto& [name, member] : kDtypeFields) {
-    p.*member = dtype(nb::cast<std::string>(nb::handle(field(d, name))));
-  }
-  const auto padding = integers(field(d, kPadding));
-  p.padding_low.reserve(padding.size() / 2);
-  p.padding_high.reserve(padding.size() / 2);
-  for (size_t i = 0; i + 1 < padding.size(); i += 2) {
-    p.padding_low.push_back(padding[i]);
-    p.padding_high.push_back(padding[i + 1]);
-  }
+  for (const auto& [name, member] : kDtypeFields) p.*member = dtype(field(d, name));
+  if (p.rhs_reversal.empty()) p.rhs_reversal.resize(p.window_strides.size());
+  for_each(field(d, kPadding), [&](PyObject* pair) {
+    std::vector<int64_t>* end = &p.padding_low;
+    for_each(pair, [&](PyObject* value) {
+      end->push_back(integer(value));
+      end = &p.padding_high;
+    });
+  });
   return p;
 }
 
@@ -124,19 +132,27 @@ nb::list param_specs(const std::vector<ParamSpec>& specs) {
 
 namespace {
 
+std::vector<int64_t> params_of(const Plan& plan) {
+  return {plan.params.begin(), plan.params.begin() + plan.algorithm->params.size()};
+}
+
 nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
   nb::dict d;
   d["algorithm"] = plan.algorithm->name;
   d["isa"] = plan.target.kernels->isa;
   d["threads"] = plan.target.threads;
-  nb::list params;
-  for (size_t i = 0; i < plan.algorithm->params.size(); ++i) params.append(plan.params[i]);
-  d["params"] = params;
+  d["params"] = nb::cast(params_of(plan));
   d["workspace_bytes"] = plan.workspace_bytes;
   d["cost"] = plan.algorithm->cycles(p, plan.target, plan.params);
   d["family"] = plan.algorithm->family;
   d["error_bound"] = plan.algorithm->error(p, plan.params);
   return d;
+}
+
+// Empty, or why there is no such plan.
+std::string ask(const nb::dict& problem, const PlanRequest& request, Problem* p, Plan* plan) {
+  std::string wrong = make_problem(conv_params(problem), p);
+  return wrong.empty() ? make_plan(*p, request, plan) : wrong;
 }
 
 // {"plan": {...}} or {"error": text}.
@@ -145,17 +161,93 @@ nb::dict make_plan_dict(const nb::dict& problem, const std::string& algorithm,
                         const std::vector<int64_t>& params) {
   nb::dict result;
   Problem p;
-  std::string wrong = make_problem(conv_params(problem), &p);
   Plan plan;
-  if (wrong.empty()) {
-    wrong = make_plan(p, {algorithm, isa, threads, max_workspace, params}, &plan);
-  }
+  const std::string wrong =
+      ask(problem, {algorithm, isa, threads, max_workspace, params}, &p, &plan);
   if (wrong.empty()) {
     result["plan"] = plan_to_dict(p, plan);
   } else {
     result["error"] = wrong;
   }
   return result;
+}
+
+// The same as dispatch wants it, which asks for every convolution that is compiled: the fields of
+// Python's Plan, or why there is none.
+nb::object plan(const nb::dict& problem, const std::string& algorithm, const std::string& isa,
+                int64_t threads, int64_t max_workspace, const std::vector<int64_t>& params) {
+  Problem p;
+  Plan plan;
+  const std::string wrong =
+      ask(problem, {algorithm, isa, threads, max_workspace, params}, &p, &plan);
+  if (!wrong.empty()) return nb::cast(wrong);
+  return nb::make_tuple(plan.algorithm->name, plan.target.kernels->isa, threads,
+                        nb::tuple(nb::cast(params_of(plan))), plan.workspace_bytes);
+}
+
+// Whether it is what make_plan answers to "auto".
+bool is_heuristic_plan(const nb::dict& problem, const std::string& algorithm,
+                       const std::string& isa, int64_t threads,
+                       const std::vector<int64_t>& params) {
+  Problem p;
+  return make_problem(conv_params(problem), &p).empty() &&
+         is_heuristic(p, {algorithm, isa, threads, -1, params});
+}
+
+// A problem's sizes as Neighbours compares them, with two that are not the problem's.
+std::vector<int64_t> all_sizes(const nb::dict& problem, const ConvParams& conv, int64_t threads,
+                               bool same_machine) {
+  static const Name kEpilogue[] = {Name("bias"), Name("residual"), Name("activation")};
+  bool epilogue = false;
+  for (const Name& name : kEpilogue) {
+    epilogue = epilogue || PyObject_IsTrue(field(problem, name)) != 0;
+  }
+  std::vector<int64_t> result = sizes(conv);
+  result.insert(result.end(), {threads, epilogue ? 2 : 1, same_machine ? 1 : 2});
+  return result;
+}
+
+std::string whole_kind(const nb::dict& problem, const ConvParams& conv, const std::string& isa) {
+  static const Name kNames[] = {Name("lhs_dtype"), Name("rhs_dtype"), Name("out_dtype")};
+  std::string result = kind(conv);
+  for (const Name& name : kNames) {
+    result += ' ';
+    result += nb::cast<const char*>(nb::handle(field(problem, name)));
+  }
+  result += ' ';
+  result += isa;
+  return result;
+}
+
+void bind_neighbours(nb::module_& m) {
+  m.def("direction", [](const nb::dict& problem) { return direction(conv_params(problem)); });
+  m.def(
+      "sizes",
+      [](const nb::dict& problem, int64_t threads, bool same_machine) {
+        return all_sizes(problem, conv_params(problem), threads, same_machine);
+      },
+      nb::arg("problem"), nb::arg("threads"), nb::arg("same_machine"));
+  nb::class_<Neighbours>(m, "Neighbours")
+      .def(nb::init<const std::vector<double>&, size_t, double>(), nb::arg("weights"),
+           nb::arg("leading"), nb::arg("limit"))
+      .def(
+          "add",
+          [](Neighbours* self, const nb::dict& problem, const std::string& isa, int64_t threads,
+             bool same_machine) {
+            const ConvParams conv = conv_params(problem);
+            self->add(whole_kind(problem, conv, isa),
+                      all_sizes(problem, conv, threads, same_machine));
+          },
+          nb::arg("problem"), nb::arg("isa"), nb::arg("threads"), nb::arg("same_machine"))
+      .def(
+          "nearest",
+          [](const Neighbours& self, const nb::dict& problem, const std::string& isa,
+             int64_t threads) {
+            const ConvParams conv = conv_params(problem);
+            return self.nearest(whole_kind(problem, conv, isa),
+                                all_sizes(problem, conv, threads, true));
+          },
+          nb::arg("problem"), nb::arg("isa"), nb::arg("threads"));
 }
 
 // Every algorithm's view of a problem: name -> {"rejected": text} or its default plan.
@@ -397,6 +489,8 @@ NB_MODULE(_ffi, m) {
   m.def("make_plan", &jaxwin::make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
         nb::arg("isa") = "", nb::arg("threads") = 1, nb::arg("max_workspace") = -1,
         nb::arg("params") = std::vector<int64_t>{});
+  m.def("plan", &jaxwin::plan, nb::arg("problem"), nb::arg("algorithm"), nb::arg("isa"),
+        nb::arg("threads"), nb::arg("max_workspace"), nb::arg("params"));
   m.def("candidates", &jaxwin::candidates, nb::arg("problem"), nb::arg("isa") = "",
         nb::arg("threads") = 1);
   m.def("run", &jaxwin::run, nb::arg("problem"), nb::arg("algorithm"), nb::arg("isa"),
@@ -419,4 +513,7 @@ NB_MODULE(_ffi, m) {
         return set == nullptr ? std::string() : std::string(set->name);
       },
       nb::arg("cap") = "");
+  m.def("is_heuristic", &jaxwin::is_heuristic_plan, nb::arg("problem"), nb::arg("algorithm"),
+        nb::arg("isa"), nb::arg("threads"), nb::arg("params"));
+  jaxwin::bind_neighbours(m);
 }

@@ -10,8 +10,7 @@
 
 namespace jaxwin {
 
-// A convolution as Python describes it: the fields of the custom call's attributes, and the shapes.
-// Throws where a field is missing.
+// A convolution as Python describes it: the fields of its Problem. Throws where one is missing.
 ConvParams conv_params(const nanobind::dict& d);
 
 // What an algorithm can be tuned by, as Python's registry has it.

@@ -53,4 +53,14 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
   return {};
 }
 
+bool is_heuristic(const Problem& p, const PlanRequest& request) {
+  Plan usual;
+  if (!make_plan(p, {request.algorithm, request.isa, request.threads, -1, {}}, &usual).empty()) {
+    return false;
+  }
+  return request.params.size() == usual.algorithm->params.size() &&
+         std::equal(request.params.begin(), request.params.end(), usual.params.begin()) &&
+         choose_algorithm(p, usual.target, -1) == usual.algorithm;
+}
+
 }  // namespace jaxwin

@@ -30,4 +30,8 @@ struct Plan {
 // Empty, or why there is no such plan.
 std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan);
 
+// Whether the parameters are what make_plan takes where nothing is asked for ("auto"): mostly a
+// matter of one algorithm, not of all.
+bool is_heuristic(const Problem& p, const PlanRequest& request);
+
 }  // namespace jaxwin

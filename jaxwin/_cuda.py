@@ -21,7 +21,8 @@ from jaxwin import _ffi, _registry, _settings, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
 
-ISA = "cuda"  # of plans; of measurements: those with the bits of the contract
+THREADS = 1  # of plans, and of what is filed
+ISA = _registry.GPU_ISAS[0]  # of plans; of measurements: those with the bits of the contract
 MODES = ("auto", "all", "off")
 _SIXTEEN_BITS = ("bfloat16", "float16")
 _INCUMBENT = "cuDNN through XLA, until a kernel is measured to be faster on this GPU"
@@ -84,6 +85,11 @@ def isa_of(problem: Problem, exact: bool) -> str:
     return ISA if exact and problem.lhs_dtype == "float32" else _registry.TENSOR_ISA
 
 
+def filed_under(problem: Problem, exact: bool, gpu_mode: str) -> str:
+    """`isa_of` as dispatch sees it: JAXWIN_GPU=all takes exact kernels where others would do."""
+    return isa_of(problem, exact or gpu_mode == "all")
+
+
 def families(isa: str) -> tuple[str, ...]:
     """The numerical families that may compute what is filed under an instruction set."""
     if isa == ISA:
@@ -97,29 +103,6 @@ def family(algorithm: str) -> str:
     return "" if row is None else str(row["family"])
 
 
-def decide(
-    problem: Problem,
-    *,
-    algorithm: str = "auto",
-    max_workspace: int | None = None,
-    exact: bool = False,
-) -> Decision:
-    """The plan for a problem on CUDA under the environment as it is now.
-
-    algorithm: "auto", "any" (its numbers may be XLA's where the contract holds), "xla", or the name
-    of a CUDA algorithm. exact: whether precision forbids tensor cores.
-
-    Raises:
-        ValueError: the algorithm is unknown, was asked for by name and cannot compute the problem
-            within max_workspace, or is below the precision asked for; JAXWIN_GPU, JAXWIN_MODE or
-            JAXWIN_FAMILY have no such value.
-    """
-    if algorithm == "auto" and _settings.family() == "any":
-        algorithm = "any"
-    table = None if _settings.mode() == "off" else _tuning.table()
-    return _decide(problem, algorithm, max_workspace, exact, mode(), table)
-
-
 @functools.cache
 def algorithms() -> tuple[str, ...]:
     """What can be asked for by name."""
@@ -127,7 +110,7 @@ def algorithms() -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decide(
+def decide(
     problem: Problem,
     algorithm: str,
     max_workspace: int | None,
@@ -135,6 +118,15 @@ def _decide(
     gpu_mode: str,
     table: _tuning.Table | None,
 ) -> Decision:
+    """The plan for a problem on CUDA.
+
+    algorithm: "auto", "any" (its numbers may be XLA's where the contract holds), "xla", or the name
+    of a CUDA algorithm. exact: whether precision forbids tensor cores.
+
+    Raises:
+        ValueError: the algorithm is unknown, was asked for by name and cannot compute the problem
+            within max_workspace, or is below the precision asked for.
+    """
     if algorithm not in algorithms():
         names = ", ".join(algorithms())
         raise ValueError(f"algorithm: {algorithm!r} is on CUDA not one of {names}")
@@ -170,10 +162,9 @@ def _automatic(
     if reason:
         return Decision("xla", None, reason)
     single = problem.lhs_dtype == "float32"
-    all_exact = single and gpu_mode == "all"
-    isa = isa_of(problem, exact or all_exact)
+    isa = filed_under(problem, exact, gpu_mode)
     # What takes no measurement to be taken: kernels with the bits of the contract.
-    ours = all_exact or (isa == ISA and _weak_in_cudnn(problem))
+    ours = isa == ISA and (gpu_mode == "all" or _weak_in_cudnn(problem))
     if table is not None:
         xla = table.named(problem, isa, 1, _registry.XLA)
         if xla is not None and xla.wins and (isa != ISA or algorithm == "any"):
@@ -188,14 +179,14 @@ def _automatic(
                 plan = propose(problem, row, max_workspace)
                 if isinstance(plan, Plan):
                     return Decision("transferred", plan, row=row)
-    if not ours:
-        if single and not exact:
-            return Decision("xla", None, "precision below HIGHEST: tensor cores are allowed")
-        return Decision("xla", None, _INCUMBENT if single else f"{problem.lhs_dtype}: {_INCUMBENT}")
     plan = _make_plan(problem, "auto", (), max_workspace)
-    if isinstance(plan, str):
-        return Decision("xla", None, plan)
-    return Decision("heuristic", plan)
+    if ours:
+        return Decision("xla", None, plan) if isinstance(plan, str) else Decision("heuristic", plan)
+    if single and not exact:
+        reason = "precision below HIGHEST: tensor cores are allowed"
+    else:
+        reason = _INCUMBENT if single else f"{problem.lhs_dtype}: {_INCUMBENT}"
+    return Decision("xla", None, reason, incumbent=isinstance(plan, Plan))
 
 
 def _beats_xla(table: _tuning.Table, row: _tuning.Row) -> bool:

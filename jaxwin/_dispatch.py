@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxwin import _cuda, _ffi, _record, _registry, _settings, _tuning
@@ -72,25 +72,25 @@ def decide(
         ValueError: the algorithm is unknown, or it was asked for by name and cannot compute the
             problem within max_workspace; JAXWIN_MAX_ISA is no instruction set, JAXWIN_MODE no mode
             or JAXWIN_FAMILY no family.
-        RuntimeError: JAXWIN_MODE is "require", and the native core computes the problem but no
-            tuned row is for it.
+        RuntimeError: JAXWIN_MODE is "require", and there are kernels for the problem but no tuned
+            row.
     """
     settings = _settings.settings()
     if settings.disable:
         return Decision(_registry.XLA, None, "JAXWIN_DISABLE is set")
-    if platform == "cuda":
-        decision = _cuda.decide(
-            problem, algorithm=algorithm, max_workspace=max_workspace, exact=exact
-        )
-        if enforce and (settings.record or _record.recordings):
-            _record.note(problem, settings.record)
-        if settings.verbose:
-            _say(problem, decision)
-        return decision
     mode = settings.mode if settings.mode in _settings.MODES else _settings.mode()
     if algorithm == "auto" and settings.family != "canonical":
         algorithm = "any" if _settings.family() == "any" else "auto"
     table = None if mode == "off" else _tuning.table()
+    if platform == "cuda":
+        gpu_mode = _cuda.mode()
+        decision = _cuda.decide(problem, algorithm, max_workspace, exact, gpu_mode, table)
+        if enforce:
+            isa = _cuda.filed_under(problem, exact, gpu_mode)
+            _enforce(problem, decision, settings, isa, _cuda.THREADS)
+        if settings.verbose:
+            _say(problem, decision)
+        return decision
     isa = _registry.best_isa(settings.max_isa)
     threads = settings.threads or _registry.cpus()
     forced = _forced.get()
@@ -100,17 +100,25 @@ def decide(
             with contextlib.suppress(ValueError):
                 return _decide(problem, forced.algorithm, max_workspace, isa, threads, table)
     decision = _decide(problem, algorithm, max_workspace, isa, threads, table)
-    untried = decision.tier in ("transferred", "heuristic")
     if enforce:
-        if settings.record or _record.recordings:
-            _record.note(problem, settings.record)
-        if untried and mode != "off" and settings.misses:
-            _record.miss(problem, threads)
-        if untried and mode == "require":
-            raise RuntimeError(untuned(problem, isa, threads))
+        _enforce(problem, decision, settings, isa, threads)
     if settings.verbose:
         _say(problem, decision)
     return decision
+
+
+def _enforce(
+    problem: Problem, decision: Decision, settings: _settings.Settings, isa: str, threads: int
+) -> None:
+    """Records a problem that is being compiled; JAXWIN_MODE=require raises for want of a row."""
+    if settings.record or _record.recordings:
+        _record.note(problem, settings.record)
+    if not decision.untried or settings.mode == "off":
+        return
+    if settings.misses:
+        _record.miss(problem, threads, isa if _registry.side(isa) else "")
+    if settings.mode == "require":
+        raise RuntimeError(untuned(problem, isa, threads))
 
 
 def _say(problem: Problem, decision: Decision) -> None:
@@ -127,8 +135,9 @@ def untuned(problem: Problem, isa: str, threads: int) -> str:
         for file in _tuning.table().files
         if file.state not in _tuning.ABSENT or file.tier in ("environment", "user")
     ]
+    count = "" if _registry.side(isa) else f" and {threads} threads"  # GPU plans have none
     return (
-        f"JAXWIN_MODE=require: no tuned row for {problem} with {isa} and {threads} threads in "
+        f"JAXWIN_MODE=require: no tuned row for {problem} with {isa}{count} in "
         f"{', '.join(seen) or 'any file'}: tune it, or set JAXWIN_MODE=cached"
     )
 
@@ -161,7 +170,7 @@ def _decide(
                 if isinstance(plan, Plan):
                     return Decision("tuned", plan, row=row)
             for row in table.nearest(problem, isa, threads):
-                if _confirms_the_heuristic(row):
+                if row.confirms_the_heuristic:
                     break
                 plan = propose(native, row, isa, threads, max_workspace)
                 if isinstance(plan, Plan):
@@ -181,20 +190,9 @@ def _decide(
     return Decision(_registry.XLA, None, reason)
 
 
-@functools.lru_cache(maxsize=4096)
-def _confirms_the_heuristic(row: Row) -> bool:
-    """Whether a row's winner is what the heuristic takes for the row's own problem.
-
-    Then the heuristic is to be trusted for the problems near it too. Its parameters follow their
-    sizes, which those of the row do not.
-    """
-    plan = _make_plan(row.problem.native(), "auto", (), row.isa, row.threads, None)
-    return isinstance(plan, Plan) and (plan.algorithm, plan.params) == (row.algorithm, row.params)
-
-
 def _of_another_family(
     problem: Problem,
-    native: dict[str, Any],
+    native: Mapping[str, Any],
     isa: str,
     threads: int,
     max_workspace: int | None,
@@ -225,14 +223,14 @@ def _algorithms() -> tuple[str, ...]:
 
 
 def propose(
-    native: dict[str, Any], row: Row, isa: str, threads: int, max_workspace: int | None
+    native: Mapping[str, Any], row: Row, isa: str, threads: int, max_workspace: int | None
 ) -> Plan | str:
     """The plan that a row's parameters give for a problem, or why the native core refuses them."""
     return _make_plan(native, row.algorithm, row.params, isa, threads, max_workspace)
 
 
 def _make_plan(
-    native: dict[str, Any],
+    native: Mapping[str, Any],
     algorithm: str,
     params: tuple[int, ...],
     isa: str,
@@ -240,17 +238,8 @@ def _make_plan(
     max_workspace: int | None,
 ) -> Plan | str:
     limit = -1 if max_workspace is None else max_workspace
-    answer = _ffi.make_plan(native, algorithm, isa, threads, limit, params)
-    if "plan" not in answer:
-        return str(answer["error"])
-    plan = answer["plan"]
-    return Plan(
-        plan["algorithm"],
-        plan["isa"],
-        plan["threads"],
-        tuple(plan["params"]),
-        plan["workspace_bytes"],
-    )
+    answer = _ffi.plan(native, algorithm, isa, threads, limit, params)
+    return answer if isinstance(answer, str) else Plan(*answer)
 
 
 def unsupported(problem: Problem) -> str:
@@ -272,7 +261,7 @@ def without_epilogue(problem: Problem) -> Problem:
 def _no_kernels(problem: Problem) -> str:
     """What the registry lacks for a problem's dtypes and epilogue; else empty."""
     operands, out = {problem.lhs_dtype, problem.rhs_dtype}, problem.out_dtype
-    native = problem.native()["dtype"]
+    native = problem.native()["lhs_dtype"]
     known = _registry.registry()["dtypes"].get(native)
     if not problem.widened and (len(operands) > 1 or known is None or out not in known["results"]):
         return f"no kernels for {', '.join(sorted({*operands, out}))}"

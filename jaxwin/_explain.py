@@ -210,12 +210,25 @@ def _spatial(dimensions: tuple[int, ...], params: dict[str, Any]) -> tuple[int, 
 def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRow:
     platform = default_platform()
     decision = _dispatch.decide(problem, **options, enforce=False, platform=platform)
+    gpu_isa, limit = "", options.get("max_workspace")
+    if platform == "cuda":
+        gpu_isa = _cuda.filed_under(problem, options.get("exact", False), _cuda.mode())
     if decision.plan is None:
         row = _xla_row(problem, count, decision.reason, {})
-        measured = "" if decision.row is None else str(decision.row)
-        return dataclasses.replace(row, tier=decision.tier, measured=measured)
+        return dataclasses.replace(
+            row,
+            tier=decision.tier,
+            measured="" if decision.row is None else str(decision.row),
+            unused=_unused(
+                problem,
+                decision,
+                gpu_isa,
+                _cuda.THREADS,
+                lambda row: _cuda.propose(problem, row, limit),
+            ),
+        )
     plan = decision.plan
-    if platform == "cuda":
+    if gpu_isa:
         return ExplanationRow(
             problem,
             count,
@@ -231,8 +244,9 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
             _unused(
                 problem,
                 decision,
-                _cuda.isa_of(problem, options.get("exact", False)),
-                lambda row: _cuda.propose(problem, row, options.get("max_workspace")),
+                gpu_isa,
+                plan.threads,
+                lambda row: _cuda.propose(problem, row, limit),
             ),
             _registry.family(plan.algorithm, plan.isa),
         )
@@ -269,9 +283,8 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
             problem,
             decision,
             plan.isa,
-            lambda row: _dispatch.propose(
-                problem.native(), row, plan.isa, plan.threads, options.get("max_workspace")
-            ),
+            plan.threads,
+            lambda row: _dispatch.propose(problem.native(), row, plan.isa, plan.threads, limit),
         ),
         _registry.family(plan.algorithm),
     )
@@ -290,16 +303,14 @@ def _unused(
     problem: Problem,
     decision: Decision,
     isa: str,
+    threads: int,
     propose: Callable[[_tuning.Row], Plan | str],
 ) -> tuple[str, ...]:
-    plan = decision.plan
-    if plan is None or decision.tier in ("tuned", "requested"):
-        return ()
-    if _settings.mode() == "off":
+    if not decision.untried or _settings.mode() == "off":
         return ()
     table = _tuning.table()
-    notes = [str(row) for row in _tuning.unused(table, problem, isa, plan.threads)]
-    if exact := table.exact(problem, isa, plan.threads):
+    notes = [str(row) for row in _tuning.unused(table, problem, isa, threads)]
+    if exact := table.exact(problem, isa, threads):
         notes.insert(0, f"{exact.algorithm} in {exact.path}: refused: {propose(exact)}")
     if _settings.mode() == "require":
         notes.append("JAXWIN_MODE=require: compiling this raises an error")

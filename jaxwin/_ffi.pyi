@@ -16,6 +16,14 @@ def make_plan(
     max_workspace: int = -1,
     params: Sequence[int] = (),
 ) -> dict[str, Any]: ...
+def plan(
+    problem: Mapping[str, Any],
+    algorithm: str,
+    isa: str,
+    threads: int,
+    max_workspace: int,
+    params: Sequence[int],
+) -> tuple[str, str, int, tuple[int, ...], int] | str: ...
 def candidates(
     problem: Mapping[str, Any], isa: str = "", threads: int = 1
 ) -> dict[str, dict[str, Any]]: ...
@@ -59,6 +67,18 @@ def cuda_launches(
     params: Sequence[int],
     buffers: Mapping[str, int],
 ) -> list[dict[str, Any]]: ...
+def direction(problem: Mapping[str, Any]) -> str: ...
+def sizes(problem: Mapping[str, Any], threads: int, same_machine: bool) -> list[int]: ...
+def is_heuristic(
+    problem: Mapping[str, Any], algorithm: str, isa: str, threads: int, params: Sequence[int]
+) -> bool: ...
+
+class Neighbours:
+    def __init__(self, weights: Sequence[float], leading: int, limit: float) -> None: ...
+    def add(
+        self, problem: Mapping[str, Any], isa: str, threads: int, same_machine: bool
+    ) -> None: ...
+    def nearest(self, problem: Mapping[str, Any], isa: str, threads: int) -> list[int]: ...
 
 class CudaRuntime:
     def __init__(

@@ -104,22 +104,21 @@ def attributes(problem: Problem, plan: Plan) -> dict[str, Any]:
     def ints(values: Sequence[int]) -> Any:
         return np.asarray(values, np.int64)
 
-    fields = problem.native()
     result: dict[str, Any] = {
-        name: ints(fields[name])
+        name: ints(getattr(problem, name))
         for name in (
             "lhs_spec",
             "rhs_spec",
             "out_spec",
             "window_strides",
-            "padding",
             "lhs_dilation",
             "rhs_dilation",
-            "rhs_reversal",
         )
     }
     activations = _registry.registry()["activations"]
     result.update(
+        padding=ints(sum(problem.padding, ())),
+        rhs_reversal=ints(problem.rhs_reversal or (False,) * problem.spatial_rank),
         feature_group_count=np.int64(problem.feature_group_count),
         batch_group_count=np.int64(problem.batch_group_count),
         algorithm=plan.algorithm,

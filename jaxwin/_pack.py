@@ -96,7 +96,7 @@ def pack_for(w: jax.Array, groups: int, problem: Problem) -> PackedWeights:
 def _panel(problem: Problem, groups: int) -> int:
     """The features of a panel, or 0 where no kernel for the problem reads any."""
     plan = _dispatch.decide(problem, enforce=False).plan
-    dtype = problem.native()["dtype"]
+    dtype = problem.native()["lhs_dtype"]
     if plan is None or not _registry.takes_packed(plan.algorithm, dtype):
         return 0
     names = _registry.parameter_names(plan.algorithm) or ()

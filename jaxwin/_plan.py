@@ -32,9 +32,16 @@ class Decision(NamedTuple):
     reason: why lax computes it, else empty.
     row: the measurement behind it: of "tuned" and "transferred" always, of "requested" where that
         algorithm was measured for the problem.
+    incumbent: lax computes it for want of a measurement; there are kernels, too.
     """
 
     tier: str
     plan: Plan | None
     reason: str = ""
     row: Row | None = None
+    incumbent: bool = False
+
+    @property
+    def untried(self) -> bool:
+        """Whether tuning the problem could change it: there are kernels, but no tuned row."""
+        return self.incumbent or self.tier in ("transferred", "heuristic")

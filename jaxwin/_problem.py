@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,11 +53,11 @@ class Problem:
     rhs_panel: int = 0
 
     def __hash__(self) -> int:
-        # Dispatch looks a problem up several times, and the hash of so many fields takes longer
-        # than the rest of a look-up.
+        # Dispatch looks a problem up several times, and a hash takes longer than the rest of a
+        # look-up. Shapes tell most problems apart.
         known: int | None = self.__dict__.get("_hash")
         if known is None:
-            known = self.__dict__["_hash"] = hash(_VALUES(self))
+            known = self.__dict__["_hash"] = hash(_SHAPES(self))
         return known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,17 +69,11 @@ class Problem:
         """The number of spatial dimensions."""
         return len(self.lhs_shape) - 2
 
-    def native(self) -> dict[str, Any]:
-        """The fields that the native core reads, among others."""
-        return self._native(self.widened)
-
-    def _native(self, widened: bool) -> dict[str, Any]:
-        return self.__dict__ | {
-            "padding": sum(self.padding, ()),
-            "rhs_reversal": self.rhs_reversal or (False,) * self.spatial_rank,
-            "dtype": "float32" if widened else self.lhs_dtype,
-            "out_dtype": "float32" if widened else self.out_dtype,
-        }
+    def native(self) -> Mapping[str, Any]:
+        """The fields that the native core reads, among others; not to be changed."""
+        if self.widened:
+            return self.__dict__ | {"lhs_dtype": "float32", "out_dtype": "float32"}
+        return self.__dict__
 
     @property
     def widened(self) -> bool:
@@ -97,7 +91,7 @@ class Problem:
         inputs, out = {self.lhs_dtype, self.rhs_dtype}, self.out_dtype
         if not (inputs <= {"float32", *_NARROW} and out in _ROUNDED):
             return False
-        rows = _ffi.candidates(self._native(False)).values()
+        rows = _ffi.candidates(self.__dict__).values()
         return all("rejected" in row or row["family"] != "canonical" for row in rows)
 
     @functools.cached_property
@@ -122,15 +116,7 @@ class Problem:
         The parameters of lax do not say it: a transposed convolution is a "dx", a convolution with
         a window larger than its output a "dw".
         """
-        if self.lhs_dilation and max(self.lhs_dilation) > 1:
-            return "dx"
-        window = pixels = 1  # dispatch asks for this: loops are faster than math.prod
-        rhs, out = self.rhs_shape, self.out_shape
-        for d in self.rhs_spec[2:]:
-            window *= rhs[d]
-        for d in self.out_spec[2:]:
-            pixels *= out[d]
-        return "dw" if self.batch_group_count > 1 or window > pixels else "fwd"
+        return _ffi.direction(self.__dict__)
 
     @property
     def key(self) -> str:
@@ -207,7 +193,7 @@ class Problem:
         return " ".join(parts)
 
 
-_VALUES = operator.attrgetter(*(field.name for field in dataclasses.fields(Problem)))
+_SHAPES = operator.attrgetter("lhs_shape", "rhs_shape", "out_shape", "lhs_dtype")
 
 
 def _tuples(value: Any) -> Any:

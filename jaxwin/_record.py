@@ -2,14 +2,15 @@
 """Problems written down while a program compiles: on request, and those that were missed.
 
 Both kinds of files hold one JSON object per line, such as {"count": 3, "problem": {...}}, where
-"problem" has the fields of `Problem.key`; in the file of missed problems also "threads". They hold
-shapes and nothing else of a program. A line is added by one write under a lock, so that many
-processes may add to one file.
+"problem" has the fields of `Problem.key`; in the file of missed problems also "threads", and for
+GPUs "isa". They hold shapes and nothing else of a program. A line is added by one write under a
+lock, so that many processes may add to one file.
 """
 
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import fcntl
 import json
@@ -20,33 +21,42 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from jaxwin import _tuning
+from jaxwin import _registry, _tuning
 from jaxwin._problem import Problem
 
 MISSES_BYTES = 256 * 1024  # of the file of missed problems, at most
 _PAUSE_SECONDS = 1.0  # between a missed problem and its being written
 
 
-def line(problem: Problem, count: int = 1, threads: int | None = None) -> str:
+# A problem without a tuned row: for how many threads; on GPUs for what its rows are filed under, an
+# instruction set of CUDA's, which is empty on CPUs.
+Missed = tuple[Problem, int, str]
+
+
+def line(problem: Problem, count: int = 1, threads: int | None = None, isa: str = "") -> str:
     """A line of a file of problems."""
     more = "" if threads is None else f',"threads":{threads}'
+    more += f',"isa":"{isa}"' if isa else ""
     return f'{{"count":{count}{more},"problem":{problem.key}}}\n'
 
 
-def parse(text: str) -> tuple[Problem, int, int | None]:
-    """(problem, count, threads) of a line; `count` is 1 and `threads` None where it has none.
+def parse(text: str) -> tuple[Problem, int, int | None, str]:
+    """(problem, count, threads, isa) of a line; where it has none 1, None and "".
 
     Raises:
         ValueError: it is no such line; one line of text says why.
     """
     values = json.loads(text)
-    if not isinstance(values, dict) or values.keys() - {"count", "problem", "threads"}:
+    if not isinstance(values, dict) or values.keys() - {"count", "problem", "threads", "isa"}:
         raise ValueError('not an object of "count" and "problem"')
     count, threads = values.get("count", 1), values.get("threads")
     for name, value in (("count", count), ("threads", threads)):
         if value is not None and (type(value) is not int or not 1 <= value < 2**62):
             raise ValueError(f"{name}: {value!r} is not a positive integer")
-    return Problem.from_key(json.dumps(values.get("problem"))), count or 1, threads
+    isa = values.get("isa", "")
+    if isa not in ("", *_registry.GPU_ISAS):
+        raise ValueError(f"isa: {isa!r} is not one of {', '.join(_registry.GPU_ISAS)}")
+    return Problem.from_key(json.dumps(values.get("problem"))), count or 1, threads, isa
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -185,7 +195,7 @@ def note(problem: Problem, named: str) -> None:
 
 # --- missed problems -------------------------------------------------------------------------
 
-_missed: dict[tuple[Problem, int], int] = {}  # how often, not yet written
+_missed: list[Missed] = []  # not yet written
 _timer: threading.Timer | None = None
 _ignored = 0
 
@@ -196,16 +206,15 @@ def misses_file() -> Path | None:
     return None if user is None else user.with_name("missed.jsonl")
 
 
-def miss(problem: Problem, threads: int) -> None:
-    """Remembers that a problem with so many threads had no tuned row.
+def miss(problem: Problem, threads: int, isa: str = "") -> None:
+    """Remembers that a problem with so many threads had no tuned row; isa: one of CUDA's, or "".
 
     It is written a second later, or when the process ends, by a thread: dispatch does not wait.
     """
     global _timer
     if _ignored:
         return
-    key = problem, threads
-    _missed[key] = _missed.get(key, 0) + 1
+    _missed.append((problem, threads, isa))
     if _timer is None:
         with _lock:
             if _timer is None:
@@ -233,11 +242,12 @@ def flush_misses() -> None:
         if _timer is not None:
             _timer.cancel()
         _timer = None
-        missed, _missed = _missed, {}
+        missed, _missed = _missed, []
     path = misses_file()
     if not missed or path is None:
         return
-    text = "".join(line(problem, n, threads) for (problem, threads), n in missed.items())
+    counts = collections.Counter(missed)
+    text = "".join(line(p, n, threads, isa) for (p, threads, isa), n in counts.items())
     try:
         os.makedirs(path.parent, 0o700, exist_ok=True)
         with _locked(str(path), 0o600) as file:
@@ -252,7 +262,7 @@ def flush_misses() -> None:
 def _forked() -> None:
     """In a child the parent's timer does not run, and the parent writes what it missed."""
     global _missed, _timer, _lock
-    _missed, _timer, _lock = {}, None, threading.RLock()
+    _missed, _timer, _lock = [], None, threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -263,24 +273,24 @@ def _read(file: int) -> list[str]:
     return data.decode("utf-8", "replace").splitlines()
 
 
-def _sum(lines: Iterable[str]) -> dict[tuple[Problem, int], int]:
+def _sum(lines: Iterable[str]) -> dict[Missed, int]:
     """The problems of some lines; those that make no sense are left out."""
-    counts: dict[tuple[Problem, int], int] = {}
+    counts: dict[Missed, int] = {}
     for text in lines:
         try:
-            problem, count, threads = parse(text)
+            problem, count, threads, isa = parse(text)
         except (ValueError, RecursionError):
             continue  # a torn line, or one of another version
-        key = problem, threads or 1
+        key = problem, threads or 1, isa
         counts[key] = counts.get(key, 0) + count
     return counts
 
 
-def _rewrite(file: int, path: Path, counts: dict[tuple[Problem, int], int]) -> None:
+def _rewrite(file: int, path: Path, counts: dict[Missed, int]) -> None:
     """Replaces the file by one line per problem: the most frequent ones, that fill half of it."""
     lines, size = [], 0
-    for (problem, threads), count in sorted(counts.items(), key=lambda item: -item[1]):
-        text = line(problem, count, threads)
+    for (problem, threads, isa), count in sorted(counts.items(), key=lambda item: -item[1]):
+        text = line(problem, count, threads, isa)
         if size + len(text) > MISSES_BYTES // 2:
             break
         lines.append(text)
@@ -296,8 +306,8 @@ def _rewrite(file: int, path: Path, counts: dict[tuple[Problem, int], int]) -> N
         raise
 
 
-def misses() -> dict[tuple[Problem, int], int]:
-    """How often each (problem, threads) was missed, by all programs of this user.
+def misses() -> dict[Missed, int]:
+    """How often each problem was missed, by all programs of this user.
 
     Raises:
         OSError: the file is there and cannot be read.
@@ -311,7 +321,7 @@ def misses() -> dict[tuple[Problem, int], int]:
     return _sum(text.splitlines())
 
 
-def forget(problems: Iterable[tuple[Problem, int]]) -> None:
+def forget(problems: Iterable[Missed]) -> None:
     """Takes problems out of the file of missed ones, those of all other processes kept.
 
     Raises:

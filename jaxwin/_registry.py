@@ -15,6 +15,7 @@ from jaxwin._settings import settings
 XLA = "xla"  # lax's own convolution, where it is named beside the algorithms with kernels
 TENSOR = "tensor"  # the numerical family of tensor cores
 TENSOR_ISA = "cuda-tensor"  # of measurements where tensor cores and other sums are allowed
+GPU_ISAS = ("cuda", TENSOR_ISA)
 CANONICAL = "canonical"  # the numerical family with the bits that the README promises
 
 

@@ -14,12 +14,10 @@ propose: the native core checks the parameters as it does those of any plan.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
+import functools
 import json
-import math
-import operator
 import os
 import stat
 import sys
@@ -28,9 +26,9 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from jaxwin import _registry, _settings
+from jaxwin import _ffi, _registry, _settings
 from jaxwin._machine import Machine, this_machine
 from jaxwin._problem import Problem
 
@@ -245,6 +243,16 @@ class Row:
     wins: bool = True
     family: str = _registry.CANONICAL
 
+    @functools.cached_property
+    def confirms_the_heuristic(self) -> bool:
+        """Whether it is what the heuristic takes for this problem.
+
+        Then the heuristic is to be trusted for the problems near it too. Its parameters follow
+        their sizes, which those of the row do not.
+        """
+        native = self.problem.native()
+        return _ffi.is_heuristic(native, self.algorithm, self.isa, self.threads, self.params)
+
     def __str__(self) -> str:
         return f"{self.nanoseconds / 1e3:.1f} us on {self.created[:10]}, {self.path}"
 
@@ -386,162 +394,7 @@ _WEIGHTS = {
     "machine": 1.0,
 }
 _LIMIT = 2.0
-_T = TypeVar("_T")
-_ATTEMPTS = 3  # nearest rows that are offered to the native core
-
-# What follows is on the way of every dispatch, and written for speed; mostly nobody asks for a
-# second row.
-_CHANNELS, _REST = slice(0, 3), slice(3, 8)
-_CHANNEL_WEIGHTS = tuple(_WEIGHTS.values())[_CHANNELS]
-_REST_WEIGHTS = tuple(_WEIGHTS.values())[_REST]
-
-
-def _sizes(problem: Problem, threads: int, same_machine: bool) -> tuple[int, ...]:
-    """The sizes behind `_WEIGHTS`, in that order."""
-    lhs, rhs = problem.lhs_shape, problem.rhs_shape
-    lhs_spec, rhs_spec = problem.lhs_spec, problem.rhs_spec
-    groups = problem.feature_group_count
-    if problem.batch_group_count > groups:
-        groups = problem.batch_group_count
-    pixels = 1
-    for dimension in lhs_spec[2:]:
-        pixels *= lhs[dimension]
-    epilogue = problem.bias or problem.residual or problem.activation is not None
-    return (
-        rhs[rhs_spec[1]],
-        rhs[rhs_spec[0]] // groups or 1,
-        groups,
-        pixels,
-        lhs[lhs_spec[0]],
-        threads,
-        2 if epilogue else 1,
-        1 if same_machine else 2,
-    )
-
-
-_FIXED = operator.attrgetter(
-    *("window_strides", "lhs_dilation", "rhs_dilation", "rhs_reversal"),
-    *("lhs_spec", "rhs_spec", "out_spec", "lhs_dtype", "rhs_dtype", "out_dtype"),
-)
-
-
-def _class(problem: Problem, isa: str) -> tuple[Any, ...]:
-    """What two problems must share so that one may lend the other its parameters."""
-    rhs, rhs_spec = problem.rhs_shape, problem.rhs_spec
-    direction = problem.direction
-    fixed = (
-        [problem.out_shape[d] for d in problem.out_spec[2:]]
-        if direction == "dw"  # there the window is as large as the images
-        else [rhs[d] for d in rhs_spec[2:]]
-    )
-    groups = problem.feature_group_count
-    return (
-        isa,
-        direction,
-        tuple(fixed),
-        _FIXED(problem),
-        # dense, grouped, depthwise
-        0 if groups == 1 else 2 if rhs[rhs_spec[1]] == 1 else 1,
-        problem.batch_group_count > 1,
-    )
-
-
-class _Places(Generic[_T]):
-    """Things at points, which are the weighted logarithms of sizes, and the nearest of them.
-
-    Points that differ in their first size alone are a line, in which a search need not look at all
-    points.
-    """
-
-    def __init__(self, weights: tuple[float, ...]) -> None:
-        self._weights = weights
-        self._things: dict[tuple[int, ...], list[_T]] = {}
-        self._lines: list[tuple[tuple[float, ...], list[float], list[list[_T]]]] | None = None
-
-    def _point(self, sizes: tuple[int, ...]) -> tuple[float, ...]:
-        log2 = math.log2  # of 0 in empty arrays there is none
-        return tuple([log2(n or 1) * w for n, w in zip(sizes, self._weights)])  # noqa: B905
-
-    def at(self, sizes: tuple[int, ...]) -> list[_T]:
-        """What is there; more may be added to it until the first search."""
-        return self._things.setdefault(sizes, [])
-
-    def found(self, sizes: tuple[int, ...]) -> list[_T] | None:
-        """What is there, if anything is."""
-        return self._things.get(sizes)
-
-    def _in_lines(self) -> list[tuple[tuple[float, ...], list[float], list[list[_T]]]]:
-        lines: dict[tuple[int, ...], list[tuple[float, list[_T]]]] = {}
-        for sizes, things in self._things.items():
-            lines.setdefault(sizes[1:], []).append((self._point(sizes)[0], things))
-        result = []
-        for others, line in lines.items():
-            line.sort(key=operator.itemgetter(0))
-            keys, things_of = [key for key, _ in line], [things for _, things in line]
-            result.append((self._point((1, *others))[1:], keys, things_of))
-        return result
-
-    def nearest(self, sizes: tuple[int, ...], limit: float) -> Iterator[tuple[float, list[_T]]]:
-        """(distance, what is there) of a few that are within the limit, the nearest first."""
-        if self._lines is None:
-            self._lines = self._in_lines()
-        point = self._point(sizes)
-        here, others = point[0], point[1:]
-        taken: list[list[_T]] = []
-        for _ in range(_ATTEMPTS):
-            best, chosen = limit, None
-            for there, keys, things in self._lines:
-                away = sum(map(abs, map(operator.sub, there, others)))
-                if away > best:
-                    continue
-                up = bisect.bisect_left(keys, here)
-                down = up - 1
-                if taken:
-                    while up < len(keys) and things[up] in taken:
-                        up += 1
-                    while down >= 0 and things[down] in taken:
-                        down -= 1
-                if up < len(keys) and (distance := away + keys[up] - here) <= best:
-                    if distance < best or chosen is None:
-                        best, chosen = distance, things[up]
-                if down >= 0 and (distance := away + here - keys[down]) <= best:
-                    if distance < best or chosen is None:
-                        best, chosen = distance, things[down]
-            if chosen is None:
-                return
-            yield best, chosen
-            taken.append(chosen)
-
-
-class _Class:
-    """Rows that may lend each other's problems their parameters."""
-
-    def __init__(self) -> None:
-        self._channels: _Places[_Places[Row]] = _Places(_CHANNEL_WEIGHTS)
-
-    def add(self, row: Row) -> None:
-        sizes = _sizes(row.problem, row.threads, row.same_machine)
-        rest = self._channels.at(sizes[_CHANNELS])
-        if not rest:
-            rest.append(_Places(_REST_WEIGHTS))
-        rest[0].at(sizes[_REST]).append(row)
-
-    def nearest(self, sizes: tuple[int, ...]) -> Iterator[Row]:
-        channels, rest = sizes[_CHANNELS], sizes[_REST]
-        alike = self._channels.found(channels)
-        count = 0
-        if alike is not None:
-            for _, rows in alike[0].nearest(rest, _LIMIT):
-                yield from rows
-                count += 1
-            if count:
-                return
-        for distance, places in self._channels.nearest(channels, _LIMIT):
-            for _, rows in places[0].nearest(rest, _LIMIT - distance):
-                yield from rows
-                count += len(rows)
-            if count >= _ATTEMPTS:
-                return
+_CHANNELS = 3  # how many of these are channels and groups
 
 
 class Table:
@@ -552,7 +405,8 @@ class Table:
         self._exact: dict[tuple[Problem, str, int], Row] = {}
         self._named: dict[tuple[Problem, str, int, str], Row] = {}
         self._others: dict[tuple[Problem, str, int], Row] = {}
-        self._classes: dict[tuple[Any, ...], _Class] = {}
+        self._lenders: list[Row] = []
+        self._near = _ffi.Neighbours([*_WEIGHTS.values()], _CHANNELS, _LIMIT)
         for _, rows in loaded:
             for row in rows:
                 key = row.problem, row.isa, row.threads
@@ -566,7 +420,8 @@ class Table:
                 elif row.wins:
                     if row.same_machine:
                         self._exact.setdefault(key, row)
-                    self._classes.setdefault(_class(row.problem, row.isa), _Class()).add(row)
+                    self._lenders.append(row)
+                    self._near.add(vars(row.problem), row.isa, row.threads, row.same_machine)
 
     def rows(self) -> int:
         """How many problems its files have a row for; one may be in several."""
@@ -587,20 +442,16 @@ class Table:
         """An algorithm's best row of exactly this problem, whether it wins or not."""
         return self._named.get((problem, isa, threads, algorithm))
 
-    def nearest(self, problem: Problem, isa: str, threads: int) -> Iterable[Row]:
+    def nearest(self, problem: Problem, isa: str, threads: int) -> list[Row]:
         """Some rows of the same class, the nearest first; of equals that of the first file."""
-        if not self._classes:
-            return ()
-        found = self._classes.get(_class(problem, isa))
-        if found is None:
-            return ()
-        return found.nearest(_sizes(problem, threads, True))
+        found = self._near.nearest(vars(problem), isa, threads)
+        return [self._lenders[number] for number in found]
 
 
 def difference(row: Row, problem: Problem, threads: int) -> str:
     """In what a row's problem differs from another of its class."""
-    theirs = _sizes(row.problem, row.threads, row.same_machine)
-    ours = _sizes(problem, threads, True)
+    theirs = _ffi.sizes(vars(row.problem), row.threads, row.same_machine)
+    ours = _ffi.sizes(vars(problem), threads, True)
     words = []
     for name, there, here in zip(_WEIGHTS, theirs, ours, strict=True):
         if there == here:

@@ -27,11 +27,18 @@ def _made(batch: int, size: int, window: int = 3) -> Problem:
     return problems.make(batch, 8, 16, (12, size), (window, window), padding=((1, 1), (1, 1)))
 
 
-def microseconds(draw: Callable[[int], Problem], tier: str, **options: str) -> float:
-    """The median time of a decision, which must be of that tier."""
+def microseconds(
+    draw: Callable[[int], Problem], tier: str, first: bool = False, **options: str
+) -> float:
+    """The median time of a decision, which must be of that tier.
+
+    first: no row has lent anything yet; otherwise it is known which confirm the heuristic.
+    """
     taken = []
     for number in range(200):
         text = draw(number).key
+        for row in _tuning.table()._lenders if first else ():
+            vars(row).pop("confirms_the_heuristic", None)
         problem = Problem.from_key(text)
         _dispatch._decide.cache_clear()
         start = time.perf_counter_ns()
@@ -70,10 +77,17 @@ def main() -> None:
                 "transferred",
                 {},
             ),
+            "transferred, the first time": (
+                lambda n: problems.make(3, 30, 16, (9, 9 + n // 10), (3, 3)),
+                "transferred",
+                {"first": True},
+            ),
             "heuristic": (lambda n: _made(2, 12 + n, 5), "heuristic", {}),
+            "no table": (lambda n: _made(2, 12 + n, 5), "heuristic", {}),
             "xla": (lambda n: _made(2, 12 + n), "xla", {"algorithm": "xla"}),
         }
         for name, (draw, tier, options) in cases.items():
+            os.environ["JAXWIN_MODE"] = "off" if name == "no table" else "cached"
             best = min(microseconds(draw, tier, **options) for _ in range(_ROUNDS))
             print(f"{name:<30} {best:6.1f} us")
         _record._missed.clear()

@@ -229,7 +229,7 @@ def test_what_was_missed_is_remembered(home: Path) -> None:
     assert not home.exists(), "dispatch does not wait for it"
     missed = _record.misses()
     assert sorted(missed.values()) == [1, 2]
-    assert {threads for _, threads in missed} == {_registry.threads()}
+    assert {(threads, isa) for _, threads, isa in missed} == {(_registry.threads(), "")}
     assert home.stat().st_mode & 0o777 == 0o600
     _compile(3)
     assert sorted(_record.misses().values()) == [2, 2]
@@ -281,7 +281,7 @@ def test_the_file_stays_small(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
         _record.miss(tuning.problems.make(2, 8, stride, (12, 13), (3, 3)), 2)
         _record.flush_misses()
         assert home.stat().st_size <= 8000
-    assert _record.misses()[frequent, 2] == 58, "the most frequent stays, with its count"
+    assert _record.misses()[frequent, 2, ""] == 58, "the most frequent stays, with its count"
     assert [path.name for path in home.parent.iterdir()] == [home.name]
 
 
@@ -317,14 +317,15 @@ def test_children_of_fork_start_anew(home: Path) -> None:
     """
     done = _python(program)
     assert done.returncode == 0, done.stderr
-    assert _record.misses() == {(tuning.DENSE, 1): 1, (tuning.DENSE, 2): 1}
+    assert _record.misses() == {(tuning.DENSE, 1, ""): 1, (tuning.DENSE, 2, ""): 1}
 
 
 def test_forgetting(home: Path) -> None:
     other = tuning.problems.make(2, 8, 9, (12, 13), (3, 3))
-    for problem, threads in ((tuning.DENSE, 1), (tuning.DENSE, 2), (other, 1)):
-        _record.miss(problem, threads)
+    kept = {(tuning.DENSE, 2, ""), (other, 1, ""), (tuning.DENSE, 1, "cuda")}
+    for missed in ((tuning.DENSE, 1, ""), *kept):
+        _record.miss(*missed)
     _record.flush_misses()
-    _record.forget([(tuning.DENSE, 1)])
-    assert set(_record.misses()) == {(tuning.DENSE, 2), (other, 1)}
+    _record.forget([(tuning.DENSE, 1, "")])
+    assert set(_record.misses()) == kept
     _record.forget([])

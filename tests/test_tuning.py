@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -176,6 +177,79 @@ def test_the_nearest_of_many_rows_lends(path: Path) -> None:
         lhs = rows[0].problem.lhs_shape
         assert (lhs[0], lhs[3], lhs[1]) == nearest and len(rows) == 3
     assert not [*table.nearest(problems.make(1, 80, 16, (8, 13), (3, 3)), isa, threads)]
+
+
+def test_the_search_for_neighbours_finds_the_nearest(path: Path) -> None:
+    """As plain sums of logarithms do, with all rows at the same channels and with few there."""
+    rng = np.random.default_rng(3)
+    table = _tuning.Table([])
+    rows = []
+    for _ in range(300):
+        n, c, k, size = (int(rng.integers(1, most)) for most in (9, 4, 4, 50))
+        problem = problems.make(n, 8 * c, 8 * k, (size, 8), (1, 3))
+        rows.append(problem)
+        table._near.add(vars(problem), "isa", 2, True)
+
+    def distance(problem: Problem, other: Problem, first: int, last: int) -> float:
+        sizes = zip(
+            _tuning._WEIGHTS.values(),
+            _ffi.sizes(vars(problem), 2, True),
+            _ffi.sizes(vars(other), 2, True),
+            strict=True,
+        )
+        return sum(w * abs(np.log2(a / b)) for w, a, b in list(sizes)[first:last])
+
+    assert table._near.nearest(vars(rows[0]), "another", 2) == []
+    for _ in range(100):
+        n, size = int(rng.integers(1, 20)), int(rng.integers(1, 200))
+        asked = problems.make(n, 16, 24, (size, 8), (1, 3))
+        alike = [row for row in rows if distance(asked, row, 0, 3) == 0]
+        within = sorted(d for row in alike if (d := distance(asked, row, 3, 8)) <= _tuning._LIMIT)
+        found = [rows[i] for i in table._near.nearest(vars(asked), "isa", 2)]
+        if within:
+            assert {*map(id, found)} <= {*map(id, alike)}
+            np.testing.assert_allclose(distance(asked, found[0], 3, 8), within[0], atol=1e-9)
+        else:
+            assert all(distance(asked, row, 0, 8) <= _tuning._LIMIT + 1e-9 for row in found)
+
+
+def test_sizes_that_no_array_has_do_no_harm(path: Path) -> None:
+    """Of a file's problems only the form is known."""
+    usual, most = tuning.measurement(), 2**62
+    for uid, changes in {
+        "a": dict.fromkeys(("lhs_shape", "rhs_shape", "out_shape"), (most,) * 4),
+        "b": {"feature_group_count": most},
+    }.items():
+        problem = dataclasses.replace(PROBLEM, **changes)
+        _write(path, dataclasses.replace(usual, problem=problem, uid=uid * 32))
+        assert min(_ffi.sizes(vars(problem), 1, True)) > 0
+        assert _decide(problem).tier == "xla"
+    for changes in ({"feature_group_count": 0, "batch_group_count": 0}, {"rhs_spec": ()}):
+        with contextlib.suppress(IndexError):  # nor do those that no file has
+            _decide(dataclasses.replace(PROBLEM, **changes))
+
+
+def test_dispatch_asks_the_core_for_the_same_plans(path: Path) -> None:
+    """`plan` and `is_heuristic` are short forms of `make_plan`."""
+    rng = np.random.default_rng(7)
+    isa = _registry.isa()
+    for problem in (problems.draw(rng) for _ in range(30)):
+        native = problem.native()
+        usual = _ffi.make_plan(native, isa=isa)["plan"]
+        for name in ("auto", *_registry.algorithm_names()):
+            whole = _ffi.make_plan(native, name, isa)
+            short = _ffi.plan(native, name, isa, 1, -1, ())
+            if "error" in whole:
+                assert short == whole["error"]
+                continue
+            plan = whole["plan"]
+            params = tuple(plan["params"])
+            assert short == (plan["algorithm"], isa, 1, params, plan["workspace_bytes"])
+            taken = plan["algorithm"] == usual["algorithm"]
+            assert _ffi.is_heuristic(native, plan["algorithm"], isa, 1, params) == taken
+            other = (*params[:-1], params[-1] + 1) if params else (1,)
+            assert not _ffi.is_heuristic(native, plan["algorithm"], isa, 1, other)
+    assert not _ffi.is_heuristic(native, "abacus", isa, 1, ())
 
 
 def test_no_native_problem_raises_in_the_search_for_neighbours(path: Path) -> None:

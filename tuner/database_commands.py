@@ -359,11 +359,13 @@ def _missed() -> tuple[str, list[str]]:
     if not _settings.settings().misses:
         return "not remembered: JAXWIN_MISSES says so", []
     try:
-        counts = collections.Counter(threads for _, threads in _record.misses())
+        counts = collections.Counter(
+            "on GPUs" if isa else f"with {threads} threads" for _, threads, isa in _record.misses()
+        )
     except OSError as error:
         return str(path), [f"{path}: cannot be read ({error.strerror}): delete it"]
     folder = next(place for place in (path, *path.parents) if place.exists())
-    text = ", ".join(f"{n} with {threads} threads" for threads, n in sorted(counts.items()))
+    text = ", ".join(f"{n} {how}" for how, n in sorted(counts.items()))
     told = f"{text or 'none'} ({path})" + ("; `jaxwin-tune run` tunes them" if counts else "")
     if not os.access(folder, os.W_OK):
         told += f"; no more are remembered: {folder} cannot be written"

@@ -95,6 +95,10 @@ class Result:
     others_share: float = 0.0
     stolen_share: float = 0.0
 
+    def gpu_isa(self, task: Task) -> str:
+        """What a task's measurements are filed under, if they were made on a GPU; else empty."""
+        return _isa_of(task, self.isa, self.options) if _registry.side(self.isa) else ""
+
     def warnings(self) -> list[str]:
         """What should make a reader doubt the result, or tell the authors."""
         found = []
@@ -377,33 +381,40 @@ def recorded(lines: Iterable[str], name: str = "file") -> list[Task]:
         if not line.strip():
             continue
         try:
-            problem, count, _ = _record.parse(line)
+            problem, count, *_ = _record.parse(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{number}: {error}") from None
         tasks.append(Task(str(problem), problem, count))
     return tasks
 
 
-def missed(threads: int) -> tuple[list[Task], dict[int, int]]:
-    """What programs with so many threads were seen to miss, what takes most time first.
+def missed(threads: int, where: str) -> tuple[list[Task], dict[tuple[str, str], int]]:
+    """What programs were seen to miss on a device, what takes most time first.
 
-    Also how many problems were missed with other numbers of threads. What dispatch has a tuned row
-    for by now is left out.
+    On "cpu" those with so many threads; on "cuda" any. Also how many problems were missed
+    otherwise: how that was, and the option that tunes them. What dispatch has a tuned row for by
+    now is left out.
 
     Raises:
         OSError: the file of missed problems cannot be read.
         ValueError: JAXWIN_MAX_ISA is no instruction set.
     """
     isa, table = _registry.isa(), _tuning.read_table(_tuning.files())  # without warnings
-    tasks, others = [], collections.Counter[int]()
-    for (problem, count_threads), count in _record.misses().items():
-        if table.exact(problem, isa, count_threads) is not None:
+    weights, others = dict[Task, float](), collections.Counter[tuple[str, str]]()
+    for (problem, count_threads, gpu_isa), count in _record.misses().items():
+        if table.exact(problem, gpu_isa or isa, count_threads) is not None:
             continue
-        if count_threads == threads:
-            tasks.append(Task(str(problem), problem, count))
+        if gpu_isa and where != "cuda":
+            others["on a GPU", "--device cuda"] += 1
+        elif where == "cuda" and not gpu_isa:
+            others["on the CPU", "--device cpu"] += 1
+        elif not gpu_isa and count_threads != threads:
+            others[f"with {count_threads} threads", f"--threads {count_threads}"] += 1
         else:
-            others[count_threads] += 1
-    return sorted(tasks, key=lambda task: -_weight(task, isa, threads)), dict(others)
+            exact = gpu_isa == _cuda.ISA if gpu_isa else None
+            task = Task(str(problem), problem, count, exact)
+            weights[task] = _weight(task, gpu_isa or isa, count_threads)
+    return sorted(weights, key=lambda task: -weights[task]), dict(others)
 
 
 def tune(

@@ -59,9 +59,9 @@ FILE is what `jaxwin-tune record` or `jaxwin.record` wrote: one JSON object per 
 ends with .jsonl is a FILE, too.
 
 With no convolution at all it tunes what your programs were seen to miss: problems that they
-compiled and that have no measurement of their own. What takes most time (how often it was compiled,
-times the cost model's time) comes first. jaxwin remembers them, shapes only, in missed.jsonl beside
-the user's database, unless JAXWIN_MISSES=0 or JAXWIN_MODE=off is set.
+compiled for the device and that have no measurement of their own. What takes most time (how often
+it was compiled, times the cost model's time) comes first. jaxwin remembers them, shapes only, in
+missed.jsonl beside the user's database, unless JAXWIN_MISSES=0 or JAXWIN_MODE=off is set.
 
 Exits with 1 where the default plan of a convolution did not run, with 3 where none of them has a
 native kernel, and with 5 where the machine was too busy.
@@ -175,20 +175,22 @@ def _tasks(
     return tune.merged(found)
 
 
-def _missed(threads: int) -> list[tune.Task]:
+def _missed(threads: int, device: str | None) -> list[tune.Task]:
     """What programs were seen to miss; says so where there is nothing."""
     path = _record.misses_file()
     try:
-        tasks, others = tune.missed(threads)
+        where = tune.device(device)
+        tasks, others = tune.missed(threads, where)
     except OSError as error:
         raise click.UsageError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    for count, number in sorted(others.items()):
-        click.echo(f"{number} more with {count} threads: `--threads {count}` tunes them", err=True)
+    for (how, option), number in sorted(others.items()):
+        click.echo(f"{number} more {how}: `{option}` tunes them", err=True)
     if not tasks:
+        how = "on a GPU" if where == "cuda" else f"with {threads} threads"
         click.echo(
-            f"nothing to tune: no program with {threads} threads was seen to miss a tuned plan "
+            f"nothing to tune: no program {how} was seen to miss a tuned plan "
             f'({path}); give --preset NAME, a SHAPE such as "56x56 c64 k64 w3", or --from FILE',
             err=True,
         )
@@ -200,7 +202,7 @@ def _forget(result: tune.Result) -> None:
     settled = ("tuned", "default", "known", "unsupported")
     done = [task for task, outcome in result.outcomes if outcome.status in settled]
     try:
-        _record.forget((task.problem, result.threads) for task in done)
+        _record.forget((task.problem, result.threads, result.gpu_isa(task)) for task in done)
     except OSError as error:
         click.echo(f"{_record.misses_file()}: cannot be written ({error.strerror})", err=True)
 
@@ -310,7 +312,7 @@ def run(
     if asked:
         tasks = _tasks(shapes, presets, files, directions, layout, defaults)
     else:
-        tasks = _missed(_registry.threads() if threads is None else threads)
+        tasks = _missed(_registry.threads() if threads is None else threads, device)
     if dry_run:
         for task in tasks:
             times = f", {task.count} times" if task.count > 1 else ""

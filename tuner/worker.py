@@ -77,7 +77,7 @@ class _Problem:
 
         # Of the operands and results that kernels see.
         native = problem.native()
-        self.dtype, self.out_dtype = np.dtype(native["dtype"]), np.dtype(native["out_dtype"])
+        self.dtype, self.out_dtype = np.dtype(native["lhs_dtype"]), np.dtype(native["out_dtype"])
         if self.dtype == np.float64:
             jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxwin
-from jaxwin import _cuda, _dispatch, _explain, _ffi, _machine, _registry, _tuning
+from jaxwin import _cuda, _dispatch, _explain, _ffi, _machine, _record, _registry, _tuning
 from jaxwin._problem import from_parameters
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -253,17 +256,77 @@ def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -
                 )
             ]
         )
-    monkeypatch.setenv("JAXWIN_MODE", "cached")
+    monkeypatch.setenv("JAXWIN_MODE", "require")
     monkeypatch.setenv("JAXWIN_TUNING_DB", str(path))
     _tuning.reload()
     try:
         decision = _dispatch.decide(problem, platform="cuda", exact=True)
         assert decision.tier == "tuned" and decision.plan is not None
         assert decision.plan.algorithm == "im2win"
-        below = _dispatch.decide(problem, platform="cuda", exact=False)
-        assert below.plan is None
+        below = _dispatch.decide(problem, platform="cuda", exact=False, enforce=False)
+        assert below.plan is None and below.untried and not decision.untried
+        assert not _record.misses()
     finally:
         _tuning.reload()
+
+
+def _dense(x: Any, w: Any, precision: Any = None) -> Any:
+    return jaxwin.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=NUMBERS, precision=precision
+    )
+
+
+@pytest.fixture
+def untuned(own_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """There is no tuning database, and nothing was missed yet."""
+    monkeypatch.delenv("JAXWIN_TUNING_DB")
+    _record._missed.clear()
+    yield
+    _record._missed.clear()
+
+
+@pytest.mark.parametrize(
+    ("fn", "isa"),
+    [
+        (lambda x, w: _depthwise(x, w), "cuda"),  # the heuristic's kernel
+        (lambda x, w: _depthwise(x, w, None), "cuda-tensor"),  # cuDNN's, until it is tuned
+        (lambda x, w: jaxwin.conv(x, w, groups=16, bias=jnp.ones(16)), "cuda-tensor"),
+    ],
+    ids=["ours", "cuDNN", "fused"],
+)
+def test_what_was_not_tuned_for_cuda(
+    fn: Any, isa: str, untuned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = _shapes(X, DEPTHWISE)
+    _lowered(lambda *a: fn(*a), args, "cuda")
+    (missed,) = _record.misses()
+    assert missed[1:] == (1, isa)
+    monkeypatch.setenv("JAXWIN_MODE", "require")
+    asked = f"no tuned row for {re.escape(str(missed[0]))} with {isa} in "
+    with pytest.raises(RuntimeError, match=f"JAXWIN_MODE=require: {asked}"):
+        _lowered(lambda *a: fn(*a), args, "cuda")
+    monkeypatch.setattr(_explain, "default_platform", lambda: "cuda")
+    (row,) = jaxwin.explain(fn, *args)
+    assert "JAXWIN_MODE=require: compiling this raises an error" in row.unused
+    monkeypatch.setenv("JAXWIN_MODE", "off")
+    _lowered(lambda *a: fn(*a), args, "cuda")
+    assert _record.misses() == {missed: 2}
+
+
+def test_what_nobody_can_tune_for_cuda(untuned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXWIN_MODE", "require")
+    args = _shapes(X, W)
+    _lowered(lambda x, w: jaxwin.conv(x, w, algorithm="im2win"), args, "cuda")
+    _lowered(lambda x, w: jaxwin.conv(x, w, algorithm="xla"), args, "cuda")
+    _lowered(lambda x, w: _dense(x, w), _shapes(X, W, dtype=jnp.int32), "cuda")
+    monkeypatch.setenv("JAXWIN_GPU", "off")
+    _lowered(lambda x, w: _dense(x, w), args, "cuda")
+    monkeypatch.setenv("JAXWIN_GPU", "auto")
+    _lowered(lambda x, w: jaxwin.conv(x, w, algorithm="xla"), args, "cpu", "cuda")
+    assert not _record.misses()
+    monkeypatch.setenv("JAXWIN_GPU", "all")
+    with pytest.raises(RuntimeError, match="with cuda in "):  # exact kernels for any precision
+        _lowered(lambda x, w: _dense(x, w), args, "cuda")
 
 
 def test_no_problem_makes_dispatch_fail() -> None:

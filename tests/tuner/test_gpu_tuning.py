@@ -15,10 +15,10 @@ import problems
 import pytest
 
 import jaxwin
-from jaxwin import _dispatch, _explain, _machine, _tuning
+from jaxwin import _dispatch, _explain, _machine, _record, _tuning
 from jaxwin._plan import Decision, Plan
 from jaxwin._problem import Problem
-from jaxwin.tuner import gpu, search, tune
+from jaxwin.tuner import database_commands, gpu, search, tune, tune_command
 from jaxwin.tuner.database import Database, Measurement
 from jaxwin.tuner.laboratory import Finding, Laboratory
 from jaxwin.tuner.space import Space
@@ -217,6 +217,36 @@ def test_rows_that_a_precision_does_not_allow_are_not_taken(path: Path) -> None:
     _tuning.reload()
     with pytest.warns(RuntimeWarning, match="holds nothing for this machine and these kernels"):
         assert _decide(exact=True).plan is None
+
+
+def test_what_programs_missed_on_a_gpu_is_tuned_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for problem, threads, isa in (
+        (DENSE, 1, "cuda"),
+        (DENSE, 1, "cuda-tensor"),
+        (LARGER, 1, "cuda"),
+        (LARGER, 3, ""),
+    ):
+        _record.miss(problem, threads, isa)
+    tasks, others = tune.missed(3, "cuda")
+    assert {(task.problem, task.exact) for task in tasks} == {
+        (DENSE, True),
+        (DENSE, False),
+        (LARGER, True),
+    }
+    assert others == {("on the CPU", "--device cpu"): 1}
+    on_cpu, others = tune.missed(3, "cpu")
+    assert on_cpu == [tune.Task(str(LARGER), LARGER)]
+    assert others == {("on a GPU", "--device cuda"): 3}
+    assert database_commands._missed()[0].startswith("3 on GPUs, 1 with 3 threads (")
+    result = tune.run(tasks, tune.Options(), measurer=Fake(lambda plan: 1.0))
+    assert {result.gpu_isa(task) for task, _ in result.outcomes} == {"cuda", "cuda-tensor"}
+    tune_command._forget(result)
+    assert [*_record.misses()] == [(LARGER, 3, "")]
+    monkeypatch.setenv("JAXWIN_MODE", "require")
+    for exact in (True, False):
+        assert _dispatch.decide(DENSE, platform="cuda", exact=exact).tier == "tuned"
 
 
 def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_without_arguments_what_was_missed_is_tuned(path: Path) -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [row["text"] for row in rows] == [str(large), str(small)]
     settled = {row["text"] for row in rows if row["status"] != "undecided"}
-    left = {str(problem) for problem, _ in _record.misses()}
+    left = {str(problem) for problem, *_ in _record.misses()}
     assert left == {str(small), str(large), str(other)} - settled
 
 
