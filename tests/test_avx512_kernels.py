@@ -208,15 +208,18 @@ def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
     np.testing.assert_array_equal(result.view(np.uint8), expected.view(np.uint8), what)
 
 
-PACKED, STRIDED, INDIRECT, AHEAD = range(4)  # the forms, as jaxwin_test_gemm_* counts them
+# The forms, as jaxwin_test_gemm_* counts them.
+PACKED, STRIDED, INDIRECT, AHEAD, NARROW, NARROW_AHEAD = range(6)
 FORMS = [(dtype, form) for dtype in WORDS for form in (PACKED, STRIDED)]
 FORMS.remove((PAIRS, STRIDED))  # integers are packed always
 FORMS.append(("float32", AHEAD))
+GEMMS = [(*tile, *form) for tile in TILES for form in FORMS]
+NARROWS = [(mr, nv) for mr, nv in TILES if mr >= 8 and nv == 1]
+GEMMS += [(*tile, "float32", form) for tile in NARROWS for form in (NARROW, NARROW_AHEAD)]
 
 
-@pytest.mark.parametrize(("dtype", "form"), FORMS)
-@pytest.mark.parametrize(("mr", "nv"), TILES)
-def test_gemm(kernels: Kernels, dtype: str, mr: int, nv: int, form: int) -> None:
+@pytest.mark.parametrize(("mr", "nv", "dtype", "form"), GEMMS)
+def test_gemm(kernels: Kernels, mr: int, nv: int, dtype: str, form: int) -> None:
     full = _width("avx512", dtype)
     strided = form == STRIDED
     rng = np.random.default_rng([mr, nv, form])

@@ -580,6 +580,12 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         k.ahead[nv][mr](&args);
         continue;
       }
+      if (dense && nv == 1 && k.narrow[mr] != nullptr && !runs.empty() && runs[0].len >= 8) {
+        // The next pixels follow these; windows have read most of them already.
+        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
+        (l.p.window() == 1 ? k.narrow_ahead : k.narrow)[mr](&args);
+        continue;
+      }
       tile[mr](&args);
     }
   }

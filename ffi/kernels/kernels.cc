@@ -25,6 +25,11 @@ constexpr void fill_tile(Kernels& k) {
     k.packed[NV][MR] = gemm_tile<MR, NV, Form::kPacked, T>;
     if constexpr (std::is_same_v<T, float>) {
       k.ahead[NV][MR] = gemm_tile<MR, NV, Form::kAhead, T>;
+      // With fewer rows the latency of products decides, with shorter vectors not the loads.
+      if constexpr (NV == 1 && MR >= 8 && kVectorBytes == 64) {
+        k.narrow[MR] = gemm_tile<MR, NV, Form::kNarrow, T>;
+        k.narrow_ahead[MR] = gemm_tile<MR, NV, Form::kNarrowAhead, T>;
+      }
     }
     // Integers are packed always.
     if constexpr (!std::is_same_v<T, Pair>) {

@@ -29,6 +29,9 @@ struct Run {
 // Reads of B: columns [0, NV * W) by the packed form, [0, cols) by the strided form.
 // The form with prefetches is the packed one, and brings one cache line per step into the
 // second-level cache: that of ahead[s * ahead_step] in step s. No address is invalid there.
+// The narrow forms are the packed one for one vector of columns, and pay where runs are of eight
+// steps or more. That with prefetches brings the cache lines from `ahead` on into the first-level
+// cache, one per step.
 // The indirect form finds every row of A by itself, in a table of offsets; -1 stands for zeros:
 //   A[r, t, i] = (o < 0 ? zeros : a + o)[i],  o = table[r * table_row + run[t].a]
 struct GemmArgs {
@@ -50,7 +53,7 @@ struct GemmArgs {
   const int64_t* table;  // these three: the indirect form only
   int64_t table_row;
   const void* zeros;
-  const void* ahead;  // these two: the form with prefetches only
+  const void* ahead;  // these two: the forms with prefetches only
   int64_t ahead_step;
 };
 using GemmFn = void (*)(const GemmArgs*);
@@ -163,6 +166,8 @@ struct Kernels {
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
   GemmFn ahead[kMaxNv + 1][kMaxMr + 1];   // may be null
+  GemmFn narrow[kMaxMr + 1];              // NV = 1; may be null, as
+  GemmFn narrow_ahead[kMaxMr + 1];
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
   int max_pixels;

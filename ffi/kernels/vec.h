@@ -148,6 +148,12 @@ inline V power_of_two(V a, V b, bool low_half) {
 inline V permute(V a, const int32_t* index) {
   return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), a.v)};
 }
+// Four floats in every quarter of a vector, and the one of number I in every lane.
+inline V quad(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
+template <int I>
+inline V of_quad(V a) {
+  return {_mm512_permute_ps(a.v, I * 0x55)};
+}
 inline D set1(double x) { return {_mm512_set1_pd(x)}; }
 inline D load(const double* p) { return {_mm512_loadu_pd(p)}; }
 inline D load(const double* p, Mask<double> m) { return {_mm512_maskz_loadu_pd(m.m, p)}; }
@@ -258,6 +264,11 @@ inline V power_of_two(V a, V b, bool low_half) {
 inline V permute(V a, const int32_t* index) {
   return {
       _mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)))};
+}
+inline V quad(const float* p) { return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))}; }
+template <int I>
+inline V of_quad(V a) {
+  return {_mm256_permute_ps(a.v, I * 0x55)};
 }
 inline D set1(double x) { return {_mm256_set1_pd(x)}; }
 inline D load(const double* p) { return {_mm256_loadu_pd(p)}; }
@@ -400,6 +411,11 @@ inline V permute(V a, const int32_t* index) {
   store(lanes, a);
   return {_mm_setr_ps(lanes[index[0] & 3], lanes[index[1] & 3], lanes[index[2] & 3],
                       lanes[index[3] & 3])};
+}
+inline V quad(const float* p) { return load(p); }
+template <int I>
+inline V of_quad(V a) {
+  return {_mm_shuffle_ps(a.v, a.v, I * 0x55)};
 }
 inline D set1(double x) { return {_mm_set1_pd(x)}; }
 inline D load(const double* p) { return {_mm_loadu_pd(p)}; }
