@@ -8,6 +8,17 @@
 #include "isa.h"
 
 namespace jaxwin {
+namespace {
+
+Targets targets_of(const PlanRequest& request) {
+  Targets targets{};
+  for (int word = 0; word < kWords; ++word) {
+    targets[word] = {find_kernels(request.isa, static_cast<Word>(word)), request.threads};
+  }
+  return targets;
+}
+
+}  // namespace
 
 std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) {
   constexpr int64_t kMaxThreads = 4096;
@@ -15,11 +26,8 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
     return "threads: must be from 1 to 4096, got " + std::to_string(request.threads);
   }
   if (!has_kernels(p.dtype, p.out_dtype)) return "no kernels for these dtypes";
-  Targets targets{};
-  for (int word = 0; word < kWords; ++word) {
-    targets[word] = {find_kernels(request.isa, static_cast<Word>(word)), request.threads};
-    if (targets[word].kernels == nullptr) return "isa: this CPU does not run '" + request.isa + "'";
-  }
+  const Targets targets = targets_of(request);
+  if (targets[0].kernels == nullptr) return "isa: this CPU does not run '" + request.isa + "'";
   plan->target = targets[kDtypeRows[p.dtype].word];
   const bool any_family = request.algorithm == "any";
   if (request.algorithm == "auto" || any_family) {
@@ -60,7 +68,7 @@ bool is_heuristic(const Problem& p, const PlanRequest& request) {
   }
   return request.params.size() == usual.algorithm->params.size() &&
          std::equal(request.params.begin(), request.params.end(), usual.params.begin()) &&
-         choose_algorithm(p, usual.target, -1) == usual.algorithm;
+         choose_algorithm(p, targets_of(request), -1) == usual.algorithm;
 }
 
 }  // namespace jaxwin

@@ -383,9 +383,7 @@ def test_gemm_past_the_caches(kernels: Kernels, dtype: str, mr: int, nv: int) ->
     _same(results[1], results[0], "stream")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expand", "window", "stride", "most"), ISAS["avx512"]["sweeps"]
-)
+@pytest.mark.parametrize(("dtype", "expand", "window", "stride", "most"), ISAS["avx512"]["sweeps"])
 def test_sweep(
     kernels: Kernels, dtype: str, expand: int, window: int, stride: int, most: int
 ) -> None:

@@ -27,6 +27,7 @@ namespace {
 enum PlanarParam { kPlanarMr, kPlanarNv, kPlanarRows, kPlanarCols, kPlanarStrip, kPlanarParams };
 
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
+constexpr int64_t kLine = 16;             // words, as many as a cache line has floats
 
 // The outputs of one residue of the last dimension. Pixel j of the lanes is output t = j + shift,
 // from columns j * advance + i * dilation - pad, i < win: the same for every residue.
@@ -60,6 +61,14 @@ struct Columns {
 Columns columns(const Layout& l, int64_t pixel0, int64_t pixel1) {
   return {pixel0 * l.advance - l.pad,
           (pixel1 - 1 - pixel0) * l.advance + (l.win - 1) * l.dilation + 1};
+}
+
+// Where a strip begins in its memory: such that the first real pixel lies on a cache line. Whole
+// vectors are written there; what is read begins at any pixel.
+int64_t first_pixel(const Layout& l, const Columns& cols) {
+  if (l.images > 1 || cols.first >= 0) return 0;
+  const int64_t padding = ceil_div(-cols.first, l.advance);
+  return round_up(padding, kLine) - padding;
 }
 
 // Input rows from the first to the last that one output row reads.
@@ -115,11 +124,12 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.in_rows = strip_rows(p);
     // Vectors may read past the last column of a set.
     l.lane = round_up(ceil_div(block.count, l.advance) * l.images, l.width) + l.width;
-    // An odd number of cache lines, or channels one after another would share few sets.
-    l.row = round_up(l.lane * l.advance, 16);
-    if (l.row / 16 % 2 == 0) l.row += 16;
-    l.strip_floats =
-        round_up(std::min(p.win[0], p.in[0]) * l.in_rows * p.c * l.row + l.nv * l.width, 16);
+    // An odd number of cache lines, or channels one after another would share few sets. What a row
+    // holds may be moved by less than a line, see first_pixel().
+    l.row = round_up(l.lane * l.advance, kLine) + (l.images == 1 ? kLine : 0);
+    if (l.row / kLine % 2 == 0) l.row += kLine;
+    l.strip_floats = round_up(
+        std::min(p.win[0], p.in[0]) * l.in_rows * p.c * l.row + l.nv * l.width + kLine, kLine);
   }
   l.w_floats = round_up(p.g * l.product_rows() * l.filter, 16);
   l.tile_floats = round_up(l.mr * l.nv * l.width, 16);
@@ -279,7 +289,10 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     const Columns cols = columns(l, pixel0, pixel1);
     Strip strip{x + z.at * p.x.sp[0] + cols.first * l.images, z.at_step * p.x.sp[0], p.x.sp[1],
                 p.x.c, p.in[1]};
-    if (!l.in_place) strip = {strip_data, l.in_rows * p.c * l.row, p.c * l.row, l.row, l.in_rows};
+    if (!l.in_place) {
+      strip_data = strip_data + first_pixel(l, cols);
+      strip = {strip_data, l.in_rows * p.c * l.row, p.c * l.row, l.row, l.in_rows};
+    }
     int64_t filled = 0;  // input rows before this one are in their slots, or were
 
     Reduction reduction;
