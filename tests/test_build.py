@@ -134,7 +134,8 @@ def _tiles(target: str, name: str) -> dict[tuple[str, ...], list[str]]:
     return found
 
 
-STRIDED = ")2"  # Form::kStrided of ffi/kernels/gemm.h, as it is demangled
+# Forms of ffi/kernels/gemm.h, as they are demangled: kStrided, kNarrow and kNarrowAhead.
+STRIDED, NARROW = ")2", (")4", ")5")
 
 
 # avx512vnni: what avx512 has for integers, with other instructions.
@@ -164,7 +165,10 @@ def test_no_vector_spills_in_the_tiles(target: str) -> None:
             # where all sixteen are taken, reading that mask again is the cheapest way out.
             if target == "avx2" and form.endswith(STRIDED) and steps + int(nv) + 2 > 16:
                 spills = [line for line in spills if not _reads_whole_vector(line)] + spills[1:]
-            assert spills == [], f"gemm_tile<{mr}, {nv}, {form}, {element}>"
+            # The narrow forms have more pointers than there are registers for them: some are kept in
+            # vectors, and one vector on the stack, in four steps.
+            most = 8 if form.endswith(NARROW) else 0
+            assert len(spills) <= most, f"gemm_tile<{mr}, {nv}, {form}, {element}>"
 
 
 @pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
