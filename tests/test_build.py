@@ -165,8 +165,8 @@ def test_no_vector_spills_in_the_tiles(target: str) -> None:
             # where all sixteen are taken, reading that mask again is the cheapest way out.
             if target == "avx2" and form.endswith(STRIDED) and steps + int(nv) + 2 > 16:
                 spills = [line for line in spills if not _reads_whole_vector(line)] + spills[1:]
-            # The narrow forms have more pointers than there are registers for them: some are kept in
-            # vectors, and one vector on the stack, in four steps.
+            # The narrow forms have more pointers than there are registers for them: some are kept
+            # in vectors, and one vector on the stack, in four steps.
             most = 8 if form.endswith(NARROW) else 0
             assert len(spills) <= most, f"gemm_tile<{mr}, {nv}, {form}, {element}>"
 
