@@ -413,11 +413,11 @@ nb::dict registry() {
         }
         for (int stride = 1; stride <= kMaxWindowStride; ++stride) {
           for (int rows = 1; rows <= kMaxWindowRows; ++rows) {
-            nb::list pixels;
+            std::vector<int> pixels;
             for (int i = 1; i <= max_window(own, dtype, stride, rows); ++i) {
-              if (own.window[d][stride][rows][i] != nullptr) pixels.append(i);
+              if (own.window[d][stride][rows][i] != nullptr) pixels.push_back(i);
             }
-            if (pixels.size() == 0) continue;
+            if (pixels.empty()) continue;
             windows.append(nb::make_tuple(kDtypeRows[d].name, stride, rows, pixels));
           }
         }
