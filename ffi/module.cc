@@ -150,8 +150,8 @@ nb::dict plan_to_dict(const Problem& p, const Plan& plan) {
 }
 
 // Empty, or why there is no such plan.
-std::string ask(const nb::dict& problem, const PlanRequest& request, Problem* p, Plan* plan) {
-  std::string wrong = make_problem(conv_params(problem), p);
+std::string ask(const ConvParams& problem, const PlanRequest& request, Problem* p, Plan* plan) {
+  std::string wrong = make_problem(problem, p);
   return wrong.empty() ? make_plan(*p, request, plan) : wrong;
 }
 
@@ -163,7 +163,7 @@ nb::dict make_plan_dict(const nb::dict& problem, const std::string& algorithm,
   Problem p;
   Plan plan;
   const std::string wrong =
-      ask(problem, {algorithm, isa, threads, max_workspace, params}, &p, &plan);
+      ask(conv_params(problem), {algorithm, isa, threads, max_workspace, params}, &p, &plan);
   if (wrong.empty()) {
     result["plan"] = plan_to_dict(p, plan);
   } else {
@@ -179,7 +179,7 @@ nb::object plan(const nb::dict& problem, const std::string& algorithm, const std
   Problem p;
   Plan plan;
   const std::string wrong =
-      ask(problem, {algorithm, isa, threads, max_workspace, params}, &p, &plan);
+      ask(conv_params(problem), {algorithm, isa, threads, max_workspace, params}, &p, &plan);
   if (!wrong.empty()) return nb::cast(wrong);
   return nb::make_tuple(plan.algorithm->name, plan.target.kernels->isa, threads,
                         nb::tuple(nb::cast(params_of(plan))), plan.workspace_bytes);
@@ -301,9 +301,8 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
                 const std::optional<Array>& residual, int64_t activation) {
   const ConvParams conv = conv_params(problem);
   Problem p;
-  std::string wrong = make_problem(conv, &p);
   Plan plan;
-  if (wrong.empty()) wrong = make_plan(p, {algorithm, isa, threads, -1, params}, &plan);
+  const std::string wrong = ask(conv, {algorithm, isa, threads, -1, params}, &p, &plan);
   if (!wrong.empty()) return wrong;
   const auto size = [](const std::vector<int64_t>& shape) {
     size_t n = 1;
@@ -441,8 +440,9 @@ nb::dict registry() {
       }
     }
     for (int i = 0; i < kActivationCount; ++i) {
-      if (has_activation(*k, static_cast<Dtype>(d), static_cast<Activation>(i)))
+      if (has_activation(*k, static_cast<Dtype>(d), static_cast<Activation>(i))) {
         fused.append(kActivationNames[i]);
+      }
     }
     nb::dict row;
     row["word"] = kWordSizes[kDtypeRows[d].word];  // bytes

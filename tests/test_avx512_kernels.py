@@ -383,6 +383,23 @@ def test_gemm_past_the_caches(kernels: Kernels, dtype: str, mr: int, nv: int) ->
     _same(results[1], results[0], "stream")
 
 
+def _chain(
+    kernels: Kernels,
+    isa: str,
+    inputs: list[np.ndarray],
+    filters: list[np.ndarray],
+    to: np.ndarray,
+) -> None:
+    """The chain of products of all lanes, by the tiles of one pixel, one vector at a time."""
+    dtype, cols = inputs[0].dtype, len(inputs[0])
+    width, beyond = _width(isa, dtype.name), np.zeros(_width("avx512", dtype.name), dtype)
+    a, b = (guarded(np.concatenate([*rows, beyond])) for rows in (inputs, filters))
+    seen = np.array([(t * cols, t * cols, 1) for t in range(len(inputs))], np.int64)
+    for j in range(0, cols, width):
+        piece = _gemm_args(a[j:], b[j:], to[j:], seen, cols=min(width, cols - j), blocks=1)
+        kernels.native(isa, "lanes", dtype.name, 1, piece)
+
+
 @pytest.mark.parametrize(("dtype", "expand", "window", "stride", "most"), ISAS["avx512"]["sweeps"])
 def test_sweep(
     kernels: Kernels, dtype: str, expand: int, window: int, stride: int, most: int
@@ -434,7 +451,6 @@ def test_sweep(
             feature = np.arange(cols)
             first = feature // features * channels  # the channel that a feature begins with
             for isa in REFERENCES:
-                width = _width(isa, dtype)
                 expected = start.copy()
                 for r, o in itertools.product(range(rows), range(n)):
                     inputs, filters = [], []
@@ -447,19 +463,7 @@ def test_sweep(
                             inputs.append(x[at + first + i] * np.dtype(dtype).type(real))
                             block = feature // full * w_block + kx * w_col + run[1] + i * full
                             filters.append(w[block + feature % full])
-                    a = guarded(np.concatenate([*inputs, np.zeros(full, dtype)]))
-                    b = guarded(np.concatenate([*filters, np.zeros(full, dtype)]))
-                    seen = np.array([(t * cols, t * cols, 1) for t in range(len(inputs))], np.int64)
-                    for j in range(0, cols, width):
-                        piece = _gemm_args(
-                            a[j:],
-                            b[j:],
-                            expected[r * y_row + o * y_col + j :],
-                            seen,
-                            cols=min(width, cols - j),
-                            blocks=1,
-                        )
-                        kernels.native(isa, "lanes", dtype, 1, piece)
+                    _chain(kernels, isa, inputs, filters, expected[r * y_row + o * y_col :])
                 _same(y, expected, f"{isa} rows {rows} cols {cols} border {border}")
 
 
@@ -503,7 +507,6 @@ def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: lis
             kernels.emulated("window", word, *form, arguments, buffers=(x, w, y))
             wide_values = values.astype(word)
             for isa in REFERENCES:
-                width = _width(isa, word)
                 expected = start.copy()
                 for r, p in itertools.product(range(rows), range(pixels)):
                     inputs, filters = [np.zeros(cols, word)], [np.zeros(cols, word)]
@@ -520,19 +523,7 @@ def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: lis
                         filters.append(
                             w[(feature // full * 9 + kx * 3 + ky) * full + feature % full]
                         )
-                    a = guarded(np.concatenate([*inputs, np.zeros(full, word)]))
-                    b = guarded(np.concatenate([*filters, np.zeros(full, word)]))
-                    seen = np.array([(t * cols, t * cols, 1) for t in range(len(inputs))], np.int64)
-                    for j in range(0, cols, width):
-                        piece = _gemm_args(
-                            a[j:],
-                            b[j:],
-                            expected[r * y_row + p * y_col + j :],
-                            seen,
-                            cols=min(width, cols - j),
-                            blocks=1,
-                        )
-                        kernels.native(isa, "lanes", word, 1, piece)
+                    _chain(kernels, isa, inputs, filters, expected[r * y_row + p * y_col :])
                 _same(y, expected, f"{isa} pixels {pixels} cols {cols} rows {there} edges {edges}")
 
 
