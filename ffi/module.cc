@@ -302,7 +302,7 @@ std::string run(const nb::dict& problem, const std::string& algorithm, const std
   const ConvParams conv = conv_params(problem);
   Problem p;
   Plan plan;
-  const std::string wrong = ask(conv, {algorithm, isa, threads, -1, params}, &p, &plan);
+  std::string wrong = ask(conv, {algorithm, isa, threads, -1, params}, &p, &plan);
   if (!wrong.empty()) return wrong;
   const auto size = [](const std::vector<int64_t>& shape) {
     size_t n = 1;
