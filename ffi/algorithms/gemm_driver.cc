@@ -1223,12 +1223,24 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
       p.reduction() * panel <= panel_floats(k) * 5 / 2) {
     params[kKc] = 0;
   }
-  // Results that would not stay in the caches until they are read.
+  // Results that would not stay in the caches until they are read. With few products to a result,
+  // fetching the lines that are written takes a good part of the time, and a last-level cache that
+  // other cores share is no better than memory.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * k.size;
-  params[kStream] =
-      p.y.k == 1 && is_word(k, p.out_dtype) && bytes >= std::max(caches().l3 / 2, 4 * caches().l2)
-          ? 1
-          : 0;
+  const int64_t kept = std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, 4 * caches().l2);
+  params[kStream] = p.y.k == 1 && is_word(k, p.out_dtype) && bytes >= kept ? 1 : 0;
+  // Sums that cannot be written to the result itself lie beside the strip, in the same limit.
+  for (;;) {
+    const Layout l = make_layout(problem, t, params, lowering);
+    if (!l.buffered || l.strip_floats + l.buffer_floats <= strip_limit(k)) break;
+    if (l.rows > 1) {
+      params[kRows] = ceil_div(l.rows, 2);
+    } else if (l.cols > tile.mr) {
+      params[kCols] = round_up(ceil_div(l.cols, 2), tile.mr);
+    } else {
+      break;
+    }
+  }
   return params;
 }
 
