@@ -611,3 +611,37 @@ def test_wishes_that_cannot_be_met_in_lax_signatures() -> None:
         f(algorithm="segregated")
     with pytest.raises(ValueError, match="max_workspace"):
         f(algorithm="im2win", max_workspace=16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wide_dilated_layers_and_their_gradients(dtype: str) -> None:
+    """C = K = 15, 51 taps at distance 8, as in arXiv 2104.08002: native in every direction."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((2, 900, 15)), dtype)
+    w = jnp.asarray(rng.standard_normal((51, 15, 15)) / 16, dtype)
+    y = jnp.asarray(rng.standard_normal((2, 500, 15)), dtype)
+
+    def all_of(convolve, x, w, y):
+        result, pullback = jax.vjp(convolve, x, w)
+        return result, *pullback(y.astype(result.dtype))
+
+    def ours(x, w):
+        return conv(x, w, dilation=8, padding="VALID")
+
+    def theirs(x, w):
+        numbers = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            x, w, (1,), "VALID", rhs_dilation=(8,), dimension_numbers=numbers
+        )
+
+    rows = list(jaxwin.explain(functools.partial(all_of, ours), x, w, y))
+    assert len(rows) == 3 and "xla" not in {row.algorithm for row in rows}
+    results = jax.jit(functools.partial(all_of, ours))(x, w, y)
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(v, "float64") for v in (x, w, y))
+        exact = [np.asarray(v) for v in all_of(theirs, *wide)]
+    for result, right in zip(results, exact, strict=True):
+        assert result.dtype == dtype
+        eps = float(jnp.finfo(dtype).eps)
+        wrong = np.abs(np.asarray(result, np.float64) - right).max()
+        assert wrong <= (1 if dtype == "bfloat16" else 32) * eps * np.abs(right).max()
