@@ -43,7 +43,7 @@ Example:
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=click.Choice([*compare.COMPARISONS]))
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--quick", is_flag=True, help="A few layers, few samples.")
-@click.option("--full", is_flag=True, help="Every layer by every contender; takes hours.")
+@click.option("--full", is_flag=True, help="Every layer by every contender; takes long.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Samples.  [default: 7; --quick: 3]")
 @click.option("--html", "html_file", type=output.Output(), help="A page with charts; - for stdout.")
 @click.option("--markdown", "markdown_file", type=output.Output(), help="- for stdout.")
