@@ -18,7 +18,7 @@ from jaxwin._pack import PackedWeights, unpack
 from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
 from jaxwin._problem import Problem
 from jaxwin._record import Recording, record
-from jaxwin._tune import tune
+from jaxwin._tune import best_layout, tune
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "Problem",
     "Recording",
     "accelerate",
+    "best_layout",
     "conv",
     "conv_general_dilated",
     "conv_transpose",

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 from jax.typing import ArrayLike
 
 from jaxwin import _compat, _explain, _layouts, _pack, _registry
 from jaxwin._fused import ACTIVATIONS, fused_conv
 from jaxwin._pack import PackedWeights
+from jaxwin._primitive import conv_p
 
 Padding = Literal["SAME", "VALID", "SAME_LOWER"] | int | Sequence[int | tuple[int, int]]
 
@@ -152,10 +154,7 @@ def conv(
         raise ValueError(
             f"conv: unknown activation {activation!r}; choose one of {_names(ACTIVATIONS)} or None"
         )
-    # A program may be lowered for another platform than it is traced on.
-    if not any(algorithm in algorithms(platform) for platform in ("cpu", "cuda")):
-        here = algorithms(_explain.default_platform())
-        raise ValueError(f"conv: unknown algorithm {algorithm!r}; choose one of {_names(here)}")
+    max_workspace = _plan_wishes("conv", algorithm, max_workspace)
     if precision not in _PRECISIONS:
         raise ValueError(
             f"conv: unknown precision {precision!r}; choose one of {_names(_PRECISIONS[1:])}, or "
@@ -163,13 +162,6 @@ def conv(
         )
     if precision == "fastest":
         algorithm, precision = "any" if algorithm == "auto" else algorithm, None
-    if max_workspace is not None:
-        max_workspace = _integer("max_workspace", max_workspace)
-        if max_workspace < 0:
-            raise ValueError(
-                f"conv: max_workspace must be a number of bytes, 0 or more, or None, got "
-                f"max_workspace={max_workspace}"
-            )
 
     if arrangement.block and rank == 3:  # blocks would be a fourth spatial dimension
         n = arrangement.images(x.shape)
@@ -263,6 +255,54 @@ def conv(
     return lax.squeeze(result, added)
 
 
+def named(
+    function: str,
+    of_lax: Callable[[Any, Any], Any],
+    lhs: Any,
+    rhs: Any,
+    algorithm: str,
+    max_workspace: int | None,
+) -> jax.Array:
+    """`of_lax(lhs, rhs)`, one of lax's convolutions, by that algorithm and within that workspace.
+
+    function: the public function whose arguments are checked.
+    """
+    max_workspace = _plan_wishes(function, algorithm, max_workspace)
+    closed = jax.make_jaxpr(of_lax)(lhs, rhs)
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known |= dict(zip(closed.jaxpr.invars, (jnp.asarray(lhs), jnp.asarray(rhs)), strict=True))
+    for equation in closed.jaxpr.eqns:  # beside the convolution: what flips the kernel
+        values = [v.val if isinstance(v, core.Literal) else known[v] for v in equation.invars]
+        if equation.primitive in (_compat.lax_conv_p, conv_p):
+            x, w = values
+            wishes: Any = {"algorithm": algorithm, "max_workspace": max_workspace}
+            results = [fused_conv(x, w, **wishes, **equation.params)]
+        else:
+            results = _compat.bind_equation(equation, values)
+        known |= dict(zip(equation.outvars, results, strict=True))
+    result: jax.Array = known[closed.jaxpr.outvars[0]]
+    return result
+
+
+def _plan_wishes(function: str, algorithm: str, max_workspace: Any) -> int | None:
+    """Raises where there is no such algorithm or limit; the limit."""
+    # A program may be lowered for another platform than it is traced on.
+    if not any(algorithm in algorithms(platform) for platform in ("cpu", "cuda")):
+        here = algorithms(_explain.default_platform())
+        raise ValueError(
+            f"{function}: unknown algorithm {algorithm!r}; choose one of {_names(here)}"
+        )
+    if max_workspace is None:
+        return None
+    limit = _integer("max_workspace", max_workspace, function)
+    if limit < 0:
+        raise ValueError(
+            f"{function}: max_workspace must be a number of bytes, 0 or more, or None, got "
+            f"max_workspace={limit}"
+        )
+    return limit
+
+
 def pack(
     w: ArrayLike,
     x: Any = None,
@@ -349,14 +389,15 @@ def _check_dtype(name: str, value: jax.Array | PackedWeights, x: jax.Array) -> N
         )
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(name: str, value: Any, function: str = "conv") -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(
-            f"conv: {name} must be an int, got {name}={value!r} of type {type(value).__name__}"
+            f"{function}: {name} must be an int, got {name}={value!r} of type "
+            f"{type(value).__name__}"
         ) from None
 
 

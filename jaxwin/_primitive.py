@@ -58,10 +58,13 @@ def conv_general_dilated(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    *,
+    algorithm: str = "auto",
+    max_workspace: int | None = None,
 ) -> jax.Array:
     """General n-dimensional convolution: `jax.lax.conv_general_dilated` on jaxwin's kernels.
 
-    Arguments, result shape, result dtype and errors are those of
+    Arguments (but the last two), result shape, result dtype and errors are those of
     `jax.lax.conv_general_dilated`, whose own code checks and completes the arguments. Any
     transformation of JAX that applies to it applies here.
 
@@ -83,6 +86,7 @@ def conv_general_dilated(
       precision: as in lax.
       preferred_element_type: dtype of accumulation and result; None for the inputs' dtype.
       out_sharding: sharding of the result in explicit sharding mode.
+      algorithm, max_workspace: as for `jaxwin.conv`, which takes floating-point types alone.
 
     Returns:
       An array of rank n+2 in the order of `dimension_numbers[2]`.
@@ -96,10 +100,11 @@ def conv_general_dilated(
     over devices, the partial sums of the devices are added by XLA.
     """
     kwargs = {} if out_sharding is None else {"out_sharding": out_sharding}
-    with substituting():
-        result: jax.Array = _lax_conv_general_dilated(
-            lhs,  # type: ignore[arg-type]
-            rhs,  # type: ignore[arg-type]
+
+    def of_lax(lhs: Any, rhs: Any) -> jax.Array:
+        return _lax_conv_general_dilated(
+            lhs,
+            rhs,
             window_strides,
             padding,
             lhs_dilation=lhs_dilation,
@@ -111,7 +116,25 @@ def conv_general_dilated(
             preferred_element_type=preferred_element_type,
             **kwargs,
         )
-    return result
+
+    return _convolve("conv_general_dilated", of_lax, lhs, rhs, algorithm, max_workspace)
+
+
+def _convolve(
+    function: str,
+    of_lax: Callable[[Any, Any], jax.Array],
+    lhs: Any,
+    rhs: Any,
+    algorithm: str,
+    max_workspace: int | None,
+) -> jax.Array:
+    """What `of_lax` says, on jaxwin's kernels."""
+    if algorithm == "auto" and max_workspace is None:
+        with substituting():
+            return of_lax(lhs, rhs)
+    from jaxwin import _conv  # which needs this module
+
+    return _conv.named(function, of_lax, lhs, rhs, algorithm, max_workspace)
 
 
 def conv_transpose(
@@ -125,10 +148,13 @@ def conv_transpose(
     precision: Any = None,
     preferred_element_type: Any = None,
     use_consistent_padding: bool = False,
+    *,
+    algorithm: str = "auto",
+    max_workspace: int | None = None,
 ) -> jax.Array:
     """Transposed convolution: `jax.lax.conv_transpose` on jaxwin's kernels.
 
-    Arguments, result and errors are those of `jax.lax.conv_transpose`.
+    Arguments (but the last two), result and errors are those of `jax.lax.conv_transpose`.
 
     Args:
       lhs: input of rank n+2, channels last by default ("NHWC").
@@ -144,6 +170,7 @@ def conv_transpose(
       precision: as in lax.
       preferred_element_type: as in `conv_general_dilated`.
       use_consistent_padding: give pairs of integers the meaning that strings have.
+      algorithm, max_workspace: as for `jaxwin.conv`; `"segregated"`, for example.
 
     Returns:
       An array of rank n+2, spatial sizes as `jax.lax.conv_transpose` gives them.
@@ -151,10 +178,11 @@ def conv_transpose(
     Raises:
       ValueError, TypeError, AssertionError: as `jax.lax.conv_transpose`.
     """
-    with substituting():
-        result: jax.Array = _lax_conv_transpose(
-            lhs,  # type: ignore[arg-type]
-            rhs,  # type: ignore[arg-type]
+
+    def of_lax(lhs: Any, rhs: Any) -> jax.Array:
+        return _lax_conv_transpose(
+            lhs,
+            rhs,
             strides,
             padding,
             rhs_dilation=rhs_dilation,
@@ -164,7 +192,8 @@ def conv_transpose(
             preferred_element_type=preferred_element_type,
             use_consistent_padding=use_consistent_padding,
         )
-    return result
+
+    return _convolve("conv_transpose", of_lax, lhs, rhs, algorithm, max_workspace)
 
 
 def export_safety_checks() -> list[jax.export.DisabledSafetyCheck]:

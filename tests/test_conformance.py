@@ -147,9 +147,11 @@ def test_the_readme_names_every_algorithm() -> None:
     if not readme.exists():
         pytest.skip("the tests are not in a checkout")
     table = readme.read_text().split("## Algorithms")[1].split("\n## ")[0]
-    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
-    assert sorted(named) == sorted(ALGORITHMS)
+    lines = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    names = [(re.findall(r"`(\w+)`", cells[1]), cells[2]) for cells in lines]
+    assert sorted(name for row, _ in names for name in row) == sorted(ALGORITHMS)
+    others = {name for row, what in names for name in row if "*other bits*" in what}
+    assert others == set(ALGORITHMS) - set(CANONICAL)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,45 @@ def test_weight_gradients_of_cropped_inputs(isa: str) -> None:
     params = tuple((dict(zip(names, plan["params"], strict=True)) | {"tile": 1}).values())
     result = problems.run(problem, x, w, "weight_grad", isa=isa, params=params)
     np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2), (4, 4), (1, 4)])
+def test_segregated_transposed_convolutions(stride: tuple[int, int]) -> None:
+    """All windows from below the stride to above it, odd sizes, and results cut off anywhere."""
+    rng = np.random.default_rng(sum(stride))
+    for window, low, high in itertools.product(range(1, 6), (0, 1, 3), (0, 2)):
+        problem = problems.make(
+            2,
+            3,
+            5,
+            (4, 3),
+            (window, max(1, 6 - window)),
+            padding=((low, high), (high, low)),
+            lhs_dilation=stride,
+        )
+        if problem is None or "rejected" in _ffi.candidates(problem.native())["segregated"]:
+            assert stride == (1, 1) or problem is None
+            continue
+        x, w = problems.operands(problem, rng)
+        expected = reference.chain(problem, x, w)
+        for isa in ISAS:
+            result = problems.run(problem, x, w, "segregated", isa=isa, threads=2)
+            np.testing.assert_array_equal(result, expected, f"{problem} {isa}")
+
+
+def test_inserted_zeros_are_not_multiplied() -> None:
+    """Products and memory of a stride of 4 by 2: an eighth, and no upsampled input."""
+    for size, k in (((32, 32), 4), ((33, 31), 4)):
+        dense = problems.make(1, 16, 8, tuple(4 * n + 3 for n in size), (k, k))
+        problem = problems.make(
+            1, 16, 8, size, (k, k), padding=((3, 3), (3, 3)), lhs_dilation=(4, 2)
+        )
+        products = 2 * problem.out_shape[1] * problem.out_shape[2] * 8 * 16 * k * k
+        assert problem.flops == pytest.approx(products / 8, rel=0.05)
+        assert dense.flops > problem.flops
+        plan = _ffi.make_plan(problem.native(), algorithm="segregated", threads=1)["plan"]
+        upsampled = 4 * 16 * (4 * size[0]) * (2 * size[1])
+        assert plan["workspace_bytes"] < upsampled / 4
 
 
 def test_output_rows_that_are_lanes_together() -> None:

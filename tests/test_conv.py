@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
+import jaxwin
 from jaxwin import _registry
 from jaxwin._conv import conv
 from jaxwin._fused import ACTIVATIONS, decompose
@@ -544,3 +545,103 @@ def test_export_with_symbolic_batch() -> None:
     assert_close(
         exported.call(p["x"]), reference(p["x"], p["w"], bias=p["bias"], activation="relu")
     )
+
+
+# --- algorithms by name, in lax's signatures -------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["sfc", "im2win", "rows", "any", "xla"])
+def test_integers_by_named_algorithms(algorithm: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-128, 128, (2, 9, 10, 16)).astype(np.int8)
+    w = rng.integers(-128, 128, (3, 3, 16, 8)).astype(np.int8)
+
+    def f(convolve, x, w, **wishes):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return convolve(
+            x, w, (1, 1), "SAME", dimension_numbers=numbers, preferred_element_type=jnp.int32,
+            **wishes,
+        )  # fmt: skip
+
+    expected = f(jax.lax.conv_general_dilated, x, w)
+    named = functools.partial(f, jaxwin.conv_general_dilated, algorithm=algorithm)
+    for way in (named, jax.jit(named), jax.jit(jaxwin.accelerate(named))):
+        np.testing.assert_array_equal(way(x, w), expected)
+        (row,) = jaxwin.explain(way, x, w)
+        assert row.algorithm == algorithm or algorithm == "any"
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_transposed_by_a_named_algorithm(transpose_kernel: bool) -> None:
+    """The kernel that lax flips before, too; gradients are planned on their own."""
+    rng = np.random.default_rng(1)
+    x, w = (jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((2, 5, 6, 4), (4, 3, 4, 4)))
+
+    def f(x, w, **wishes):
+        return jaxwin.conv_transpose(
+            x, w, (2, 3), "SAME", transpose_kernel=transpose_kernel, **wishes
+        )
+
+    def named(x, w):
+        return f(x, w, algorithm="segregated", max_workspace=1 << 20)
+
+    (row,) = jaxwin.explain(named, x, w)
+    assert row.algorithm == "segregated"
+    np.testing.assert_array_equal(named(x, w), f(x, w))
+    np.testing.assert_array_equal(
+        jax.vmap(named, (0, None))(x[None], w), jax.vmap(f, (0, None))(x[None], w)
+    )
+    for argument in (0, 1):
+        gradients = [jax.grad(lambda *a, g=g: (g(*a) ** 2).sum(), argument) for g in (named, f)]
+        np.testing.assert_array_equal(*(jax.jit(gradient)(x, w) for gradient in gradients))
+
+
+def test_wishes_that_cannot_be_met_in_lax_signatures() -> None:
+    x, w = jnp.ones((1, 5, 6, 4)), jnp.ones((3, 3, 4, 4))
+
+    def f(**wishes):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jaxwin.conv_general_dilated(x, w, (1, 1), "SAME", None, None, numbers, **wishes)
+
+    with pytest.raises(ValueError, match="conv_general_dilated: unknown algorithm 'abacus'"):
+        f(algorithm="abacus")
+    with pytest.raises(ValueError, match="conv_transpose: max_workspace must be a number of bytes"):
+        jaxwin.conv_transpose(x, w, (1, 1), "SAME", max_workspace=-1)
+    with pytest.raises(ValueError, match="'segregated' cannot compute"):
+        f(algorithm="segregated")
+    with pytest.raises(ValueError, match="max_workspace"):
+        f(algorithm="im2win", max_workspace=16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wide_dilated_layers_and_their_gradients(dtype: str) -> None:
+    """C = K = 15, 51 taps at distance 8, as in arXiv 2104.08002: native in every direction."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((2, 900, 15)), dtype)
+    w = jnp.asarray(rng.standard_normal((51, 15, 15)) / 16, dtype)
+    y = jnp.asarray(rng.standard_normal((2, 500, 15)), dtype)
+
+    def all_of(convolve, x, w, y):
+        result, pullback = jax.vjp(convolve, x, w)
+        return result, *pullback(y.astype(result.dtype))
+
+    def ours(x, w):
+        return conv(x, w, dilation=8, padding="VALID")
+
+    def theirs(x, w):
+        numbers = ("NWC", "WIO", "NWC")
+        return lax.conv_general_dilated(
+            x, w, (1,), "VALID", rhs_dilation=(8,), dimension_numbers=numbers
+        )
+
+    rows = list(jaxwin.explain(functools.partial(all_of, ours), x, w, y))
+    assert len(rows) == 3 and "xla" not in {row.algorithm for row in rows}
+    results = jax.jit(functools.partial(all_of, ours))(x, w, y)
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(v, "float64") for v in (x, w, y))
+        exact = [np.asarray(v) for v in all_of(theirs, *wide)]
+    for result, right in zip(results, exact, strict=True):
+        assert result.dtype == dtype
+        eps = float(jnp.finfo(dtype).eps)
+        wrong = np.abs(np.asarray(result, np.float64) - right).max()
+        assert wrong <= (1 if dtype == "bfloat16" else 32) * eps * np.abs(right).max()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import problems
@@ -26,6 +28,7 @@ LAYERS = {
     "conv11": (256, 14, 256, 3, 1),
     "conv12": (512, 7, 512, 3, 1),
 }
+LAST = {1: ("NWC", "WIO"), 2: ("NHWC", "HWIO"), 3: ("NDHWC", "DHWIO")}
 MIB = 1 << 20
 LINE = 64  # parts of a workspace begin on cache lines
 
@@ -43,10 +46,13 @@ def _temporary_bytes(
         )
     )
     temporary = f.lower(x, w).compile().memory_analysis().temp_size_in_bytes
-    # The packed copy of the filter: features padded to whole panels, four vectors at most.
+    return temporary, _packed_bytes(window * window * c, k)
+
+
+def _packed_bytes(rows: int, k: int) -> int:
+    """The packed copy of a filter: features padded to whole panels, four vectors at most."""
     lanes = 4 * max(row["width"] for row in _registry.registry()["isas"])
-    packed = 4 * window * window * c * (-(-k // lanes) * lanes)
-    return temporary, packed
+    return 4 * rows * (-(-k // lanes) * lanes)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16])
@@ -59,6 +65,21 @@ def test_blocked_im2win_needs_a_strip_per_thread(
     large, _ = _temporary_bytes(layer, 128, "im2win")
     assert small <= threads * MIB + packed
     assert large <= threads * MIB + packed
+
+
+def test_blocked_im2win_does_not_grow_with_the_images() -> None:
+    """Nor with their number, nor with rows of any width: those are cut into pieces."""
+    sizes = ((1000, 1000), (8, 10**6), (10**6, 8), (20000, 20000), (10**7,), (400, 300, 500))
+    for size, (n, c, k, window, stride), threads in itertools.product(
+        sizes, ((1, 64, 64, 3, 1), (128, 3, 64, 7, 2)), (1, 3, 16)
+    ):
+        rank = len(size)
+        problem = problems.make(
+            n, c, k, size, (window,) * rank, stride=(stride,) * rank, layout=LAST[rank]
+        )
+        plan = _ffi.make_plan(problem.native(), algorithm="im2win", threads=threads)["plan"]
+        packed = _packed_bytes(window**rank * c, k)
+        assert plan["workspace_bytes"] <= threads * (MIB + LINE) + packed, str(problem)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -79,6 +79,8 @@ for _command in (
 def list_(as_json: bool) -> None:
     """List algorithms with their parameters, instruction sets with their tiles, and presets.
 
+    Algorithms of one family give the same bits.
+
     \b
     Example:
       jaxwin-tune list --json | python -m json.tool
@@ -89,11 +91,14 @@ def list_(as_json: bool) -> None:
         click.echo(json.dumps(registry | {"presets": presets}))
         return
     algorithms = Table(title="algorithms")
-    for column in ("name", "what", "parameters", "source"):
+    for column in ("name", "what", "family", "dtypes", "parameters", "source"):
         algorithms.add_column(column)
     for row in registry["algorithms"]:
         parameters = " ".join(spec["name"] for spec in row["params"])
-        algorithms.add_row(row["name"], row["summary"], parameters, row["source"])
+        dtypes = " ".join(row["dtypes"])
+        algorithms.add_row(
+            row["name"], row["summary"], row["family"], dtypes, parameters, row["source"]
+        )
     output.show(algorithms)
     sets = Table(title="instruction sets")
     for column in ("name", "lanes", "register tiles (rows x vectors)", "runs here"):

@@ -21,8 +21,10 @@ from jaxwin.tuner import bench, measure, peers, report, svg
 from jaxwin.tuner.problems import Conv, preset
 from jaxwin.tuner.search import duration
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MIB = 2**20
+# How much is measured: a first look, what shows the papers' figures, or every layer in every way.
+EXTENTS = ("quick", "usual", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +55,15 @@ class Task:
 class Comparison:
     """A paper's comparison.
 
-    tasks: what is measured; quick: for a first look. figures: the paper's, from all rows.
-    against: the contender that others are compared with in the charts.
+    tasks: what is measured, by extent. figures: the paper's, from all rows. against: the contender
+    that others are compared with in the charts.
     """
 
     name: str
     title: str
     what: str
     against: str
-    tasks: Callable[[bool], list[Task]]
+    tasks: Callable[[str], list[Task]]
     figures: Callable[[Sequence[bench.Row]], Iterable[Figure]]
 
 
@@ -79,7 +81,7 @@ class Run:
     """Some comparisons, complete or interrupted."""
 
     base: bench.Result
-    quick: bool
+    extent: str
     sections: list[Section] = dataclasses.field(default_factory=list)
     complete: bool = False
 
@@ -96,7 +98,7 @@ class Run:
         """Everything, for `json.dumps`."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "quick": self.quick,
+            "extent": self.extent,
             "complete": self.complete,
             "comparisons": [
                 {
@@ -114,10 +116,13 @@ def measured(
     run: Run,
     names: Sequence[str],
     progress: Callable[[str, str], None] = lambda row, what: None,
+    finished: Callable[[], object] = lambda: None,
 ) -> None:
     """Measures comparisons, adding sections to `run`; may be interrupted.
 
-    The machine of `run` is that of `bench.prepare` with `contenders(names, quick)`.
+    finished: called after each comparison.
+
+    The machine of `run` is that of `bench.prepare` with `contenders(names, extent)`.
     """
     for name in names:
         comparison = COMPARISONS[name]
@@ -125,7 +130,7 @@ def measured(
         section = Section(comparison, result)
         run.sections.append(section)
         try:
-            for task in comparison.tasks(run.quick):
+            for task in comparison.tasks(run.extent):
                 _measure(result, task, progress)
             result.complete = True
         finally:
@@ -133,6 +138,7 @@ def measured(
                 for peer in result.peers:
                     row.cells.setdefault(peer, bench.Cell("unsupported", "not compared here"))
             section.figures += comparison.figures(result.rows)
+        finished()
     run.complete = True
 
 
@@ -149,21 +155,21 @@ def _measure(result: bench.Result, task: Task, progress: Callable[[str, str], No
         result.others_share, result.stolen_share = part.others_share, part.stolen_share
 
 
-def contenders(names: Iterable[str], quick: bool) -> list[str]:
+def contenders(names: Iterable[str], extent: str) -> list[str]:
     """All peers of comparisons."""
     found: dict[str, None] = {}
     for name in names:
-        for task in COMPARISONS[name].tasks(quick):
+        for task in COMPARISONS[name].tasks(extent):
             found |= dict.fromkeys(task.peers)
     return list(found)
 
 
-def rows(names: Iterable[str], quick: bool) -> int:
+def rows(names: Iterable[str], extent: str) -> int:
     """How many rows comparisons have."""
     return sum(
         len(task.convs) * len(task.directions)
         for name in names
-        for task in COMPARISONS[name].tasks(quick)
+        for task in COMPARISONS[name].tasks(extent)
     )
 
 
@@ -205,8 +211,8 @@ def _measured_workspace(rows: Iterable[bench.Row], peer: str) -> list[int]:
     return [c.workspace_bytes for c in cells if c.status == "ok" and c.workspace_bytes is not None]
 
 
-def _some(convs: tuple[Conv, ...], names: Iterable[str], quick: bool) -> tuple[Conv, ...]:
-    return tuple(conv for conv in convs if not quick or conv.name in names)
+def _some(convs: tuple[Conv, ...], names: Iterable[str], extent: str) -> tuple[Conv, ...]:
+    return tuple(conv for conv in convs if extent != "quick" or conv.name in names)
 
 
 # --- im2win ----------------------------------------------------------------------------------
@@ -217,8 +223,8 @@ _PAPER = "arXiv 2306.14320"
 _QUICK_LAYERS = ("cv1", "cv5", "cv9", "cv12")
 
 
-def _im2win_tasks(quick: bool) -> list[Task]:
-    convs = _some(preset("paper"), _QUICK_LAYERS, quick)
+def _im2win_tasks(extent: str) -> list[Task]:
+    convs = _some(preset("paper"), _QUICK_LAYERS, extent)
     names = (_IM2WIN, _FULL, _IM2COL, "jaxwin:direct", "torch-native", "loops")
     return [Task(convs, ("fwd",), names)]
 
@@ -288,10 +294,10 @@ def _in_layout(algorithm: str, layout: str) -> str:
     return f"jaxwin:{algorithm}@{layout}"
 
 
-def _layout_tasks(quick: bool) -> list[Task]:
-    convs = _some(preset("paper", batch=16), ("cv1", "cv9", "cv12"), quick)
-    # 76 gigaflops a call say nothing that the others do not.
-    convs = tuple(conv for conv in convs if conv.name != "cv4")
+def _layout_tasks(extent: str) -> list[Task]:
+    convs = _some(preset("paper", batch=16), ("cv1", "cv9", "cv12"), extent)
+    if extent != "full":  # 76 gigaflops a call say nothing that the others do not
+        convs = tuple(conv for conv in convs if conv.name != "cv4")
     names = tuple(
         _in_layout(algorithm, layout)
         for algorithm in _LAYOUT_ALGORITHMS
@@ -347,8 +353,8 @@ def _dense_algorithms() -> dict[str, str]:
     return found
 
 
-def _memory_tasks(quick: bool) -> list[Task]:
-    convs = _some(preset("paper"), _QUICK_LAYERS, quick)
+def _memory_tasks(extent: str) -> list[Task]:
+    convs = _some(preset("paper"), _QUICK_LAYERS, extent)
     return [Task(convs, ("fwd",), (_IM2COL, *_dense_algorithms().values()))]
 
 
@@ -386,9 +392,9 @@ _CLAIMS = {
 _SEGREGATED = "jaxwin:segregated"
 
 
-def _transposed_tasks(quick: bool) -> list[Task]:
+def _transposed_tasks(extent: str) -> list[Task]:
     images = tuple(c for c in preset("transposed") if c.size == (224, 224) and c.features == 1)
-    gan = _some(preset("gan"), ("dc1", "gp3", "eb6"), quick)
+    gan = _some(preset("gan"), ("dc1", "gp3", "eb6"), extent)
     names = ("jaxwin", _SEGREGATED, "zeros", "zeros-xla", "xla", "onednn", "torch-native", "ort")
     return [Task((*images, *gan), ("fwd",), names)]
 
@@ -441,13 +447,30 @@ def _transposed_figures(rows: Sequence[bench.Row]) -> Iterator[Figure]:
 _LONG_SOURCE = "arXiv 2104.08002, abstract"
 
 
-def _long_tasks(quick: bool) -> list[Task]:
+def _long_tasks(extent: str) -> list[Task]:
     names = ("jaxwin", "xla", "xla-eigen", "onednn", "onednn-nchw", "torch-native", "ort")
-    directions = ("fwd",) if quick else ("fwd", "dx", "dw")
-    return [
-        Task(_some(preset("long1d", dtype=dtype), ("s51d8",), quick), directions, names)
-        for dtype in ("float32", "bfloat16")
-    ]
+    fast = ("jaxwin", "xla-eigen", "onednn", "onednn-nchw")
+    # In channels last these gradients take oneDNN ten seconds a call.
+    gradients = ("jaxwin", "xla-eigen", "onednn-nchw")
+    tasks = []
+    for dtype in ("float32", "bfloat16"):
+        convs = preset("long1d", dtype=dtype)
+        if extent == "full":
+            tasks.append(Task(convs, ("fwd", "dx", "dw"), names))
+            continue
+        paper = tuple(conv for conv in convs if conv.name == "s51d8")
+        tasks.append(Task(paper, ("fwd",), names))
+        if extent == "quick":
+            continue
+        others = tuple(conv for conv in convs if conv.name != "s51d8")
+        if dtype == "float32":
+            tasks.append(Task(paper, ("dx", "dw"), fast))
+            tasks.append(Task(others, ("fwd", "dx"), fast))
+            tasks.append(Task(others, ("dw",), gradients))
+        else:
+            tasks.append(Task(paper, ("dx", "dw"), gradients))
+            tasks.append(Task(others, ("fwd",), fast))
+    return tasks
 
 
 def _long_figures(rows: Sequence[bench.Row]) -> Iterator[Figure]:
@@ -496,8 +519,8 @@ COMPARISONS: dict[str, Comparison] = {
         Comparison(
             "layouts",
             "layouts of activations",
-            "The twelve layers but cv4, batch 16, in every layout that jaxwin.conv has; operands "
-            "are in that layout before.",
+            "The twelve layers but cv4 (--full: with it), batch 16, in every layout that "
+            "jaxwin.conv has; operands are in that layout before.",
             _in_layout("im2win", "NHWC"),
             _layout_tasks,
             _layout_figures,
@@ -525,7 +548,8 @@ COMPARISONS: dict[str, Comparison] = {
             "conv1d",
             "one-dimensional dilated convolution",
             "C = K = 15, window 51, dilation 8, width 60400 of arXiv 2104.08002, and a sweep "
-            "around it, batch 1, in float32 and bfloat16, with both gradients.",
+            "around it, batch 1, in float32 and bfloat16, with both gradients. With --full also "
+            "gradients of the sweep in bfloat16, and those for which oneDNN takes seconds.",
             "onednn",
             _long_tasks,
             _long_figures,

@@ -37,7 +37,7 @@ def test_list_shows_the_registry() -> None:
     text = _run("list").output
     data = json.loads(_run("list", "--json").output)
     for row in _registry.registry()["algorithms"]:
-        assert row["name"] in text
+        assert row["name"] in text and row["family"] in text
         assert row["name"] in {entry["name"] for entry in data["algorithms"]}
 
 

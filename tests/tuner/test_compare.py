@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -112,15 +114,34 @@ def test_memory_of_im2win_is_what_the_paper_says() -> None:
 
 
 def test_every_layout_and_dense_algorithm_takes_part() -> None:
-    (task,) = compare.COMPARISONS["layouts"].tasks(False)
+    (task,) = compare.COMPARISONS["layouts"].tasks("usual")
     assert {name.split("@")[1] for name in task.peers} == set(_layouts.names())
-    (task,) = compare.COMPARISONS["lowmem"].tasks(False)
+    (task,) = compare.COMPARISONS["lowmem"].tasks("usual")
     asked = {name.split(":")[1].split("@")[0] for name in task.peers}
     assert {"im2win", "im2col", "direct"} <= asked <= set(_registry.algorithm_names())
     for comparison in compare.COMPARISONS.values():
-        for task in comparison.tasks(True):
-            for name in task.peers:
-                peers.make(name)
+        for extent in compare.EXTENTS:
+            for task in comparison.tasks(extent):
+                for name in task.peers:
+                    peers.make(name)
+
+
+def test_extents() -> None:
+    """Each measures what the one before it does, and the usual one calls nothing for seconds."""
+    for name, comparison in compare.COMPARISONS.items():
+        rows = [compare.rows([name], extent) for extent in compare.EXTENTS]
+        assert rows == sorted(rows), name
+        keys = [
+            {(conv, d) for t in comparison.tasks(extent) for conv in t.convs for d in t.directions}
+            for extent in compare.EXTENTS
+        ]
+        assert keys[0] <= keys[1] <= keys[2], name
+    for task in compare.COMPARISONS["conv1d"].tasks("usual"):
+        for conv in task.convs:
+            for direction in task.directions:
+                slow = direction == "dw" or (direction == "dx" and conv.dtype == "bfloat16")
+                if slow and conv.name != "s51d8":
+                    assert "onednn" not in task.peers
 
 
 class _Balanced(HTMLParser):
@@ -152,7 +173,7 @@ def test_all_comparisons(tiny: None, tmp_path: Path) -> None:
     done = _run("--quick", "--rounds", "1", "--quiet", *arguments)
     assert done.exit_code == 0, done.output
     data = json.loads(files["json"].read_text())
-    assert data["complete"] and data["quick"]
+    assert data["complete"] and data["extent"] == "quick"
     assert [entry["name"] for entry in data["comparisons"]] == list(compare.COMPARISONS)
     for entry in data["comparisons"]:
         ours = [cell for row in entry["rows"] for n, cell in row["cells"].items() if "jaxwin" in n]
@@ -189,6 +210,32 @@ def test_an_interrupted_run_says_what_it_has(tiny: None, monkeypatch: pytest.Mon
     assert len(entry["rows"]) == 1 and not entry["complete"]
 
 
+def test_files_are_kept_while_it_runs(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A process that is killed leaves the comparisons that were done; SIGTERM is Ctrl-C."""
+    kept, file = [], tmp_path / "out.json"
+    tasks = compare.COMPARISONS["conv1d"].tasks
+
+    def stopped(extent: str) -> list[compare.Task]:
+        kept.append(json.loads(file.read_text()))
+        signal.raise_signal(signal.SIGTERM)
+        return tasks(extent)
+
+    changed = dataclasses.replace(compare.COMPARISONS["conv1d"], tasks=stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(compare, "contenders", lambda names, extent: ["jaxwin"])
+    monkeypatch.setattr(compare, "rows", lambda names, extent: 2)
+    monkeypatch.setitem(compare.COMPARISONS, "conv1d", changed)
+    done = _run("transposed", "conv1d", "--quick", "--rounds", "1", "--quiet", "--json", str(file))
+    assert done.exit_code == 130, done.output
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [entry["name"] for entry in kept[0]["comparisons"]] == ["transposed"]
+    assert kept[0]["comparisons"][0]["complete"] and not kept[0]["complete"]
+    assert len(json.loads(file.read_text())["comparisons"]) == 2
+    assert compare.COMPARISONS["transposed"].title in done.output
+
+
 def test_a_wrong_result_is_an_error(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     real = peers.JaxwinWith.prepare
 
@@ -205,5 +252,6 @@ def test_a_wrong_result_is_an_error(tiny: None, monkeypatch: pytest.MonkeyPatch)
 def test_wrong_usage() -> None:
     assert _run("nonsense").exit_code == 2
     assert _run("--threads", "1000").exit_code == 2
-    done = _run("conv1d", "--dry-run")
+    assert _run("--quick", "--full").exit_code == 2
+    done = _run("conv1d", "--dry-run", "--full")
     assert done.exit_code == 0 and "60400" in done.output and "fwd,dx,dw" in done.output
