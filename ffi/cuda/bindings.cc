@@ -194,9 +194,10 @@ nb::list images(Runtime* runtime, const nb::dict& problem, const std::string& al
   for (const Launch& l : program.launches) {
     std::string image;
     Status s;
+    Runtime::Source source{};
     {
       const nb::gil_scoped_release release;
-      s = runtime->image(l, architecture, &image);
+      s = runtime->image(l, architecture, &image, &source);
     }
     if (!s.ok()) throw std::runtime_error(s.text);
     nb::dict d;

@@ -4,11 +4,13 @@
 // they are called, and fail where they are told to.
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <thread>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -41,6 +43,8 @@ static thread_local int capture_mode;
 static std::atomic<int> launches;
 static std::string image;
 static std::atomic<unsigned> last_blocks, last_threads, last_shared;
+static void* pointers[5];  // the first ones of the last launch's arguments
+static void* last_stream;
 
 EXPORT int fake_depth() { return depth; }
 EXPORT int fake_capture_mode() { return capture_mode; }
@@ -49,6 +53,8 @@ EXPORT int fake_launches() { return launches; }
 EXPORT unsigned fake_last(int what) {
   return what == 0 ? last_blocks : what == 1 ? last_threads : last_shared;
 }
+
+EXPORT void* fake_pointer(int i) { return i < 5 ? pointers[i] : last_stream; }
 
 EXPORT int cuInit(unsigned) { return called("cuInit"); }
 EXPORT int cuGetErrorName(int error, const char** text) {
@@ -136,6 +142,7 @@ EXPORT int cuModuleLoadData(void** module, const void* data) {
     image = static_cast<const char*>(data);
   }
   *module = &image;
+  if (std::strncmp(static_cast<const char*>(data), "stale", 5) == 0) return 209;
   return called("cuModuleLoadData");
 }
 EXPORT int cuModuleUnload(void*) { return called("cuModuleUnload"); }
@@ -150,13 +157,16 @@ EXPORT int cuFuncGetAttribute(int* value, int, void*) {
   return called("cuFuncGetAttribute");
 }
 EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsigned threads,
-                          unsigned, unsigned, unsigned shared, void*, void** args, void**) {
+                          unsigned, unsigned, unsigned shared, void* stream, void** args, void**) {
   if (function != &launches || args == nullptr || args[0] == nullptr || depth != 1) return 1;
   const int code = called("cuLaunchKernel");
   if (code == 0) ++launches;
   last_blocks = x;
   last_threads = threads;
   last_shared = shared;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::memcpy(pointers, args[0], sizeof(pointers));
+  last_stream = stream;
   return code;
 }
 #endif
@@ -164,7 +174,14 @@ EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsign
 #if defined(FAKE_NVRTC)
 static std::string log_text =
     "jaxwin_gemm.cu(12): note\njaxwin_gemm.cu(34): error: no such thing\nmore";
-static std::string output;
+static thread_local std::string output;
+static const char* word = "image";  // that images begin with
+static std::atomic<int> compile_ms;
+
+EXPORT void fake_compiler(const char* first_word, int milliseconds) {
+  word = first_word;
+  compile_ms = milliseconds;
+}
 
 EXPORT int nvrtcVersion(int* major, int* minor) {
   *major = 13;
@@ -187,7 +204,8 @@ EXPORT int nvrtcCreateProgram(void** program, const char* source, const char*, i
 }
 EXPORT int nvrtcDestroyProgram(void**) { return called("nvrtcDestroyProgram"); }
 EXPORT int nvrtcCompileProgram(void*, int count, const char* const* options) {
-  output = "image";
+  output = word;
+  std::this_thread::sleep_for(std::chrono::milliseconds(compile_ms));
   for (int i = 0; i < count; ++i) output += std::string(" ") + options[i];
   return called("nvrtcCompileProgram");
 }

@@ -381,6 +381,39 @@ def test_nonsense_parameters_are_refused() -> None:
     assert 50 < refused < 400
 
 
+def _rejections(problem) -> list[str]:
+    rows = _ffi.cuda_candidates(problem.native())
+    return [row.get("rejected", "") for row in rows.values()]
+
+
+def test_offsets_that_do_not_fit_32_bits_are_refused() -> None:
+    """Threads behind the end count theirs, too: so a little below 2^31 elements it ends."""
+    last = 2**19 - 2**4  # pixels of 64 images with 64 channels
+    for pixels, good in ((last - 1, True), (last, False), (2**19 - 1, False)):
+        rejected = _rejections(_make(64, 64, 64, (pixels,), (1,)))
+        assert ("" in rejected) == good
+        assert good or "direct: an operand has 2^31 elements or more, nearly" in rejected
+    sizes = (60, 1, 1, (2**13, 2**12), (1, 1))
+    for rows, good in ((30000, True), (35000, False)):
+        rejected = _rejections(_make(*sizes, stride=(64, 64), padding=((rows, 0), (0, 0))))
+        assert ("" in rejected) == good == ("direct: padding reaches too far" not in rejected)
+
+
+def test_a_packed_filter_that_does_not_fit_is_refused() -> None:
+    groups = 2**16
+    for channels, fits in ((2**11, True), (2**13, False)):
+        sizes = (1, channels * groups, 2 * groups, (1,), (1,))
+        problem = _make(*sizes, groups=groups, layout=("NCW", "OIW"))
+        for algorithm, dtype in (("im2win", "float32"), ("tensor", "bfloat16")):
+            plan = _ffi.cuda_make_plan(problem.native(), algorithm, dtype)["plan"]
+            names = [spec["name"] for spec in REGISTRY[algorithm]["params"]]
+            params = dict(zip(names, plan["params"], strict=True))
+            assert params["pack"] == int(fits)
+            packed = [*(params | {"pack": 1}).values()]
+            answer = _ffi.cuda_make_plan(problem.native(), algorithm, dtype, params=packed)
+            assert fits or "packed filter is too large" in answer["error"]
+
+
 @pytest.mark.parametrize("algorithm", REGISTRY)
 def test_defaults_are_valid_and_every_problem_has_a_kernel(algorithm: str) -> None:
     rng = np.random.default_rng(2)

@@ -49,6 +49,12 @@ class Fakes:
         """From now on `function` fails with `code`; forgets the calls until now."""
         for library in (self.cuda, self.nvrtc):
             library.fake_reset(function.encode(), code, capability)
+        self.compiler()
+
+    def compiler(self, word: bytes = b"image", milliseconds: int = 0) -> None:
+        """From now on images begin with a word ("stale": the driver refuses them)."""
+        self._word = word
+        self.nvrtc.fake_compiler(self._word, milliseconds)
 
     def calls(self, function: str) -> int:
         """How often a function was called since."""
@@ -227,6 +233,47 @@ def test_many_threads_at_once(fakes: Fakes) -> None:
     assert runtime.counters()["loaded"] == 1
 
 
+def test_a_kernel_is_compiled_once_for_all_who_wait(fakes: Fakes) -> None:
+    """Without a cache on disk: as where several devices begin at the same moment."""
+    runtime = fakes.runtime()
+    fakes.compiler(milliseconds=300)
+    results: list[tuple[str, str]] = []
+    begin = threading.Barrier(4)
+
+    def work() -> None:
+        begin.wait()
+        results.append(_run(runtime))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [("", "")] * 4
+    assert fakes.calls("nvrtcCompileProgram") == runtime.counters()["compiled"] == 1
+
+
+def test_a_failure_is_told_to_all_who_wait(fakes: Fakes) -> None:
+    runtime = fakes.runtime()
+    fakes.set("nvrtcCompileProgram", code=6)
+    fakes.compiler(milliseconds=300)
+    results: list[tuple[str, str]] = []
+    begin = threading.Barrier(3)
+
+    def work() -> None:
+        begin.wait()
+        results.append(_run(runtime))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [failure for failure, _ in results] == ["internal"] * 3
+    fakes.set()
+    assert _run(runtime) == ("", ""), "the failure stuck"
+
+
 # --- the cache -------------------------------------------------------------------------------
 
 
@@ -279,6 +326,20 @@ def test_a_damaged_file_is_compiled_again(fakes: Fakes, tmp_path: Path, damage: 
     assert not [f for f in _files(tmp_path) if f.suffix != ".cubin"], "a temporary file was left"
 
 
+def test_an_image_that_the_driver_refuses_is_compiled_again(fakes: Fakes, tmp_path: Path) -> None:
+    fakes.compiler(b"stale")
+    failure, text = _run(fakes.runtime(tmp_path))
+    assert failure == "internal" and "cuModuleLoadData" in text
+    assert fakes.calls("nvrtcCompileProgram") == 1, "what was just compiled is not compiled again"
+    fakes.set()
+    runtime = fakes.runtime(tmp_path)
+    assert _run(runtime) == ("", "")
+    assert fakes.calls("nvrtcCompileProgram") == runtime.counters()["compiled"] == 1
+    fakes.set()
+    assert _run(fakes.runtime(tmp_path)) == ("", "")
+    assert fakes.calls("nvrtcCompileProgram") == 0, "the new image was not kept"
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(fakes: Fakes, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
@@ -296,8 +357,11 @@ def test_the_cache_is_bounded(fakes: Fakes, tmp_path: Path) -> None:
             assert _run(runtime, params=params) == ("", "")
             assert sum(f.stat().st_size for f in _files(tmp_path)) <= 3.6 * size
     (tmp_path / "mine.txt").write_text("stays")
+    left = tmp_path / "0123456789abcdef.cubin.AbCdEf"  # by a process that died
+    left.write_bytes(b"x" * 4 * size)
+    os.utime(left, (1, 1))
     assert _run(runtime, params=[32, 32, 8, 4, 4, 2, 0, 1]) == ("", "")
-    assert (tmp_path / "mine.txt").exists()
+    assert (tmp_path / "mine.txt").exists() and not left.exists()
 
 
 def test_plans_on_the_device_without_xla(
