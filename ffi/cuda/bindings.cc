@@ -266,9 +266,11 @@ void bind(nb::module_& m) {
           "run",
           [](Runtime* self, const nb::dict& problem, const std::string& algorithm,
              const std::string& dtype, bool wide_result, const std::vector<int64_t>& params,
-             const nb::dict& buffers, uintptr_t stream) {
-            const Program program =
-                program_of(problem, algorithm, dtype, wide_result, params, buffers);
+             const nb::dict& buffers, uintptr_t stream, int64_t only) {
+            Program program = program_of(problem, algorithm, dtype, wide_result, params, buffers);
+            if (only >= 0) {
+              program.launches = {program.launches.at(static_cast<size_t>(only))};
+            }
             Status s;
             {
               const nb::gil_scoped_release release;
@@ -279,7 +281,7 @@ void bind(nb::module_& m) {
           },
           nb::arg("problem"), nb::arg("algorithm"), nb::arg("dtype") = "float32",
           nb::arg("wide_result") = false, nb::arg("params") = std::vector<int64_t>{},
-          nb::arg("buffers") = nb::dict(), nb::arg("stream") = 0)
+          nb::arg("buffers") = nb::dict(), nb::arg("stream") = 0, nb::arg("only") = -1)
       .def("images", &images, nb::arg("problem"), nb::arg("algorithm"),
            nb::arg("dtype") = "float32", nb::arg("wide_result") = false,
            nb::arg("params") = std::vector<int64_t>{}, nb::arg("architecture") = "sm_80",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib
 import os
 import shutil
@@ -371,6 +372,7 @@ def test_plans_on_the_device_without_xla(
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "gpu"))
     on_device: Any = importlib.import_module("on_device")
     monkeypatch.setattr(on_device, "LIBRARY", fakes.paths["CUDA"])
+    monkeypatch.setattr(on_device, "_FILLER_BYTES", 1 << 10)
     monkeypatch.setattr(on_device._cuda, "nvrtc_libraries", lambda: [fakes.paths["NVRTC"]])
     monkeypatch.setenv("JAXWIN_KERNEL_CACHE", "off")
     x, w = problems.operands(_PROBLEM, np.random.default_rng(0))
@@ -378,6 +380,17 @@ def test_plans_on_the_device_without_xla(
         result = on_device.run(_PROBLEM, x, w, "im2win")
         assert result.shape == _PROBLEM.out_shape and np.isnan(result).all()
         assert fakes.calls("cuMemAlloc") == fakes.calls("cuMemFree") == 4
+        fakes.set()
+        measure: Any = importlib.import_module("measure")
+        case = dataclasses.asdict(measure.Work("paper", 11, "float32", "highest"))
+        request = {"work": case, "algorithm": "im2win_full", "params": []}
+        took = measure.launch_times(request, lambda text: None)
+        kernels = ["jaxwin_pack", "jaxwin_window", "jaxwin_gemm"]
+        expected = [{"kernel": k, "median_us": 250.0, "min_us": 250.0} for k in kernels]
+        assert took == expected
+        assert fakes.calls("cuMemAlloc") == fakes.calls("cuMemFree") == 5
+        assert fakes.calls("cuEventCreate") == fakes.calls("cuEventDestroy") == 2
+        assert fakes.calls("cuLaunchKernel") == 6 * 3
         fakes.set("cuCtxSynchronize", 999)
         with pytest.raises(on_device.DriverError, match="CUDA_ERROR_UNKNOWN"):
             on_device.run(_PROBLEM, x, w, "im2win")

@@ -11,8 +11,9 @@ order, each with its share of the time that is left:
     build       the extension, in place (only with --build)
     warm        NVRTC compiles the kernels side by side, while the next two check
     bits        every algorithm by the driver alone: drawn problems, against the scalar chain
-    sanitizer   a few of these under compute-sanitizer, where it is installed
+    sanitizer   a few of these under compute-sanitizer's tools, where it is installed
     layers      every layer beside cuDNN at equal precision: the default plans
+    launches    the papers' layers: each kernel of plans with several, transforms apart
     more        the same with more candidates, as far as the time goes
     tests       tests/gpu through XLA
     tune        `jaxwin-tune run` on the paper's layers, into a database beside --out
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -36,6 +38,7 @@ import os
 import queue
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -90,28 +93,44 @@ def environment(dry: bool) -> dict[str, str]:
     return result
 
 
+def end(process: subprocess.Popen[Any]) -> None:
+    """Ends a process that leads its own session, and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def command(words: list[str], seconds: float, **options: Any) -> dict[str, Any]:
-    """Runs a program; what became of it, with the end of what it printed."""
+    """Runs a program; what became of it, with the end of what it printed.
+
+    Nothing that it started goes on after its time: it would disturb what is timed next.
+    """
     begin = time.monotonic()
     code: int | str
-    try:
-        done = subprocess.run(
-            words,
-            timeout=max(1.0, seconds),
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-            **options,
-        )
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        seen = error.stdout or b""
-        code = "timeout"
-        output = seen.decode(errors="replace") if isinstance(seen, bytes) else seen
-    except OSError as error:
-        code, output = "error", str(error)
+    text = options.pop("input", None)
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        try:
+            process = subprocess.Popen(
+                words,
+                text=True,
+                stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **options,
+            )
+            try:
+                process.communicate(text, timeout=max(1.0, seconds))
+                code = process.returncode
+            except subprocess.TimeoutExpired:
+                code = "timeout"
+            finally:
+                end(process)
+        except OSError as error:
+            code = "error"
+            printed.write(str(error))
+        printed.seek(0)
+        output = printed.read()
     taken = round(time.monotonic() - begin, 1)
     return {"code": code, "seconds": taken, "output": output[-4000:]}
 
@@ -140,6 +159,7 @@ class Child:
             errors="replace",
             env=environment(self._dry),
             cwd=ROOT,
+            start_new_session=True,
         )
         lines = self._lines = queue.Queue()
         stream: Any = self._process.stdout
@@ -155,8 +175,8 @@ class Child:
         """Ends the process; its last words."""
         if self._process is None:
             return ""
-        self._process.kill()
-        code = self._process.wait()
+        end(self._process)
+        code = self._process.returncode
         self._process = None
         self._errors.seek(0)
         words = self._errors.read().strip()[-600:]
@@ -297,7 +317,7 @@ def bits_child(dry: bool) -> None:
         found: dict[str, Any] = {"right": 0, "wrong": []}
         cases = []
         for seed in request["seeds"]:
-            rng = np.random.default_rng([seed, 99])
+            rng = np.random.default_rng(seed)
             while True:
                 problem = problems.draw(rng, kind)
                 small = problem.flops < 4e5  # the chain in numpy takes its time
@@ -326,7 +346,7 @@ def bits(report: Report, deadline: float, dry: bool, algorithms: list[str]) -> N
     """The phase: {algorithm: {"right": count, "wrong": [...], "lost": ...}}."""
     results = report.data["bits"] = {}
     child = Child("bits", dry)
-    seeds = list(range(1 if dry else 6))
+    seeds = [[report.data["seed"], i] for i in range(1 if dry else 6)]
     for algorithm in algorithms[: 1 if dry else None]:
         if time.monotonic() > deadline - 2:
             results[algorithm] = {"lost": "not reached"}
@@ -343,18 +363,25 @@ def bits(report: Report, deadline: float, dry: bool, algorithms: list[str]) -> N
 
 
 def sanitize(report: Report, seconds: float, algorithms: list[str]) -> None:
-    """One problem for each algorithm under compute-sanitizer."""
+    """Two plans of each algorithm under compute-sanitizer: memory, races, barriers."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         report.data["sanitizer"] = {"code": "not installed"}
         return
-    asked = "".join(json.dumps({"algorithm": a, "seeds": [1]}) + "\n" for a in algorithms)
-    words = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"]
-    words += [sys.executable, str(Path(__file__).resolve()), "--child", "bits"]
-    done = command(words, seconds, input=asked, env=environment(False), cwd=ROOT)
-    report.data["sanitizer"] = done
-    tail = [line for line in done["output"].splitlines() if "ERROR SUMMARY" in line]
-    say(f"sanitizer: {done['code']} {' '.join(tail)}")
+    seeds = [[report.data["seed"], 0]]
+    asked = "".join(json.dumps({"algorithm": a, "seeds": seeds}) + "\n" for a in algorithms)
+    deadline = time.monotonic() + seconds
+    found: dict[str, Any] = {}
+    report.data["sanitizer"] = {"code": 0, "tools": found}
+    for share, name in ((0.5, "memcheck"), (0.6, "racecheck"), (1.0, "synccheck")):
+        words = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
+        words += [sys.executable, str(Path(__file__).resolve()), "--child", "bits"]
+        left = (deadline - time.monotonic()) * share
+        done = found[name] = command(words, left, input=asked, env=environment(False), cwd=ROOT)
+        report.data["sanitizer"]["code"] = report.data["sanitizer"]["code"] or done["code"]
+        report.save()
+        tail = [line for line in done["output"].splitlines() if "SUMMARY" in line]
+        say(f"sanitizer: {name}: {done['code']} {' '.join(tail)}")
 
 
 # --- layers ----------------------------------------------------------------------------------
@@ -597,18 +624,65 @@ def layers(
     child.stop()
 
 
+_started: list[subprocess.Popen[bytes]] = []  # what may still run when this script ends
+
+
 def warm(dry: bool, work: list[Work]) -> subprocess.Popen[bytes] | None:
     """Starts to compile the kernels of all layers into the cache on disk."""
     if dry:
         return None
     words = [sys.executable, str(Path(__file__).resolve()), "--child", "warm"]
     process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, env=environment(False), cwd=ROOT, stdout=subprocess.DEVNULL
+        words,
+        stdin=subprocess.PIPE,
+        env=environment(False),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
+    _started.append(process)
     assert process.stdin is not None
     process.stdin.write(json.dumps([dataclasses.asdict(each) for each in work]).encode())
     process.stdin.close()
     return process
+
+
+def launch_times(request: dict[str, Any], tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The kernels of a plan of a `Work` in their order, with the time of each alone."""
+    import on_device
+
+    work = Work(**request["work"])
+    problem = case_of(work, False).problem(work.dtype)
+    tell(request["algorithm"])
+    params = tuple(request["params"])
+    times = on_device.launch_times(problem, request["algorithm"], params, dtype=work.dtype)
+    return [
+        {"kernel": name, "median_us": statistics.median(us), "min_us": min(us)}
+        for name, us in times
+    ]
+
+
+def launches(report: Report, deadline: float, work: list[Work]) -> None:
+    """By row of the papers' layers: what the kernels of `im2win_full` and of the best plan take."""
+    rows = {row["key"]: row for row in report.data["rows"]}
+    child = Child("launches", False)
+    for each in work:
+        row = rows.get(key_of(each))
+        if row is None or each.group != "paper" or not each.exact:
+            continue
+        plans = {n for n, c in row["cells"].items() if c.get("algorithm") == "im2win_full"}
+        for name in sorted(plans | {row.get("best", "")} - {"", "xla"}):
+            if time.monotonic() > deadline - 2:
+                break
+            request = {"work": dataclasses.asdict(each)}
+            request |= {key: row["cells"][name][key] for key in ("algorithm", "params")}
+            got = child.ask(request, 20.0, deadline)
+            told = got.get("done") or {"lost": f"{got['lost']} at {got['at']}"[:600]}
+            row.setdefault("launches", {})[name] = told
+            report.save()
+    child.stop()
+    count = sum(len(row.get("launches", {})) for row in rows.values())
+    say(f"launches: {count} plans taken apart")
 
 
 def warm_child() -> None:
@@ -664,6 +738,16 @@ def images(problem: Any, plans: list[Any], wait: bool = True) -> None:
 # --- the end ---------------------------------------------------------------------------------
 
 
+def sum_of_memory(rows: list[dict[str, Any]]) -> float | None:
+    """What the best plans take beside operands and results, of what cuDNN takes, in percent."""
+    mine = theirs = 0
+    for row in rows:
+        pair = [row["cells"].get(n, {}).get("temporary_bytes") for n in (row.get("best"), "xla")]
+        if None not in pair:
+            mine, theirs = mine + pair[0], theirs + pair[1]
+    return 100.0 * mine / theirs if theirs else None
+
+
 def summary(data: dict[str, Any]) -> dict[str, Any]:
     """By set and precision: how the best plans compare with cuDNN, and what did not work."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -686,6 +770,7 @@ def summary(data: dict[str, Any]) -> dict[str, Any]:
             "geomean": math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None,
             "range": [min(ratios), max(ratios)] if ratios else None,
             "memory_percent": statistics.median(memory) if memory else None,
+            "memory_percent_of_the_sum": sum_of_memory(rows),
             "bad": bad,
         }
     return result
@@ -770,6 +855,7 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
     groups = [name for name in options.only.split(",") if name] or list(SETS)
     work = all_work(groups, SETS, options.dry)
     algorithms = [row["name"] for row in _registry.rows("cuda")]
+    data["seed"] = options.seed if options.seed is not None else time.time_ns() % 2**31
     compiling = warm(options.dry, work)
     skipped = options.skip.split(",")
     if "bits" not in skipped:
@@ -782,12 +868,15 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
         try:
             data["warm"] = {"code": compiling.wait(timeout=min(60.0, left() * 0.2))}
         except subprocess.TimeoutExpired:
-            compiling.kill()
+            end(compiling)
             data["warm"] = {"code": "timeout"}
         say(f"kernels compiled: {data['warm']['code']}")
         yield
     layers(report, time.monotonic() + left() * 0.65, options.dry, work, 0, 4.0)
     yield
+    if "launches" not in skipped and not options.dry:
+        launches(report, time.monotonic() + min(30.0, left() * 0.15), work)
+        yield
     # The layers of the papers first; what is kept is for the last two phases.
     exact = sorted((each for each in work if each.exact), key=lambda each: each.group != "paper")
     kept = 0.0 if options.dry else min(110.0, left() * 0.55)
@@ -822,9 +911,12 @@ def main() -> int:
     parser.add_argument(
         "--skip", default="", help="phases to leave out, separated by commas: bits, sanitizer, ..."
     )
+    parser.add_argument("--seed", type=int, help="of the problems that are drawn; else a new one")
     parser.add_argument("--only", default="", help="names of sets, separated by commas")
     parser.add_argument("--dry", action="store_true", help="on the CPU, at small sizes")
-    parser.add_argument("--child", choices=("bits", "layers", "warm"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", choices=("bits", "layers", "launches", "warm"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.child:
         sys.path[:0] = PATHS
@@ -832,6 +924,8 @@ def main() -> int:
             warm_child()
         elif options.child == "bits":
             bits_child(options.dry)
+        elif options.child == "launches":
+            serve(launch_times)
         else:
             layers_child(options.dry)
         return 0
@@ -842,6 +936,9 @@ def main() -> int:
     except Exception:
         report.data["error"] = traceback.format_exc()[-3000:]
         say(report.data["error"])
+    finally:
+        for process in _started:
+            end(process)
     report.data["summary"] = summary(report.data)
     report.save()
     print_summary(report.data)
