@@ -72,8 +72,7 @@ Sides sides(const Problem& p, const GemmShape& s, const Types& t, const Buffers&
                                       v);
   r.b = packed || side_by_side ? 0 : 1;
   const int64_t group = s.mma ? 2 : 4;
-  const int64_t result_bytes = t.wide_result ? 4 : type_bytes(t.operand);
-  r.vector_y = p.y.k == 1 && p.k % group == 0 && aligned(b.y, group * result_bytes) &&
+  r.vector_y = p.y.k == 1 && p.k % group == 0 && aligned(b.y, group * result_bytes(t)) &&
                multiples({{p.g, p.y.g},
                           {p.n, p.y.n},
                           {p.out[0], p.y.sp[0]},

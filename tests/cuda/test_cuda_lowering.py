@@ -140,10 +140,21 @@ def test_algorithms_by_name(algorithm: str) -> None:
     assert "activation = 3" in text and "has_bias = 1" in text
 
 
-def test_sixteen_bits_are_read_as_they_are_by_tensor_cores_only() -> None:
-    args = _shapes(X, W, dtype=jnp.bfloat16)
-    for algorithm, conversions in (("tensor", 0), ("im2win", 3)):
-        text = _lowered(lambda x, w, a=algorithm: jaxwin.conv(x, w, algorithm=a), args, "cuda")
+def test_sixteen_bits_are_read_as_they_are_where_there_are_kernels_for_them() -> None:
+    dense, apart = _shapes(X, W, dtype=jnp.bfloat16), _shapes(X, DEPTHWISE, dtype=jnp.bfloat16)
+    for algorithm, args, conversions in (
+        ("tensor", dense, 0),
+        ("direct", dense, 0),
+        ("im2win", dense, 3),
+        ("depthwise", apart, 0),
+        ("grouped", apart, 0),
+        ("im2win", apart, 3),
+    ):
+
+        def fn(x: Any, w: Any, algorithm: str = algorithm) -> Any:
+            return jaxwin.conv(x, w, groups=16 // w.shape[2], algorithm=algorithm)
+
+        text = _lowered(fn, args, "cuda")
         assert _algorithms(text) == [algorithm]
         assert text.count("stablehlo.convert") == conversions
 

@@ -301,13 +301,23 @@ def bits_child(dry: bool) -> None:
         return ()
 
     def agree(problem: Any, algorithm: str, params: tuple[int, ...], rng: Any) -> str:
-        x, w = problems.operands(problem, rng)
-        result = run(problem, x, w, algorithm, params=params)
+        single = dataclasses.replace(problem, lhs_dtype="float32", rhs_dtype="float32")
+        (x, w), dtype = problems.operands(single, rng), problem.lhs_dtype
+        given = x, w
+        if dtype != "float32":
+            (x_given, x), (w_given, w) = (reference.rounded(a, dtype) for a in (x, w))
+            given = x_given, w_given
+        result = run(problem, *given, algorithm, params=params, dtype=dtype)
         if rows[algorithm]["family"] == "canonical":
-            wrong = int((result != reference.chain(problem, x, w)).sum())
+            expected = reference.chain(problem, x, w)
+            if dtype != "float32":
+                expected = reference.rounded(expected, dtype)[0]
+            wrong = int((result != expected).sum())
             return f"{wrong} of {result.size} values differ" if wrong else ""
         exact, size = reference.float64(problem, x, w)
         bound = 2.0**-18 if rows[algorithm]["family"] == "pieces" else 2.0**-9
+        bound = max(bound, 2.0**-8 if dtype == "bfloat16" else 0.0)
+        result = reference.widened(result, dtype)
         worst = float((np.abs(result - exact) / np.maximum(size, 1e-20)).max())
         return "" if worst <= bound else f"error {worst:g} of the magnitude, allowed {bound:g}"
 
@@ -323,12 +333,16 @@ def bits_child(dry: bool) -> None:
                 small = problem.flops < 4e5  # the chain in numpy takes its time
                 if small and "rejected" not in _ffi.cuda_candidates(problem.native())[algorithm]:
                     break
-            for params in ((), params_of(problem, algorithm, rng))[: 1 if dry else 2]:
-                cases.append((f"{seed} {problem} {algorithm} {params}", problem, params, rng))
+            tried = [(problem, params_of(problem, algorithm, rng))]
+            for dtype in rows[algorithm]["dtypes"]:
+                dtypes = dict.fromkeys(("lhs_dtype", "rhs_dtype", "out_dtype"), dtype)
+                tried.insert(-1, (dataclasses.replace(problem, **dtypes), ()))
+            for case, params in tried[: len(tried) - dry]:
+                cases.append((f"{seed} {case} {algorithm} {params}", case, params, rng))
         tell("compiling")
         if not dry:
             for _, problem, params, _ in cases:
-                answer = _ffi.cuda_make_plan(problem.native(), algorithm, params=list(params))
+                answer = _cuda.ask(problem, algorithm, params)
                 images(problem, [_cuda.plan_from(answer["plan"])], wait=False)
             images(None, [])
         for text, problem, params, rng in cases:
