@@ -245,6 +245,9 @@ void bind(nb::module_& m) {
   m.def(
       "cuda_device", [](int ordinal) { return device_dict(&process_runtime(), ordinal); },
       nb::arg("ordinal") = 0);
+  m.def(
+      "cuda_unusable", [](int ordinal) { return process_runtime().unusable(ordinal); },
+      nb::arg("ordinal") = 0, nb::call_guard<nb::gil_scoped_release>());
   m.def("cuda_make_plan", &make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
         nb::arg("dtype") = "float32", nb::arg("wide_result") = false, nb::arg("max_workspace") = -1,
         nb::arg("params") = std::vector<int64_t>{});
@@ -287,6 +290,8 @@ void bind(nb::module_& m) {
            nb::arg("params") = std::vector<int64_t>{}, nb::arg("architecture") = "sm_80",
            nb::arg("buffers") = nb::dict())
       .def("device", &device_dict, nb::arg("ordinal") = 0)
+      .def("unusable", &Runtime::unusable, nb::arg("ordinal") = 0,
+           nb::call_guard<nb::gil_scoped_release>())
       .def("counters", [](const Runtime& self) { return counters_dict(self); });
 }
 

@@ -246,10 +246,19 @@ Status Runtime::architecture(std::string* name) {
   if (code == 0) code = driver_.device_attribute(&major, kAttributeMajor, device);
   if (code == 0) code = driver_.device_attribute(&minor, kAttributeMinor, device);
   if (code != 0) return failed("cuCtxGetDevice", code);
-  const int capability = 10 * major + minor;
+  return architecture_of(10 * major + minor, name);
+}
+
+std::string Runtime::unusable(int ordinal) {
+  Device found;
+  std::string name;
+  return device(ordinal, &found).ok() ? architecture_of(found.capability, &name).text : "";
+}
+
+Status Runtime::architecture_of(int capability, std::string* name) {
   if (capability < kOldest) {
-    return unavailable("the GPU has compute capability " + std::to_string(major) + "." +
-                       std::to_string(minor) + ", at least 8.0 is needed");
+    return unavailable("the GPU has compute capability " + std::to_string(capability / 10) + "." +
+                       std::to_string(capability % 10) + ", at least 8.0 is needed");
   }
   {
     const std::lock_guard<std::mutex> lock(mutex_);

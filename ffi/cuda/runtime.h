@@ -67,6 +67,10 @@ class Runtime {
 
   Status device(int ordinal, Device* device);
 
+  // Why kernels cannot run on a device. Empty where they can, and where there is no such device:
+  // programs may be made for another machine.
+  std::string unusable(int ordinal);
+
   // How often NVRTC compiled, and how often a file of the cache was used, until now.
   struct Counters {
     int64_t compiled = 0, from_disk = 0, loaded = 0;
@@ -92,6 +96,7 @@ class Runtime {
   Status load(const Launch& launch, Function* loaded);
   Status load_image(const Launch& launch, const std::string& binary, Function* loaded);
   Status architecture(std::string* name);
+  Status architecture_of(int capability, std::string* name);
   std::string error(const char* what, int code) const;
   Status failed(const char* what, int code) const;
 

@@ -122,6 +122,24 @@ def test_jaxwin_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         _lowered(dense, _shapes(X, W), "cuda")
 
 
+def test_a_gpu_that_cannot_run_them_gets_lax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too old, or without NVRTC: what nobody asked for by name must not fail there."""
+    why = "the GPU has compute capability 7.5, at least 8.0 is needed"
+    monkeypatch.setattr(_cuda, "unusable", lambda: why)
+    monkeypatch.setattr(_explain, "default_platform", lambda: "cuda")
+    monkeypatch.setenv("JAXWIN_GPU", "all")
+    _cuda.decide.cache_clear()
+    jax.clear_caches()
+    try:
+        assert _algorithms(_lowered(_depthwise, _shapes(X, DEPTHWISE), "cuda")) == ["xla"]
+        (row,) = jaxwin.explain(_depthwise, *_shapes(X, DEPTHWISE))
+        assert (row.algorithm, row.reason) == ("xla", why)
+        text = _lowered(lambda x, w: jaxwin.conv(x, w, algorithm="im2win"), _shapes(X, W), "cuda")
+        assert _algorithms(text) == ["im2win"]
+    finally:
+        _cuda.decide.cache_clear()
+
+
 def test_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXWIN_DISABLE", "1")
     jax.clear_caches()

@@ -218,6 +218,16 @@ def test_device(fakes: Fakes) -> None:
     assert "error" in fakes.runtime().device(3)
 
 
+def test_what_makes_a_gpu_unusable(fakes: Fakes) -> None:
+    assert fakes.runtime().unusable() == ""
+    assert "nvidia-cuda-nvrtc" in fakes.runtime(nvrtc=["/nowhere/libnvrtc.so.13"]).unusable()
+    fakes.set(capability=75)
+    assert "7.5" in fakes.runtime().unusable()
+    # no GPU, no driver: nothing is known of where the program will run
+    assert fakes.runtime().unusable(3) == ""
+    assert fakes.runtime(cuda=["/nowhere/libcuda.so.1"]).unusable() == ""
+
+
 def test_many_threads_at_once(fakes: Fakes) -> None:
     runtime = fakes.runtime()
     results: list[tuple[str, str]] = []

@@ -257,6 +257,18 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         tune.device("cuda")
 
 
+def test_a_gpu_that_no_kernel_can_run_on_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(gpu.REHEARSAL, raising=False)
+    monkeypatch.setattr(tune._compat, "may_use_cuda", lambda: True)
+    monkeypatch.setattr(_machine, "_gpu", lambda: GPU)
+    monkeypatch.setattr(tune._cuda, "unusable", lambda: "")
+    assert tune.device(None) == tune.device("cuda") == "cuda"
+    monkeypatch.setattr(tune._cuda, "unusable", lambda: "compute capability 7.5")
+    assert tune.device(None) == "cpu"
+    with pytest.raises(ValueError, match=r"device: compute capability 7\.5"):
+        tune.device("cuda")
+
+
 @pytest.mark.parametrize("isa", ["cuda", "cuda-tensor"])
 def test_candidates_in_the_measuring_process(
     isa: str, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
