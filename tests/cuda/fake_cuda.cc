@@ -37,7 +37,8 @@ EXPORT void fake_reset(const char* function, int code, int device_capability) {
 EXPORT const char* fake_calls() { return calls.c_str(); }
 
 #if defined(FAKE_CUDA)
-static int context;  // its address is the context
+static char contexts[2];  // their addresses; streams from 128 on belong to the second
+static thread_local void* pushed;
 static thread_local int depth;
 static thread_local int capture_mode;
 static std::atomic<int> launches;
@@ -80,8 +81,8 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
                              : 0;
   return called("cuDeviceGetAttribute");
 }
-EXPORT int cuStreamGetCtx(void*, void** c) {
-  *c = &context;
+EXPORT int cuStreamGetCtx(void* stream, void** c) {
+  *c = &contexts[reinterpret_cast<unsigned long long>(stream) >= 128 ? 1 : 0];
   return called("cuStreamGetCtx");
 }
 static thread_local void* current;
@@ -91,7 +92,7 @@ EXPORT int cuCtxGetCurrent(void** c) {
 }
 // What tests/gpu/on_device.py takes beside; memory is the host's.
 EXPORT int cuDevicePrimaryCtxRetain(void** c, int) {
-  *c = &context;
+  *c = &contexts[0];
   return 0;
 }
 EXPORT int cuCtxSetCurrent(void* c) {
@@ -133,13 +134,14 @@ EXPORT int cuEventElapsedTime(float* milliseconds, void*, void*) {
   *milliseconds = 0.25F;
   return called("cuEventElapsedTime");
 }
-EXPORT int cuCtxPushCurrent_v2(void*) {
+EXPORT int cuCtxPushCurrent_v2(void* c) {
   const int code = called("cuCtxPushCurrent");
   if (code == 0) ++depth;
+  pushed = c;
   return code;
 }
 EXPORT int cuCtxPopCurrent_v2(void** c) {
-  *c = &context;
+  *c = pushed;
   --depth;
   return called("cuCtxPopCurrent");
 }
@@ -159,14 +161,14 @@ EXPORT int cuModuleLoadData(void** module, const void* data) {
     const std::lock_guard<std::mutex> lock(mutex);
     image = static_cast<const char*>(data);
   }
-  *module = &image;
+  *module = pushed;  // a module belongs to the context that it is loaded in
   if (std::strncmp(static_cast<const char*>(data), "stale", 5) == 0) return 209;
   return called("cuModuleLoadData");
 }
 EXPORT int cuModuleUnload(void*) { return called("cuModuleUnload"); }
-EXPORT int cuModuleGetFunction(void** function, void*, const char* name) {
+EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (std::strncmp(name, "jaxwin_", 7) != 0) return 500;
-  *function = &launches;
+  *function = module;
   return called("cuModuleGetFunction");
 }
 EXPORT int cuFuncSetAttribute(void*, int, int) { return called("cuFuncSetAttribute"); }
@@ -176,7 +178,11 @@ EXPORT int cuFuncGetAttribute(int* value, int, void*) {
 }
 EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsigned threads,
                           unsigned, unsigned, unsigned shared, void* stream, void** args, void**) {
-  if (function != &launches || args == nullptr || args[0] == nullptr || depth != 1) return 1;
+  if (args == nullptr || args[0] == nullptr || depth != 1) return 1;
+  void* owner = nullptr;
+  cuStreamGetCtx(stream, &owner);
+  if (stream != nullptr && owner != pushed) return 400;  // CUDA_ERROR_INVALID_HANDLE
+  if (function != pushed) return 400;
   const int code = called("cuLaunchKernel");
   if (code == 0) ++launches;
   last_blocks = x;

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from jaxwin import _registry
+
 SCRIPT = Path(__file__).parents[1] / "gpu" / "measure.py"
 
 
@@ -48,10 +50,7 @@ def test_the_sanitizer_s_tools_one_after_the_other(
     measure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(
-        "#!/bin/sh\nread line\necho $line\n"
-        "echo ERROR SUMMARY of $2\n[ $2 != racecheck ] || exit 9\n"
-    )
+    tool.write_text("#!/bin/sh\ncat\necho ERROR SUMMARY of $2\n[ $2 != racecheck ] || exit 9\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     report = measure.Report(tmp_path / "out.json")
@@ -64,8 +63,11 @@ def test_the_sanitizer_s_tools_one_after_the_other(
         "racecheck": 9,
         "synccheck": 0,
     }
-    request = json.loads(data["tools"]["memcheck"]["output"].splitlines()[0])
-    assert request == {"algorithm": "im2win", "seeds": [[5, 0]]}
+    asked = {n: t["output"].splitlines()[:-1] for n, t in data["tools"].items()}
+    assert json.loads(asked["memcheck"][0]) == {"algorithm": "im2win", "seeds": [[5, 0]]}
+    assert len(asked["memcheck"]) == 2 and len(asked["racecheck"]) == len(asked["synccheck"]) == 1
+    names = {row["name"] for row in _registry.rows("cuda")}
+    assert names >= set(measure.WITH_BARRIERS)
 
 
 def test_a_dry_run_survives_a_crash(tmp_path: Path) -> None:

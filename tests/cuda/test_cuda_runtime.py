@@ -105,6 +105,14 @@ def test_launches_and_keeps_the_function(fakes: Fakes) -> None:
     assert seen == [launch["blocks"], launch["threads"], launch["shared_bytes"]]
 
 
+def test_every_device_has_functions_of_its_own(fakes: Fakes) -> None:
+    """Streams of two contexts; the fake driver refuses a function of the other one."""
+    runtime = fakes.runtime()
+    for stream in (64, 128, 64, 136):
+        assert runtime.run(PROBLEM, "im2win", buffers=BUFFERS, stream=stream) == ("", "")
+    assert fakes.calls("cuModuleLoadData") == 2 == runtime.counters()["loaded"]
+
+
 def test_what_is_compiled(fakes: Fakes) -> None:
     assert _run(fakes.runtime()) == ("", "")
     words = fakes.cuda.fake_image().decode().split()

@@ -57,6 +57,8 @@ PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "cuda"), str(HERE)
 STARTED = time.monotonic()
 KINDS = {"lanes_grad": "weight_grad"}
 FAULT = "JAXWIN_MEASURE_FAULT"  # for tests: "KEY ALGORITHM" of what kills its process
+# Of each kernel that shares memory between threads.
+WITH_BARRIERS = ("im2win", "tensor", "few_channels")
 DRAWN = ("depthwise", "grouped", "segregated", "weight_grad")
 
 
@@ -377,19 +379,20 @@ def bits(report: Report, deadline: float, dry: bool, algorithms: list[str]) -> N
 
 
 def sanitize(report: Report, seconds: float, algorithms: list[str]) -> None:
-    """Two plans of each algorithm under compute-sanitizer: memory, races, barriers."""
+    """A few plans under compute-sanitizer: memory of each algorithm, races and barriers of some."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         report.data["sanitizer"] = {"code": "not installed"}
         return
     seeds = [[report.data["seed"], 0]]
-    asked = "".join(json.dumps({"algorithm": a, "seeds": seeds}) + "\n" for a in algorithms)
     deadline = time.monotonic() + seconds
     found: dict[str, Any] = {}
     report.data["sanitizer"] = {"code": 0, "tools": found}
     for share, name in ((0.5, "memcheck"), (0.6, "racecheck"), (1.0, "synccheck")):
         words = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
         words += [sys.executable, str(Path(__file__).resolve()), "--child", "bits"]
+        some = [a for a in algorithms if name == "memcheck" or a in WITH_BARRIERS]
+        asked = "".join(json.dumps({"algorithm": a, "seeds": seeds}) + "\n" for a in some)
         left = (deadline - time.monotonic()) * share
         done = found[name] = command(words, left, input=asked, env=environment(False), cwd=ROOT)
         report.data["sanitizer"]["code"] = report.data["sanitizer"]["code"] or done["code"]
