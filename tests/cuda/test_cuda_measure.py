@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,6 +29,35 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Any:
 def _runs(pid: int) -> bool:
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_ended_from_outside_it_takes_all_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--dry", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    begin = time.monotonic()
+    while not (found := _children(process.pid)):
+        assert time.monotonic() - begin < 60
+        time.sleep(0.05)
+    time.sleep(0.5)  # it knows its child, too
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "ended by a signal" in said
+    assert not any(map(_runs, found))
+    data = json.loads(out.read_text())
+    assert "ended by a signal" in data["error"] and data["summary"] == {}
 
 
 @pytest.mark.parametrize("late", [True, False])

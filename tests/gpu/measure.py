@@ -95,8 +95,23 @@ def environment(dry: bool) -> dict[str, str]:
     return result
 
 
+_started: list[subprocess.Popen[Any]] = []  # what may still run when this script ends
+
+
+def start(words: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """Starts a program in a session of its own, so that `end` finds all that it starts."""
+    process: subprocess.Popen[Any] = subprocess.Popen(
+        words, cwd=ROOT, start_new_session=True, **options
+    )
+    _started.append(process)
+    return process
+
+
 def end(process: subprocess.Popen[Any]) -> None:
-    """Ends a process that leads its own session, and all that it started."""
+    """Ends a process that `start` gave, and all that it started."""
+    if process not in _started:
+        return  # its number may be somebody else's by now
+    _started.remove(process)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -112,13 +127,12 @@ def command(words: list[str], seconds: float, **options: Any) -> dict[str, Any]:
     text = options.pop("input", None)
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         try:
-            process = subprocess.Popen(
+            process = start(
                 words,
                 text=True,
                 stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
                 **options,
             )
             try:
@@ -152,7 +166,7 @@ class Child:
     def _start(self) -> None:
         words = [sys.executable, str(Path(__file__).resolve()), "--child", self._role]
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
-        self._process = subprocess.Popen(
+        self._process = start(
             words + (["--dry"] if self._dry else []),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -160,8 +174,6 @@ class Child:
             text=True,
             errors="replace",
             env=environment(self._dry),
-            cwd=ROOT,
-            start_new_session=True,
         )
         lines = self._lines = queue.Queue()
         stream: Any = self._process.stdout
@@ -266,7 +278,7 @@ def describe_machine(dry: bool) -> dict[str, Any]:
         "  'backend': b.platform_version.strip()[:200]}))\n"
     )
     words = [sys.executable, "-c", "import jax.extend\n" + script]
-    told = command(words, 90, env=environment(dry), cwd=ROOT)
+    told = command(words, 90, env=environment(dry))
     lines = [line for line in told["output"].splitlines() if line.startswith("{")]
     facts = json.loads(lines[-1]) if told["code"] == 0 and lines else {"error": told}
     fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
@@ -394,7 +406,7 @@ def sanitize(report: Report, seconds: float, algorithms: list[str]) -> None:
         some = [a for a in algorithms if name == "memcheck" or a in WITH_BARRIERS]
         asked = "".join(json.dumps({"algorithm": a, "seeds": seeds}) + "\n" for a in some)
         left = (deadline - time.monotonic()) * share
-        done = found[name] = command(words, left, input=asked, env=environment(False), cwd=ROOT)
+        done = found[name] = command(words, left, input=asked, env=environment(False))
         report.data["sanitizer"]["code"] = report.data["sanitizer"]["code"] or done["code"]
         report.save()
         tail = [line for line in done["output"].splitlines() if "SUMMARY" in line]
@@ -641,23 +653,12 @@ def layers(
     child.stop()
 
 
-_started: list[subprocess.Popen[bytes]] = []  # what may still run when this script ends
-
-
 def warm(dry: bool, work: list[Work]) -> subprocess.Popen[bytes] | None:
     """Starts to compile the kernels of all layers into the cache on disk."""
     if dry:
         return None
     words = [sys.executable, str(Path(__file__).resolve()), "--child", "warm"]
-    process = subprocess.Popen(
-        words,
-        stdin=subprocess.PIPE,
-        env=environment(False),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    _started.append(process)
+    process = start(words, stdin=subprocess.PIPE, env=environment(False), stdout=subprocess.DEVNULL)
     assert process.stdin is not None
     process.stdin.write(json.dumps([dataclasses.asdict(each) for each in work]).encode())
     process.stdin.close()
@@ -832,7 +833,7 @@ def tune(report: Report, seconds: float, dry: bool) -> None:
     words = [sys.executable, "-m", "jaxwin.tuner", "run", *what, "--device", "cuda", "--quiet"]
     words += ["--precision", "highest", "--effort", "quick", "--budget", str(int(seconds * 0.8))]
     words += ["--database", str(database), "--json"]
-    report.data["tune"] = command(words, seconds, env=environment(dry), cwd=ROOT)
+    report.data["tune"] = command(words, seconds, env=environment(dry))
     say(f"tune: {report.data['tune']['code']}")
 
 
@@ -885,8 +886,8 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
         try:
             data["warm"] = {"code": compiling.wait(timeout=min(60.0, left() * 0.2))}
         except subprocess.TimeoutExpired:
-            end(compiling)
             data["warm"] = {"code": "timeout"}
+        end(compiling)
         say(f"kernels compiled: {data['warm']['code']}")
         yield
     layers(report, time.monotonic() + left() * 0.65, options.dry, work, 0, 4.0)
@@ -906,7 +907,6 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
         tests = command(
             [*words, str(HERE / "test_gpu.py")],
             min(60.0, left() * 0.5),
-            cwd=ROOT,
             env=environment(False),
         )
         data["tests"] = tests
@@ -916,6 +916,14 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
         tune(report, left() - 8, options.dry)
     yield
     data["complete"] = "cut" not in data
+
+
+class _EndedError(Exception):
+    """Somebody wants this script to end: what there is of the report is written."""
+
+
+def _stop(*_: Any) -> None:
+    raise _EndedError("ended by a signal")
 
 
 def main() -> int:
@@ -947,6 +955,7 @@ def main() -> int:
             layers_child(options.dry)
         return 0
     report = Report(options.out)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         for _ in phases(options, report):
             report.save()
@@ -954,7 +963,7 @@ def main() -> int:
         report.data["error"] = traceback.format_exc()[-3000:]
         say(report.data["error"])
     finally:
-        for process in _started:
+        for process in [*_started]:
             end(process)
     report.data["summary"] = summary(report.data)
     report.save()
