@@ -158,7 +158,7 @@ def _automatic(
 ) -> Decision:
     if gpu_mode == "off":
         return Decision("xla", None, "JAXWIN_GPU=off")
-    reason = unsupported(problem)
+    reason = unsupported(problem) or unusable()
     if reason:
         return Decision("xla", None, reason)
     single = problem.lhs_dtype == "float32"
@@ -219,6 +219,15 @@ def unsupported(problem: Problem) -> str:
     if not 1 <= problem.spatial_rank <= 3:
         return f"no kernels for {problem.spatial_rank} spatial dimensions"
     return ""
+
+
+@functools.cache
+def unusable() -> str:
+    """Why our kernels cannot run on this machine's first GPU: it is too old, or NVRTC is missing.
+
+    Empty where they can, and where there is no GPU: the program is for another machine then.
+    """
+    return str(_ffi.cuda_unusable(0))
 
 
 def operand_dtype(problem: Problem, algorithm: str) -> str:

@@ -193,3 +193,27 @@ def _sums(problem: Problem, lhs: np.ndarray, rhs: np.ndarray, dtype: type) -> np
             "ngczyx,gkc->ngkzyx", taken, w.astype(dtype)[(..., *tap)]
         )
     return _to_output(problem, y)
+
+
+def rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 values as a kernel is given them, and what they are worth there, in float32.
+
+    Sixteen bits are given as uint16; float32 as it is, where it is worth what tf32 keeps.
+    """
+    bits = values.view(np.uint32)
+    if dtype == "float32":
+        return values, (bits + np.uint32(0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+    if dtype == "float16":
+        half = values.astype(np.float16)
+        return half.view(np.uint16), half.astype(np.float32)
+    short = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return short, widened(short, dtype)
+
+
+def widened(values: np.ndarray, dtype: str) -> np.ndarray:
+    """What `rounded` gave, or a kernel's result of its type, in float32."""
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        return values.view(np.float16).astype(np.float32)
+    return (values.astype(np.uint32) << 16).view(np.float32)

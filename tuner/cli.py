@@ -23,7 +23,7 @@ from click import shell_completion
 from rich.table import Table
 
 import jaxwin
-from jaxwin import _record, _registry, _settings
+from jaxwin import _compat, _cuda, _ffi, _record, _registry, _settings
 from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import (
     compare_command,
@@ -333,12 +333,19 @@ def doctor(repair: bool, as_json: bool) -> None:
     for variable in (*_settings.VARIABLES, "JAX_PLATFORMS", "XLA_FLAGS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]
-    if facts["jax platform"] not in ("cpu", "none"):
+    on_gpu = facts["jax platform"] == "gpu" and "cuda" in _compat.platform_version().lower()
+    if on_gpu:
+        gpu = _ffi.cuda_device(0)
+        told = "{name}, {processors} processors, compute capability {capability}"
+        facts["GPU"] = gpu.get("error") or told.format(**gpu)
+        if why := gpu.get("error") or _cuda.unusable():
+            problems.append(f"the kernels of the GPU cannot run: {why}")
+    elif facts["jax platform"] not in ("cpu", "none"):
         problems.append(
-            "JAX's default platform is not the CPU: jaxwin has kernels for the CPU only"
+            "JAX's default platform is neither the CPU nor CUDA: jaxwin has kernels for these only"
         )
     if not problems:
-        problems += _self_test()
+        problems += _self_test(on_gpu)
     database_facts, database_problems = database_commands.examine()
     facts |= database_facts
     if repair:
@@ -702,20 +709,24 @@ def _abstract(shape: tuple[int, ...], dtype: str) -> Any:
     return jax.eval_shape(lambda: jnp.zeros(shape, known))
 
 
-def _self_test() -> list[str]:
+def _self_test(on_gpu: bool) -> list[str]:
     """One small convolution against lax: what is wrong with it."""
+    # On a GPU cuDNN would compute it, if no kernel were named.
+    convolve = functools.partial(jaxwin.conv, algorithm="im2win" if on_gpu else "auto")
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((1, 12, 13, 8), np.float32))
     w = jnp.asarray(rng.standard_normal((3, 3, 8, 16), np.float32))
     numbers = ("NHWC", "HWIO", "NHWC")
-    (row,) = jaxwin.explain(jaxwin.conv, x, w)
+    (row,) = jaxwin.explain(convolve, x, w)
     if row.algorithm == "xla":
         return [row.reason]
     try:  # by name: this convolution needs no tuned row
         ours = jax.jit(functools.partial(jaxwin.conv, algorithm=row.algorithm))(x, w)
     except Exception as error:  # whatever it is, the user wants to read it here
         return [f"a small convolution failed: {error}"]
-    theirs = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+    theirs = jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=numbers, precision="highest"
+    )
     if not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
         return ["a small convolution differs from lax's"]
     return []

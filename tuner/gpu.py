@@ -2,8 +2,9 @@
 """Candidates on a GPU, in the measuring process: what their results must be, and their time.
 
 A candidate is timed as a user's program runs it: through XLA, with all its kernels, several calls
-in one program, each on operands of its own, so that together they do not fit the second-level cache
-and a launch from Python does not count. Results go into donated buffers, which are NaN at first:
+in one program, so that a launch from Python does not count. Each call has operands of its own, and
+where those of a program are small, programs take turns between sets of them, so that they do not
+stay in the second-level cache. Results go into donated buffers, which are NaN at first:
 what a kernel leaves unwritten shows.
 
 What is of the canonical family must have the bits of the first such candidate, and that must agree
@@ -13,6 +14,7 @@ with XLA at its highest precision. Others must agree with XLA within the roundin
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -29,9 +31,10 @@ from jaxwin._problem import Problem
 # For tests, where there is no GPU: everything but the kernels, which the CPU's take the place of.
 REHEARSAL = "JAXWIN_TUNER_REHEARSAL"
 
-_ROTATED_BYTES = 192 << 20  # of all calls of a program: some times a second-level cache
+_ROTATED_BYTES = 192 << 20  # of all operands that take turns: some times a second-level cache
 _MOST_BYTES = 6 << 30
-_MOST_CALLS = 32
+_MOST_CALLS = 32  # of one program
+_MOST_SETS = 16
 # Of the sum of the products' magnitudes: an operand's rounding twice, or the result's.
 _BOUNDS = {"tf32": 2.0**-9, "bfloat16": 2.0**-7, "float16": 2.0**-9}
 _EXACT_BOUND = 2.0**-16  # float32 sums of any order, and cuDNN's transforms
@@ -55,6 +58,15 @@ def _worst(result: jax.Array, expected: jax.Array, size: jax.Array) -> jax.Array
 
 _struct: Any = jax.ShapeDtypeStruct
 _finished: Any = jax.block_until_ready
+
+
+def _drawn(
+    key: Any, count: int, shape: tuple[int, ...], dtype: str, *, together: bool
+) -> list[jax.Array]:
+    """Arrays of random values; together: at once, which takes their memory twice for a moment."""
+    if together:
+        return list(jax.random.normal(key, (count, *shape), dtype))
+    return [jax.random.normal(each, shape, dtype) for each in jax.random.split(key, count)]
 
 
 def rehearsing() -> bool:
@@ -83,14 +95,20 @@ class Subject:
         size = width * sum(math.prod(shape) for shape in (*shapes, problem.out_shape))
         wanted = min(_MOST_CALLS, max(2, math.ceil(_ROTATED_BYTES / max(size, 1))))
         self.calls = max(1, min(wanted, _MOST_BYTES // max(size, 1)))
+        held = self.calls * size
+        sets = min(_MOST_SETS, max(1, math.ceil(_ROTATED_BYTES / max(held, 1))))
         if rehearsing():
-            self.calls = 2
+            self.calls = sets = 2
         generator = jax.random.key(seed, impl="rbg")  # compiles fast
-        keys = iter(jax.random.split(generator, self.calls * len(shapes)))
-        self.operands = [
-            tuple(jax.random.normal(next(keys), shape, problem.lhs_dtype) for shape in shapes)
-            for _ in range(self.calls)
-        ]
+        self.sets = []
+        for one in jax.random.split(generator, sets):
+            keys = jax.random.split(one, len(shapes))
+            drawn = (
+                _drawn(key, self.calls, shape, problem.lhs_dtype, together=sets > 1)
+                for key, shape in zip(keys, shapes, strict=True)
+            )
+            self.sets.append(list(zip(*drawn, strict=True)))
+        self.operands = self.sets[0]  # of what is judged
         self.temporary_bytes: int | None = None  # of the program compiled last, by XLA's account
         self._bits: list[jax.Array] | None = None
         self._expected: dict[int, tuple[jax.Array, jax.Array]] = {}
@@ -119,10 +137,11 @@ class Subject:
             first[-1] = first[-1].at[(-1,) * out.ndim].add(1)
         status, error = self._judge(plan, first)
         state = [first]
+        turns = itertools.cycle(self.sets)
         del held, first
 
         def run() -> None:
-            state.append(_finished(compiled(state.pop(), self.operands)))
+            state.append(_finished(compiled(state.pop(), next(turns))))
 
         return run, status, error
 

@@ -210,6 +210,8 @@ def device(asked: str | None) -> str:
             reason = "JAX has no CUDA plugin here, or JAX_PLATFORMS excludes it"
         elif _machine.this_gpu() is None:
             reason = "the CUDA driver finds no GPU"
+        else:
+            reason = _cuda.unusable()
     if reason and asked == "cuda":
         raise ValueError(f"device: {reason}")
     return "cpu" if reason else "cuda"

@@ -26,6 +26,7 @@ struct Types {
   Type operand = Type::kF32;  // bias and residual too
   bool wide_result = false;   // float32 results of narrower operands
 };
+inline int64_t result_bytes(const Types& t) { return t.wide_result ? 4 : type_bytes(t.operand); }
 
 struct Buffers {
   const void* x = nullptr;

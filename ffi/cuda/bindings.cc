@@ -194,9 +194,10 @@ nb::list images(Runtime* runtime, const nb::dict& problem, const std::string& al
   for (const Launch& l : program.launches) {
     std::string image;
     Status s;
+    Runtime::Source source{};
     {
       const nb::gil_scoped_release release;
-      s = runtime->image(l, architecture, &image);
+      s = runtime->image(l, architecture, &image, &source);
     }
     if (!s.ok()) throw std::runtime_error(s.text);
     nb::dict d;
@@ -244,6 +245,9 @@ void bind(nb::module_& m) {
   m.def(
       "cuda_device", [](int ordinal) { return device_dict(&process_runtime(), ordinal); },
       nb::arg("ordinal") = 0);
+  m.def(
+      "cuda_unusable", [](int ordinal) { return process_runtime().unusable(ordinal); },
+      nb::arg("ordinal") = 0, nb::call_guard<nb::gil_scoped_release>());
   m.def("cuda_make_plan", &make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
         nb::arg("dtype") = "float32", nb::arg("wide_result") = false, nb::arg("max_workspace") = -1,
         nb::arg("params") = std::vector<int64_t>{});
@@ -265,9 +269,11 @@ void bind(nb::module_& m) {
           "run",
           [](Runtime* self, const nb::dict& problem, const std::string& algorithm,
              const std::string& dtype, bool wide_result, const std::vector<int64_t>& params,
-             const nb::dict& buffers, uintptr_t stream) {
-            const Program program =
-                program_of(problem, algorithm, dtype, wide_result, params, buffers);
+             const nb::dict& buffers, uintptr_t stream, int64_t only) {
+            Program program = program_of(problem, algorithm, dtype, wide_result, params, buffers);
+            if (only >= 0) {
+              program.launches = {program.launches.at(static_cast<size_t>(only))};
+            }
             Status s;
             {
               const nb::gil_scoped_release release;
@@ -278,12 +284,14 @@ void bind(nb::module_& m) {
           },
           nb::arg("problem"), nb::arg("algorithm"), nb::arg("dtype") = "float32",
           nb::arg("wide_result") = false, nb::arg("params") = std::vector<int64_t>{},
-          nb::arg("buffers") = nb::dict(), nb::arg("stream") = 0)
+          nb::arg("buffers") = nb::dict(), nb::arg("stream") = 0, nb::arg("only") = -1)
       .def("images", &images, nb::arg("problem"), nb::arg("algorithm"),
            nb::arg("dtype") = "float32", nb::arg("wide_result") = false,
            nb::arg("params") = std::vector<int64_t>{}, nb::arg("architecture") = "sm_80",
            nb::arg("buffers") = nb::dict())
       .def("device", &device_dict, nb::arg("ordinal") = 0)
+      .def("unusable", &Runtime::unusable, nb::arg("ordinal") = 0,
+           nb::call_guard<nb::gil_scoped_release>())
       .def("counters", [](const Runtime& self) { return counters_dict(self); });
 }
 

@@ -17,7 +17,8 @@ int64_t span(std::initializer_list<std::pair<int64_t, int64_t>> dimensions) {
 }  // namespace
 
 std::string rejects_size(const Problem& p) {
-  constexpr int64_t kMostElements = int64_t{1} << 31;
+  // Threads of a last block that have nothing to do must be able to count theirs, too.
+  constexpr int64_t kMostElements = (int64_t{1} << 31) - (1 << 16);
   constexpr int64_t kMostReach = 1 << 28;
   const int64_t x = span({{p.n, p.x.n},
                           {p.g, p.x.g},
@@ -37,8 +38,9 @@ std::string rejects_size(const Problem& p) {
                           {p.out[0], p.y.sp[0]},
                           {p.out[1], p.y.sp[1]},
                           {p.out[2], p.y.sp[2]}});
-  if (std::max({x, w, y}) >= kMostElements) return "an operand has 2^31 elements or more";
+  if (std::max({x, w, y}) >= kMostElements) return "an operand has 2^31 elements or more, nearly";
   if (p.reduction() >= kMostReach) return "the reduction is too long";
+  int64_t padded = x;  // offsets of windows that begin in the padding
   for (int d = 0; d < 3; ++d) {
     const int64_t reach = std::max({std::abs(p.pad[d]), p.win[d] * p.rhs_dilation[d],
                                     p.out[d] * p.stride[d], p.in[d] * p.lhs_dilation[d]});
@@ -46,7 +48,9 @@ std::string rejects_size(const Problem& p) {
     if (reach >= kMostReach || reach * std::abs(p.x.sp[d]) >= kMostElements / 2) {
       return "padding or dilation reaches too far";
     }
+    padded += std::max<int64_t>(p.pad[d], 0) * std::abs(p.x.sp[d]);
   }
+  if (padded >= kMostElements) return "padding reaches too far";
   return {};
 }
 

@@ -64,13 +64,15 @@ void remove_oldest(const std::string& folder, int64_t most_bytes) {
   std::vector<File> files;
   int64_t total = 0;
   std::error_code wrong;
-  for (const auto& entry : fs::directory_iterator(folder, wrong)) {
+  const fs::directory_iterator end;
+  for (fs::directory_iterator at(folder, wrong); !wrong && at != end; at.increment(wrong)) {
     std::error_code gone;  // other processes clean up too
-    const auto bytes = static_cast<int64_t>(entry.file_size(gone));
-    if (gone || entry.path().extension() != kEnding) continue;
-    const auto time = entry.last_write_time(gone);
+    const auto bytes = static_cast<int64_t>(at->file_size(gone));
+    // What a process that died was writing counts, too.
+    if (gone || at->path().filename().string().find(kEnding) == std::string::npos) continue;
+    const auto time = at->last_write_time(gone);
     if (gone) continue;
-    files.push_back({entry.path(), time, bytes});
+    files.push_back({at->path(), time, bytes});
     total += bytes;
   }
   if (wrong || total <= most_bytes) return;

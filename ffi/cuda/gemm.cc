@@ -72,8 +72,7 @@ Sides sides(const Problem& p, const GemmShape& s, const Types& t, const Buffers&
                                       v);
   r.b = packed || side_by_side ? 0 : 1;
   const int64_t group = s.mma ? 2 : 4;
-  const int64_t result_bytes = t.wide_result ? 4 : type_bytes(t.operand);
-  r.vector_y = p.y.k == 1 && p.k % group == 0 && aligned(b.y, group * result_bytes) &&
+  r.vector_y = p.y.k == 1 && p.k % group == 0 && aligned(b.y, group * result_bytes(t)) &&
                multiples({{p.g, p.y.g},
                           {p.n, p.y.n},
                           {p.out[0], p.y.sp[0]},
@@ -123,6 +122,9 @@ std::string gemm_check(const Problem& p, const Types& t, const Params& v, Kind k
     if ((s.bm / s.tm) % (32 / across) != 0) return "bm: too few rows for a warp";
   }
   if (v[kPack] != 0 && v[kPack] != 1) return "pack: 0 or 1";
+  if (v[kPack] == 1 && !rejects_size(packed_problem(p, round_up(p.k, s.lanes))).empty()) {
+    return "pack: the packed filter is too large";
+  }
   if (v[kLast] < 0) return "chunks, pieces: must not be negative";
   if (s.pieces < 1 || s.pieces > kMostPieces) return "pieces: 1 to 64";
   if (s.pieces > 1 && (p.chunk_rows > 0 || parts_of(p) > 1)) {
@@ -185,7 +187,9 @@ Params gemm_defaults(const Problem& p, const Types& t, Kind kind) {
   // Packing costs a launch; without it features that are not neighbours come one by one.
   const bool apart = p.w.k != 1 && p.k > 1;
   const bool odd = p.k % (16 / type_bytes(t.operand)) != 0 && p.k > 8;
-  const int64_t pack = p.chunk_rows == 0 && (apart || odd) ? 1 : 0;
+  const int64_t lanes = 16 / type_bytes(t.operand);
+  const bool fits = rejects_size(packed_problem(p, round_up(p.k, lanes))).empty();
+  const int64_t pack = p.chunk_rows == 0 && (apart || odd) && fits ? 1 : 0;
   Params best{};
   double best_cost = std::numeric_limits<double>::infinity();
   for (const auto& tile : mma ? kMmaTiles : kTiles) {

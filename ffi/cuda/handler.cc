@@ -7,11 +7,13 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <new>
 #include <string>
 
 #include "attributes.h"
 #include "cuda/algorithms.h"
+#include "cuda/building.h"
 #include "cuda/runtime.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
@@ -20,6 +22,8 @@ namespace jaxwin::cuda {
 namespace {
 
 namespace ffi = xla::ffi;
+
+constexpr int64_t kWorkspaceAlignment = 16;  // what the widest copies need
 
 ffi::Error invalid(const std::string& text) {
   return {ffi::ErrorCode::kInvalidArgument, "jaxwin: " + text};
@@ -54,8 +58,8 @@ bool type_of(const ffi::AnyBuffer& buffer, Type* type) {
   return true;
 }
 
-ffi::Error convolve(void* stream, ffi::Dictionary attributes, ffi::RemainingArgs args,
-                    ffi::RemainingRets rets) {
+ffi::Error compute(void* stream, const ffi::Dictionary& attributes, const ffi::RemainingArgs& args,
+                   const ffi::RemainingRets& rets) {
   CallAttributes call;
   std::string wrong = decode_attributes(attributes, &call);
   if (!wrong.empty()) return invalid(wrong);
@@ -125,15 +129,25 @@ ffi::Error convolve(void* stream, ffi::Dictionary attributes, ffi::RemainingArgs
                      " bytes, " + std::to_string(plan.workspace_bytes) + " are needed");
     }
     buffers.workspace = (*workspace)->untyped_data();
+    if (!aligned(buffers.workspace, kWorkspaceAlignment)) {
+      return invalid("the workspace must begin on a boundary of 16 bytes");
+    }
   }
+  Program program;
+  plan.algorithm->build(problem, request.types, plan.params, buffers, &program);
+  const Status status = process_runtime().run(program, stream);
+  return status.ok() ? ffi::Error::Success() : error_of(status);
+}
 
+// No exception may pass into XLA.
+ffi::Error convolve(void* stream, ffi::Dictionary attributes, ffi::RemainingArgs args,
+                    ffi::RemainingRets rets) {
   try {
-    Program program;
-    plan.algorithm->build(problem, request.types, plan.params, buffers, &program);
-    const Status status = process_runtime().run(program, stream);
-    return status.ok() ? ffi::Error::Success() : error_of(status);
+    return compute(stream, attributes, args, rets);
   } catch (const std::bad_alloc&) {
     return {ffi::ErrorCode::kResourceExhausted, "jaxwin: out of memory"};
+  } catch (const std::exception& error) {
+    return {ffi::ErrorCode::kInternal, "jaxwin: " + std::string(error.what())};
   }
 }
 

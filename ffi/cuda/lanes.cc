@@ -18,25 +18,27 @@ bool lanes_along_x(const Problem& p) {
   return !channels && p.out[2] > 1 && p.y.sp[2] == 1;
 }
 
-bool depthwise_vector(const Problem& p, const Buffers& b, int64_t v) {
-  return v == 1 || (p.x.g == 1 && p.y.g == 1 && p.w.g == 1 && p.g % v == 0 && p.w_first % v == 0 &&
-                    aligned(b.x, 4 * v) && aligned(b.w, 4 * v) && aligned(b.y, 4 * v) &&
-                    multiples({{p.n, p.x.n},
-                               {p.in[0], p.x.sp[0]},
-                               {p.in[1], p.x.sp[1]},
-                               {p.in[2], p.x.sp[2]},
-                               {p.n, p.y.n},
-                               {p.out[0], p.y.sp[0]},
-                               {p.out[1], p.y.sp[1]},
-                               {p.out[2], p.y.sp[2]},
-                               {p.win[0], p.w.sp[0]},
-                               {p.win[1], p.w.sp[1]},
-                               {p.win[2], p.w.sp[2]}},
-                              v));
+bool depthwise_vector(const Problem& p, const Types& t, const Buffers& b, int64_t v) {
+  const int64_t bytes = v * type_bytes(t.operand);
+  return v == 1 ||
+         (p.x.g == 1 && p.y.g == 1 && p.w.g == 1 && p.g % v == 0 && p.w_first % v == 0 &&
+          aligned(b.x, bytes) && aligned(b.w, bytes) && aligned(b.y, v * result_bytes(t)) &&
+          multiples({{p.n, p.x.n},
+                     {p.in[0], p.x.sp[0]},
+                     {p.in[1], p.x.sp[1]},
+                     {p.in[2], p.x.sp[2]},
+                     {p.n, p.y.n},
+                     {p.out[0], p.y.sp[0]},
+                     {p.out[1], p.y.sp[1]},
+                     {p.out[2], p.y.sp[2]},
+                     {p.win[0], p.w.sp[0]},
+                     {p.win[1], p.w.sp[1]},
+                     {p.win[2], p.w.sp[2]}},
+                    v));
 }
 
-bool grouped_vector(const Problem& p, const Buffers& b, int64_t v) {
-  return v == 1 || (p.x.c == 1 && p.c % v == 0 && aligned(b.x, 4 * v) &&
+bool grouped_vector(const Problem& p, const Types& t, const Buffers& b, int64_t v) {
+  return v == 1 || (p.x.c == 1 && p.c % v == 0 && aligned(b.x, v * type_bytes(t.operand)) &&
                     multiples({{p.n, p.x.n},
                                {p.g, p.x.g},
                                {p.in[0], p.x.sp[0]},
@@ -52,24 +54,23 @@ std::vector<ParamSpec> lanes_params() {
 }
 
 template <bool kDepthwise>
-std::string lanes_rejects(const Problem& p, const Types& t) {
+std::string lanes_rejects(const Problem& p, const Types&) {
   if (p.chunk_rows > 0) return "the reduction is chunked (weight gradient)";
   if (kDepthwise && (p.c != 1 || p.k != 1)) return "more than one channel or feature per group";
   if (!kDepthwise && p.c * p.window() > 65536) return "too many channels per group";
   if (parts_of(p) > kMostParts) return "more than 4096 residues";
-  std::string why = rejects_narrow(t);
-  return why.empty() ? rejects_size(p) : why;
+  return rejects_size(p);
 }
 
 template <bool kDepthwise>
-std::string lanes_check(const Problem& p, const Types&, const Params& v) {
+std::string lanes_check(const Problem& p, const Types& t, const Params& v) {
   if (!is_power_of_two(v[kStrip]) || v[kStrip] > 16) return "strip: 1, 2, 4, 8 or 16";
   if (v[kVector] != 1 && v[kVector] != 2 && v[kVector] != 4) return "vector: 1, 2 or 4";
   if (!is_power_of_two(v[kThreads]) || v[kThreads] < 32 || v[kThreads] > 1024) {
     return "threads: a power of two from 32 to 1024";
   }
   const bool fits =
-      kDepthwise ? depthwise_vector(p, {}, v[kVector]) : grouped_vector(p, {}, v[kVector]);
+      kDepthwise ? depthwise_vector(p, t, {}, v[kVector]) : grouped_vector(p, t, {}, v[kVector]);
   if (!fits) return "vector: channels do not lie so";
   if (v[kStrip] > 1 && lanes_along_x(p)) return "strip: neighbouring threads have the pixels";
   if (v[kStrip] * v[kVector] > 32) return "strip, vector: too many sums for a thread's registers";
@@ -77,14 +78,15 @@ std::string lanes_check(const Problem& p, const Types&, const Params& v) {
 }
 
 template <bool kDepthwise>
-Params lanes_defaults(const Problem& p, const Types&) {
+Params lanes_defaults(const Problem& p, const Types& t) {
   Params v{};
   v[kVector] = 1;
   // A window that stays in registers saves more than wide loads do.
   const bool small_window = kDepthwise && p.window() <= kWindowRegisters;
   for (const int64_t vector : {4, 2}) {
     if (small_window && p.window() * vector > kWindowRegisters) continue;
-    const bool fits = kDepthwise ? depthwise_vector(p, {}, vector) : grouped_vector(p, {}, vector);
+    const bool fits =
+        kDepthwise ? depthwise_vector(p, t, {}, vector) : grouped_vector(p, t, {}, vector);
     if (fits) {
       v[kVector] = vector;
       break;
@@ -100,7 +102,9 @@ void lanes_build(const Problem& p, const Types& t, const Params& v, const Buffer
                  Program* program) {
   const std::vector<Part> list = parts(p);
   int64_t vector = v[kVector];
-  if (!(kDepthwise ? depthwise_vector(p, b, vector) : grouped_vector(p, b, vector))) vector = 1;
+  if (!(kDepthwise ? depthwise_vector(p, t, b, vector) : grouped_vector(p, t, b, vector))) {
+    vector = 1;
+  }
   for (const Part& q : list) {
     if (kDepthwise && (q.y_first % vector != 0 || q.w_first % vector != 0)) vector = 1;
   }
@@ -140,7 +144,7 @@ void lanes_build(const Problem& p, const Types& t, const Params& v, const Buffer
 }
 
 template <bool kDepthwise>
-double lanes_cost(const Problem& p, const Types&, const Params& v) {
+double lanes_cost(const Problem& p, const Types& t, const Params& v) {
   // Loads through the first-level cache: 32 threads' worth per cycle where they are neighbours.
   const double steps = p.flops() / 2;
   const double loads =
@@ -151,7 +155,8 @@ double lanes_cost(const Problem& p, const Types&, const Params& v) {
       static_cast<double>(p.n * p.g * (p.c * p.in[0] * p.in[1] * p.in[2] + p.k * p.pixels()));
   // A chain is as long as its reduction, whatever runs beside it.
   const double chain = static_cast<double>(p.reduction()) * 6;
-  return std::max({loads / 32 / kProcessors, moved * 4 / 18 / kProcessors, chain}) + 4000;
+  const auto width = static_cast<double>(type_bytes(t.operand));
+  return std::max({loads / 32 / kProcessors, moved * width / 18 / kProcessors, chain}) + 4000;
 }
 
 // --- weight gradients of few channels in a group ------------------------------------------------
@@ -160,14 +165,15 @@ enum GradParam { kTapsY, kTapsX, kGradVector, kGradThreads };
 
 bool is_depthwise(const Problem& p) { return p.k == 1 && p.n == 1 && p.g > 1; }
 
-bool grad_vector(const Problem& p, const Buffers& b, int64_t v) {
+bool grad_vector(const Problem& p, const Types& t, const Buffers& b, int64_t v) {
   if (v == 1) return true;
+  const int64_t bytes = v * type_bytes(t.operand);
   const bool w =
-      aligned(b.w, 4 * v) && p.w_first % v == 0 &&
+      aligned(b.w, bytes) && p.w_first % v == 0 &&
       multiples({{p.c, p.w.c}, {p.win[0], p.w.sp[0]}, {p.win[1], p.w.sp[1]}, {p.win[2], p.w.sp[2]}},
                 v);
   if (!is_depthwise(p)) return w && p.w.k == 1 && p.k % v == 0 && multiples({{p.g, p.w.g}}, v);
-  return w && p.w.g == 1 && p.x.g == 1 && p.g % v == 0 && aligned(b.x, 4 * v) &&
+  return w && p.w.g == 1 && p.x.g == 1 && p.g % v == 0 && aligned(b.x, bytes) &&
          multiples({{p.c, p.x.c}, {p.in[0], p.x.sp[0]}, {p.in[1], p.x.sp[1]}, {p.in[2], p.x.sp[2]}},
                    v);
 }
@@ -177,16 +183,15 @@ int64_t grad_items(const Problem& p, const Params& v) {
          ceil_div(p.out[2], v[kTapsX]);
 }
 
-std::string grad_rejects(const Problem& p, const Types& t) {
+std::string grad_rejects(const Problem& p, const Types&) {
   if (p.chunk_rows == 0) return "the reduction is not chunked (no weight gradient)";
   if (p.dilated_input()) return "lhs_dilation in a weight gradient";
   constexpr int64_t kMostPairs = 1024;
   if (p.n * p.k > kMostPairs) return "too many channels per group";
-  const std::string why = rejects_narrow(t);
-  return why.empty() ? rejects_size(p) : why;
+  return rejects_size(p);
 }
 
-std::string grad_check(const Problem& p, const Types&, const Params& v) {
+std::string grad_check(const Problem& p, const Types& t, const Params& v) {
   constexpr int64_t kMostTaps = 16;
   for (const int64_t taps : {v[kTapsY], v[kTapsX]}) {
     if (taps < 1 || taps > kMostTaps) return "taps_y, taps_x: 1 to 16";
@@ -200,12 +205,12 @@ std::string grad_check(const Problem& p, const Types&, const Params& v) {
   if (!is_power_of_two(v[kGradThreads]) || v[kGradThreads] < 32 || v[kGradThreads] > 512) {
     return "threads: a power of two from 32 to 512";
   }
-  if (!grad_vector(p, {}, v[kGradVector])) return "vector: channels do not lie so";
+  if (!grad_vector(p, t, {}, v[kGradVector])) return "vector: channels do not lie so";
   const int64_t blocks = ceil_div(grad_items(p, v), v[kGradThreads]);
   return blocks * chunks_of(p).capacity > kMostBlocks ? "threads: too many blocks" : "";
 }
 
-Params grad_defaults(const Problem& p, const Types&) {
+Params grad_defaults(const Problem& p, const Types& t) {
   constexpr int64_t kUsualTaps = 8;
   const double enough = kProcessors * 32 * 8;  // threads
   const auto chunks = static_cast<double>(chunks_of(p).count);
@@ -217,7 +222,7 @@ Params grad_defaults(const Problem& p, const Types&) {
     v[kGradVector] = vector;
     if (vector == 1) break;
     const bool few = v[kTapsY] * v[kTapsX] * vector <= kWindowRegisters;
-    if (few && grad_vector(p, {}, vector) &&
+    if (few && grad_vector(p, t, {}, vector) &&
         static_cast<double>(grad_items(p, v)) * chunks >= enough) {
       break;
     }
@@ -232,7 +237,7 @@ void grad_build(const Problem& p, const Types& t, const Params& v, const Buffers
   const Chunks c = chunks_of(p);
   const bool partial = c.count > 1;
   Params actual = v;
-  if (!grad_vector(p, b, v[kGradVector])) actual[kGradVector] = 1;
+  if (!grad_vector(p, t, b, v[kGradVector])) actual[kGradVector] = 1;
   ConvArgs a = common_args(p, b);
   a.part[a.parts++] = whole(p);
   a.row_blocks = small(ceil_div(grad_items(p, actual), v[kGradThreads]));
@@ -261,7 +266,7 @@ void grad_build(const Problem& p, const Types& t, const Params& v, const Buffers
   launch_chunked(p, t, b, c, a, false, launch, program);
 }
 
-double grad_cost(const Problem& p, const Types&, const Params& v) {
+double grad_cost(const Problem& p, const Types& t, const Params& v) {
   const auto taps = static_cast<double>(v[kTapsY] * v[kTapsX]);
   const double steps = p.flops() / 2;
   // Per step of a thread: the weight, and of the input what did not move along.
@@ -276,8 +281,9 @@ double grad_cost(const Problem& p, const Types&, const Params& v) {
   const double chain = static_cast<double>(chunks_of(p).length) *
                        (40 + taps * static_cast<double>(v[kGradVector])) *
                        std::max(1.0, threads / (kProcessors * 32 * 16));
+  const auto width = static_cast<double>(type_bytes(t.operand));
   return std::max({loads / 32 / kProcessors, steps / 100 / kProcessors,
-                   moved * 4 / 18 / kProcessors, chain}) +
+                   moved * width / 18 / kProcessors, chain}) +
          results * chunks / 300 + 5000;
 }
 
@@ -285,10 +291,7 @@ double grad_cost(const Problem& p, const Types&, const Params& v) {
 
 constexpr int64_t kDirectThreads = 128;
 
-std::string direct_rejects(const Problem& p, const Types& t) {
-  const std::string why = rejects_narrow(t);
-  return why.empty() ? rejects_size(p) : why;
-}
+std::string direct_rejects(const Problem& p, const Types&) { return rejects_size(p); }
 
 std::string direct_check(const Problem& p, const Types&, const Params&) {
   const int64_t blocks = ceil_div(p.n * p.pixels() * p.g * p.k, kDirectThreads);
@@ -323,14 +326,15 @@ void direct_build(const Problem& p, const Types& t, const Params&, const Buffers
   launch_chunked(p, t, b, c, a, false, launch, program);
 }
 
-double direct_cost(const Problem& p, const Types&, const Params&) {
+double direct_cost(const Problem& p, const Types& t, const Params&) {
   double taps = 1;
   for (int d = 0; d < 3; ++d) taps *= static_cast<double>(p.lhs_dilation[d]);
   const double loads = p.flops() * 1.5 * (1 + (taps - 1) / 4);
   const double results = static_cast<double>(p.n * p.g * p.k * p.pixels());
   const double moved = static_cast<double>(p.n * p.g * p.c * p.in[0] * p.in[1] * p.in[2]) + results;
   const double chain = static_cast<double>(chunks_of(p).length) * 6;
-  return std::max({loads / 32 / kProcessors, moved * 4 / 18 / kProcessors, chain}) +
+  const auto width = static_cast<double>(type_bytes(t.operand));
+  return std::max({loads / 32 / kProcessors, moved * width / 18 / kProcessors, chain}) +
          results * static_cast<double>(chunks_of(p).count) / 300 + 5000;
 }
 
@@ -342,7 +346,7 @@ std::vector<Algorithm> lanes_algorithms() {
   lanes.source = "one result per thread, channels as lanes";
   lanes.family = "canonical";
   lanes.files = "lanes";
-  lanes.dtypes = {"float32"};
+  lanes.dtypes = {"float32", "bfloat16", "float16"};
   lanes.params = lanes_params();
   lanes.name = "depthwise";
   lanes.summary = "channels as lanes, the columns of the window loaded once for a strip of pixels";

@@ -66,11 +66,15 @@ std::string quick_key(const Launch& launch) {
   return key;
 }
 
-// Everything that decides the image, besides the architecture.
-std::string key_of(const Launch& launch) {
-  std::string key = launch.source;
-  for (const std::string& option : launch.options.text()) key += " " + option;
-  return key;
+std::vector<std::string> compiler_options(const Launch& launch, const std::string& architecture) {
+  std::vector<std::string> options{"--gpu-architecture=" + architecture,
+                                   "--std=c++17",
+                                   "--ftz=true",
+                                   "--fmad=false",
+                                   "--prec-div=true",
+                                   "--prec-sqrt=true"};
+  for (std::string& text : launch.options.text()) options.push_back(std::move(text));
+  return options;
 }
 
 }  // namespace
@@ -134,13 +138,7 @@ Status Runtime::open_nvrtc() {
 
 Status Runtime::compile(const Launch& launch, const std::string& architecture, std::string* image) {
   const bool binary = architecture.compare(0, 3, "sm_") == 0;
-  std::vector<std::string> options{"--gpu-architecture=" + architecture,
-                                   "--std=c++17",
-                                   "--ftz=true",
-                                   "--fmad=false",
-                                   "--prec-div=true",
-                                   "--prec-sqrt=true"};
-  for (std::string& text : launch.options.text()) options.push_back(std::move(text));
+  const std::vector<std::string> options = compiler_options(launch, architecture);
   std::vector<const char*> list;
   list.reserve(options.size());
   for (const std::string& text : options) list.push_back(text.c_str());
@@ -179,20 +177,41 @@ Status Runtime::compile(const Launch& launch, const std::string& architecture, s
   return {};
 }
 
-Status Runtime::image(const Launch& launch, const std::string& architecture, std::string* image) {
+Status Runtime::image(const Launch& launch, const std::string& architecture, std::string* image,
+                      Source* source) {
+  std::string key = std::string(kernel_source("hash")) + " nvrtc ";
+  std::shared_ptr<Compiling> mine;
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     if (Status s = open_nvrtc(); !s.ok()) return s;
+    key += std::to_string(nvrtc_version_) + " " + launch.source;
+    for (const std::string& option : compiler_options(launch, architecture)) key += " " + option;
+    // Several devices often need the same kernel at the same moment: one of them compiles it.
+    std::shared_ptr<Compiling>& place = compiling_[key];
+    if (place != nullptr) {
+      const std::shared_ptr<Compiling> theirs = place;
+      compiled_.wait(lock, [&] { return theirs->done; });
+      *image = theirs->image;
+      *source = theirs->source;
+      return theirs->status;
+    }
+    place = mine = std::make_shared<Compiling>();
+    mine->status = {Failure::kInternal, "another thread gave up compiling"};  // by an exception
   }
+  const AtExit finish([&] {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    mine->done = true;
+    compiling_.erase(key);
+    compiled_.notify_all();
+  });
   // Without the lock: NVRTC may be used by several threads, and takes seconds.
-  const std::string key = std::string(kernel_source("hash")) + " nvrtc " +
-                          std::to_string(nvrtc_version_) + " " + architecture + " " +
-                          key_of(launch);
-  const bool cached = read_cached(options_.cache, key, image);
-  if (!cached) {
-    if (Status s = compile(launch, architecture, image); !s.ok()) return s;
-    write_cached(options_.cache, key, *image, options_.cache_bytes);
-  }
+  const bool cached =
+      *source != Source::kCompiled && read_cached(options_.cache, key, &mine->image);
+  mine->status = cached ? Status{} : compile(launch, architecture, &mine->image);
+  if (!mine->status.ok()) return mine->status;
+  if (!cached) write_cached(options_.cache, key, mine->image, options_.cache_bytes);
+  *source = mine->source = cached ? Source::kDisk : Source::kCompiled;
+  *image = mine->image;
   const std::lock_guard<std::mutex> lock(mutex_);
   ++(cached ? counters_.from_disk : counters_.compiled);
   return {};
@@ -227,10 +246,19 @@ Status Runtime::architecture(std::string* name) {
   if (code == 0) code = driver_.device_attribute(&major, kAttributeMajor, device);
   if (code == 0) code = driver_.device_attribute(&minor, kAttributeMinor, device);
   if (code != 0) return failed("cuCtxGetDevice", code);
-  const int capability = 10 * major + minor;
+  return architecture_of(10 * major + minor, name);
+}
+
+std::string Runtime::unusable(int ordinal) {
+  Device found;
+  std::string name;
+  return device(ordinal, &found).ok() ? architecture_of(found.capability, &name).text : "";
+}
+
+Status Runtime::architecture_of(int capability, std::string* name) {
   if (capability < kOldest) {
-    return unavailable("the GPU has compute capability " + std::to_string(major) + "." +
-                       std::to_string(minor) + ", at least 8.0 is needed");
+    return unavailable("the GPU has compute capability " + std::to_string(capability / 10) + "." +
+                       std::to_string(capability % 10) + ", at least 8.0 is needed");
   }
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -258,7 +286,19 @@ Status Runtime::load(const Launch& launch, Function* loaded) {
   std::string name;
   if (Status s = architecture(&name); !s.ok()) return s;
   std::string binary;
-  if (Status s = image(launch, name, &binary); !s.ok()) return s;
+  Source source = Source::kAny;
+  if (Status s = image(launch, name, &binary, &source); !s.ok()) return s;
+  Status s = load_image(launch, binary, loaded);
+  if (s.failure == Failure::kInternal && source == Source::kDisk) {
+    // The driver may have changed since: what it refuses must not stay in the way.
+    source = Source::kCompiled;
+    if (Status again = image(launch, name, &binary, &source); !again.ok()) return again;
+    s = load_image(launch, binary, loaded);
+  }
+  return s;
+}
+
+Status Runtime::load_image(const Launch& launch, const std::string& binary, Function* loaded) {
   // While XLA records a graph on this thread, loading would be refused as unsafe for the graph.
   int mode = kCaptureRelaxed;
   const bool exchanged = driver_.exchange_capture_mode(&mode) == 0;

@@ -4,6 +4,7 @@
 // launches. Nothing is opened before the first use, so a machine without a GPU never notices.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
 #include <map>
 #include <memory>
@@ -59,9 +60,16 @@ class Runtime {
   Status run(const Program& program, void* stream);
 
   // The image of a launch's kernel, from the cache or compiled. architecture: such as "sm_90a".
-  Status image(const Launch& launch, const std::string& architecture, std::string* image);
+  // source: kCompiled to compile it anyway, else kAny; then where it came from.
+  enum class Source { kAny, kDisk, kCompiled };
+  Status image(const Launch& launch, const std::string& architecture, std::string* image,
+               Source* source);
 
   Status device(int ordinal, Device* device);
+
+  // Why kernels cannot run on a device. Empty where they can, and where there is no such device:
+  // programs may be made for another machine.
+  std::string unusable(int ordinal);
 
   // How often NVRTC compiled, and how often a file of the cache was used, until now.
   struct Counters {
@@ -74,13 +82,21 @@ class Runtime {
     void* module = nullptr;
     void* function = nullptr;
   };
+  struct Compiling {  // what one thread compiles and others may wait for
+    bool done = false;
+    Status status;
+    std::string image;
+    Source source = Source::kCompiled;
+  };
   Status open_driver();
   Status open_nvrtc();
   Status compile(const Launch& launch, const std::string& architecture, std::string* image);
   Status context_of(void* stream, void** context);
   Status function(const Launch& launch, void* context, void** function);
   Status load(const Launch& launch, Function* loaded);
+  Status load_image(const Launch& launch, const std::string& binary, Function* loaded);
   Status architecture(std::string* name);
+  Status architecture_of(int capability, std::string* name);
   std::string error(const char* what, int code) const;
   Status failed(const char* what, int code) const;
 
@@ -92,6 +108,8 @@ class Runtime {
   void* nvrtc_library_ = nullptr;
   int nvrtc_version_ = 0;
   Counters counters_;
+  std::map<std::string, std::shared_ptr<Compiling>> compiling_;  // by the image's key
+  std::condition_variable compiled_;
   std::map<std::pair<void*, std::string>, Function> functions_;
 };
 

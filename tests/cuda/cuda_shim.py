@@ -108,22 +108,28 @@ def run(
     *,
     params: tuple[int, ...] = (),
     dtype: str = "float32",
+    wide_result: bool = False,
     bias: np.ndarray | None = None,
     residual: np.ndarray | None = None,
     activation: int = 0,
 ) -> np.ndarray:
     """The result of a plan's launches; result and workspace begin as NaN.
 
-    lhs, rhs, bias, residual: float32, or uint16 with the bits of the narrower dtype.
+    lhs, rhs, bias, residual: float32, or uint16 with the bits of the narrower dtype. wide_result:
+    float32 comes of these.
     """
-    answer = _ffi.cuda_make_plan(problem.native(), algorithm, dtype, params=list(params))
+    answer = _ffi.cuda_make_plan(
+        problem.native(), algorithm, dtype, wide_result, params=list(params)
+    )
     assert "plan" in answer, answer
     plan = answer["plan"]
     element = lhs.dtype
     arrays = {
         "x": _guarded(lhs, lhs.size, element),
         "w": _guarded(rhs, rhs.size, element),
-        "y": _guarded(None, int(np.prod(problem.out_shape)), element),
+        "y": _guarded(
+            None, int(np.prod(problem.out_shape)), np.float32 if wide_result else element
+        ),
         "workspace": _guarded(None, -(-plan["workspace_bytes"] // 4), np.float32),
     }
     for name, values in (("bias", bias), ("residual", residual)):
@@ -136,7 +142,7 @@ def run(
         problem.native(),
         plan["algorithm"],
         dtype,
-        False,
+        wide_result,
         plan["params"],
         {**buffers, "activation": activation},
     )

@@ -4,11 +4,13 @@
 // they are called, and fail where they are told to.
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <thread>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -35,12 +37,15 @@ EXPORT void fake_reset(const char* function, int code, int device_capability) {
 EXPORT const char* fake_calls() { return calls.c_str(); }
 
 #if defined(FAKE_CUDA)
-static int context;  // its address is the context
+static char contexts[2];  // their addresses; streams from 128 on belong to the second
+static thread_local void* pushed;
 static thread_local int depth;
 static thread_local int capture_mode;
 static std::atomic<int> launches;
 static std::string image;
 static std::atomic<unsigned> last_blocks, last_threads, last_shared;
+static void* pointers[5];  // the first ones of the last launch's arguments
+static void* last_stream;
 
 EXPORT int fake_depth() { return depth; }
 EXPORT int fake_capture_mode() { return capture_mode; }
@@ -49,6 +54,8 @@ EXPORT int fake_launches() { return launches; }
 EXPORT unsigned fake_last(int what) {
   return what == 0 ? last_blocks : what == 1 ? last_threads : last_shared;
 }
+
+EXPORT void* fake_pointer(int i) { return i < 5 ? pointers[i] : last_stream; }
 
 EXPORT int cuInit(unsigned) { return called("cuInit"); }
 EXPORT int cuGetErrorName(int error, const char** text) {
@@ -74,8 +81,8 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
                              : 0;
   return called("cuDeviceGetAttribute");
 }
-EXPORT int cuStreamGetCtx(void*, void** c) {
-  *c = &context;
+EXPORT int cuStreamGetCtx(void* stream, void** c) {
+  *c = &contexts[reinterpret_cast<unsigned long long>(stream) >= 128 ? 1 : 0];
   return called("cuStreamGetCtx");
 }
 static thread_local void* current;
@@ -85,7 +92,7 @@ EXPORT int cuCtxGetCurrent(void** c) {
 }
 // What tests/gpu/on_device.py takes beside; memory is the host's.
 EXPORT int cuDevicePrimaryCtxRetain(void** c, int) {
-  *c = &context;
+  *c = &contexts[0];
   return 0;
 }
 EXPORT int cuCtxSetCurrent(void* c) {
@@ -109,13 +116,32 @@ EXPORT int cuMemcpyDtoH_v2(void* to, unsigned long long from, size_t size) {
   std::memcpy(to, reinterpret_cast<void*>(from), size);
   return 0;
 }
-EXPORT int cuCtxPushCurrent_v2(void*) {
+EXPORT int cuMemsetD8Async(unsigned long long address, unsigned char value, size_t size, void*) {
+  std::memset(reinterpret_cast<void*>(address), value, size);
+  return 0;
+}
+EXPORT int cuEventCreate(void** event, unsigned) {
+  *event = std::malloc(1);
+  return called("cuEventCreate");
+}
+EXPORT int cuEventDestroy_v2(void* event) {
+  std::free(event);
+  return called("cuEventDestroy");
+}
+EXPORT int cuEventRecord(void*, void*) { return called("cuEventRecord"); }
+EXPORT int cuEventSynchronize(void*) { return called("cuEventSynchronize"); }
+EXPORT int cuEventElapsedTime(float* milliseconds, void*, void*) {
+  *milliseconds = 0.25F;
+  return called("cuEventElapsedTime");
+}
+EXPORT int cuCtxPushCurrent_v2(void* c) {
   const int code = called("cuCtxPushCurrent");
   if (code == 0) ++depth;
+  pushed = c;
   return code;
 }
 EXPORT int cuCtxPopCurrent_v2(void** c) {
-  *c = &context;
+  *c = pushed;
   --depth;
   return called("cuCtxPopCurrent");
 }
@@ -135,13 +161,14 @@ EXPORT int cuModuleLoadData(void** module, const void* data) {
     const std::lock_guard<std::mutex> lock(mutex);
     image = static_cast<const char*>(data);
   }
-  *module = &image;
+  *module = pushed;  // a module belongs to the context that it is loaded in
+  if (std::strncmp(static_cast<const char*>(data), "stale", 5) == 0) return 209;
   return called("cuModuleLoadData");
 }
 EXPORT int cuModuleUnload(void*) { return called("cuModuleUnload"); }
-EXPORT int cuModuleGetFunction(void** function, void*, const char* name) {
+EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (std::strncmp(name, "jaxwin_", 7) != 0) return 500;
-  *function = &launches;
+  *function = module;
   return called("cuModuleGetFunction");
 }
 EXPORT int cuFuncSetAttribute(void*, int, int) { return called("cuFuncSetAttribute"); }
@@ -150,13 +177,20 @@ EXPORT int cuFuncGetAttribute(int* value, int, void*) {
   return called("cuFuncGetAttribute");
 }
 EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsigned threads,
-                          unsigned, unsigned, unsigned shared, void*, void** args, void**) {
-  if (function != &launches || args == nullptr || args[0] == nullptr || depth != 1) return 1;
+                          unsigned, unsigned, unsigned shared, void* stream, void** args, void**) {
+  if (args == nullptr || args[0] == nullptr || depth != 1) return 1;
+  void* owner = nullptr;
+  cuStreamGetCtx(stream, &owner);
+  if (stream != nullptr && owner != pushed) return 400;  // CUDA_ERROR_INVALID_HANDLE
+  if (function != pushed) return 400;
   const int code = called("cuLaunchKernel");
   if (code == 0) ++launches;
   last_blocks = x;
   last_threads = threads;
   last_shared = shared;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::memcpy(pointers, args[0], sizeof(pointers));
+  last_stream = stream;
   return code;
 }
 #endif
@@ -164,7 +198,14 @@ EXPORT int cuLaunchKernel(void* function, unsigned x, unsigned, unsigned, unsign
 #if defined(FAKE_NVRTC)
 static std::string log_text =
     "jaxwin_gemm.cu(12): note\njaxwin_gemm.cu(34): error: no such thing\nmore";
-static std::string output;
+static thread_local std::string output;
+static const char* word = "image";  // that images begin with
+static std::atomic<int> compile_ms;
+
+EXPORT void fake_compiler(const char* first_word, int milliseconds) {
+  word = first_word;
+  compile_ms = milliseconds;
+}
 
 EXPORT int nvrtcVersion(int* major, int* minor) {
   *major = 13;
@@ -187,7 +228,8 @@ EXPORT int nvrtcCreateProgram(void** program, const char* source, const char*, i
 }
 EXPORT int nvrtcDestroyProgram(void**) { return called("nvrtcDestroyProgram"); }
 EXPORT int nvrtcCompileProgram(void*, int count, const char* const* options) {
-  output = "image";
+  output = word;
+  std::this_thread::sleep_for(std::chrono::milliseconds(compile_ms));
   for (int i = 0; i < count; ++i) output += std::string(" ") + options[i];
   return called("nvrtcCompileProgram");
 }

@@ -23,6 +23,7 @@ from jaxwin import _cuda, _ffi, _registry
 from jaxwin._problem import Problem
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+ACTIVATIONS = _registry.registry()["activations"]
 REGISTRY = {row["name"]: row for row in _registry.registry()["cuda"]["algorithms"]}
 
 
@@ -59,6 +60,27 @@ MORE = {
         "lanes_grad",
         _make(240, 64, 240, (28, 28), (24, 24), batch_groups=240, layout=("CHWN", "IHWO")),
     ),
+    "tensor planes": (
+        "tensor",
+        _make(64, 64, 128, (56, 56), (3, 3), layout=("NCHW", "OIHW")),
+    ),
+    "tensor gradient": (
+        "tensor",
+        _make(64, 64, 64, (56, 56), (54, 54), layout=("CHWN", "IHWO")),
+    ),
+    "tensor transposed": (
+        "tensor",
+        _make(64, 64, 64, (28, 28), (4, 4), lhs_dilation=(2, 2)),
+    ),
+    "gradient planes": (
+        "weight_grad",
+        _make(64, 64, 64, (56, 56), (54, 54), layout=("CNHW", "IOHW")),
+    ),
+    "depthwise line": ("depthwise", _make(32, 512, 512, (4096,), (4,), groups=512)),
+    "depthwise planes": (
+        "depthwise",
+        _make(64, 128, 128, (56, 56), (3, 3), groups=128, layout=("NCHW", "OIHW")),
+    ),
     "depthwise 5x5": ("depthwise", _make(64, 128, 128, (28, 28), (5, 5), groups=128)),
     "depthwise 7x7": ("depthwise", _make(64, 96, 96, (28, 28), (7, 7), groups=96)),
 }
@@ -77,9 +99,12 @@ def _runtime() -> Any:
 
 
 def _images(
-    problem: Problem, algorithm: str, architecture: str, dtype: str = "float32", bias: bool = False
+    problem: Problem, algorithm: str, architecture: str, dtype: str = "float32", epilogue: str = ""
 ) -> list[dict[str, Any]]:
-    buffers = ALIGNED | ({"bias": 256} if bias else {})
+    """Compiled; with an epilogue of bias, residual and an activation, if one is named."""
+    buffers = dict(ALIGNED)
+    if epilogue:
+        buffers |= {"bias": 256, "residual": 256, "activation": ACTIVATIONS.index(epilogue)}
     try:
         images: list[dict[str, Any]] = _runtime().images(
             problem.native(), algorithm, dtype=dtype, architecture=architecture, buffers=buffers
@@ -99,7 +124,7 @@ def test_every_algorithm_has_a_problem_here() -> None:
 @pytest.mark.parametrize("algorithm", REGISTRY)
 def test_compiles(algorithm: str, architecture: str) -> None:
     for dtype in REGISTRY[algorithm]["dtypes"]:
-        for image in _images(PROBLEMS[algorithm], algorithm, architecture, dtype, bias=True):
+        for image in _images(PROBLEMS[algorithm], algorithm, architecture, dtype, "relu"):
             assert image["image"][:4] == b"\x7fELF"
 
 
@@ -115,8 +140,9 @@ def _ptxas() -> str:
 @pytest.mark.parametrize("name", [*REGISTRY, *MORE])
 def test_default_tiles_do_not_spill(name: str, tmp_path: Path) -> None:
     algorithm, problem = MORE[name] if name in MORE else (name, PROBLEMS[name])
+    epilogue = "" if name in MORE else "gelu"  # the one with the most registers
     for dtype in REGISTRY[algorithm]["dtypes"]:
-        for image in _images(problem, algorithm, "compute_90a", dtype):
+        for image in _images(problem, algorithm, "compute_90a", dtype, epilogue):
             source = tmp_path / "kernel.ptx"
             source.write_bytes(image["image"].rstrip(b"\0"))
             command = [_ptxas(), "-arch=sm_90a", "-v", "-o", "/dev/null", str(source)]

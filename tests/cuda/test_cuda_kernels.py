@@ -300,27 +300,6 @@ def test_weights_that_are_not_finite_spread_over_padding() -> None:
     np.testing.assert_array_equal(result, problems.run(problem, x, w, "im2win"))
 
 
-def _rounded(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values as the kernel is given them, and what they are worth there."""
-    if dtype == "float32":
-        bits = values.view(np.uint32) + np.uint32(0x1000)
-        return values, (bits & np.uint32(0xFFFFE000)).view(np.float32)
-    if dtype == "float16":
-        half = values.astype(np.float16)
-        return half.view(np.uint16), half.astype(np.float32)
-    bits = values.view(np.uint32)
-    short = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return short, (short.astype(np.uint32) << 16).view(np.float32)
-
-
-def _widened(result: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return result
-    if dtype == "float16":
-        return result.view(np.float16).astype(np.float32)
-    return (result.astype(np.uint32) << 16).view(np.float32)
-
-
 TENSOR = {
     "nhwc": (_make(2, 8, 16, (9, 10), (3, 3), padding=_PAD), {}),
     "tails": (_make(2, 3, 13, (9, 10), (3, 3), padding=_PAD, stride=(2, 1)), {"pack": 1}),
@@ -347,12 +326,79 @@ TENSOR = {
 def test_tensor_cores(name: str, dtype: str) -> None:
     problem, changed = TENSOR[name]
     x, w = problems.operands(problem, np.random.default_rng(11))
-    (x, x_worth), (w, w_worth) = _rounded(x, dtype), _rounded(w, dtype)
+    (x, x_worth), (w, w_worth) = reference.rounded(x, dtype), reference.rounded(w, dtype)
     params = _params("tensor", **({"bk": 16, "tm": 16, "tn": 16} | changed))
-    result = _widened(cuda_shim.run(problem, x, w, "tensor", params=params, dtype=dtype), dtype)
+    result = reference.widened(
+        cuda_shim.run(problem, x, w, "tensor", params=params, dtype=dtype), dtype
+    )
     exact, size = reference.float64(problem, x_worth, w_worth)
     bound = {"float32": 2**-20, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
     assert (np.abs(result - exact) <= bound * size + 1e-6).all()
+
+
+NARROW = [n for n in CANONICAL if len(REGISTRY[n]["dtypes"]) > 1]
+# The vector kernels, strips, windows in registers or not, partial sums, and pixels as lanes.
+SIXTEEN = {
+    "depthwise 4": "float16",
+    "depthwise planes": "bfloat16",
+    "depthwise, a large window": "float16",
+    "depthwise line": "bfloat16",
+    "depthwise, transposed": "bfloat16",
+    "groups of 4": "bfloat16",
+    "gradient of depthwise": "bfloat16",
+    "gradient of groups": "float16",
+    "gradient of a dilated line": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("name", SIXTEEN)
+def test_sixteen_bits_are_widened_and_rounded_once(name: str) -> None:
+    algorithm, problem, changed = NAMED[name]
+    dtype = SIXTEEN[name]
+    x, w = problems.operands(problem, np.random.default_rng(13))
+    (x, x_worth), (w, w_worth) = reference.rounded(x, dtype), reference.rounded(w, dtype)
+    params = _params(algorithm, **changed)
+    result = cuda_shim.run(problem, x, w, algorithm, params=params, dtype=dtype)
+    expected = reference.chain(problem, x_worth, w_worth)
+    np.testing.assert_array_equal(result, reference.rounded(expected, dtype)[0])
+
+
+@pytest.mark.parametrize("algorithm", NARROW)
+def test_sixteen_bits_of_drawn_problems_with_either_result(algorithm: str) -> None:
+    rng = np.random.default_rng([5, CANONICAL.index(algorithm)])
+    while True:
+        problem = problems.draw(rng, KINDS.get(algorithm))
+        row = _ffi.cuda_candidates(problem.native(), "bfloat16", True)[algorithm]
+        if problem.flops < 4e5 and "rejected" not in row:
+            break
+    x, w = problems.operands(problem, rng)
+    (x, x_worth), (w, w_worth) = reference.rounded(x, "bfloat16"), reference.rounded(w, "bfloat16")
+    expected = reference.chain(problem, x_worth, w_worth)
+    wide = cuda_shim.run(problem, x, w, algorithm, dtype="bfloat16", wide_result=True)
+    np.testing.assert_array_equal(wide, expected, str(problem))
+    result = cuda_shim.run(problem, x, w, algorithm, dtype="bfloat16")
+    np.testing.assert_array_equal(result, reference.rounded(expected, "bfloat16")[0], str(problem))
+
+
+def test_the_epilogue_of_sixteen_bits_is_rounded_once() -> None:
+    algorithm, problem, changed = NAMED["depthwise 4"]
+    rng = np.random.default_rng(17)
+    drawn = [*problems.operands(problem, rng), rng.standard_normal(8, np.float32)]
+    drawn.append(rng.standard_normal(problem.out_shape, np.float32))
+    given, worth = zip(*(reference.rounded(a, "bfloat16") for a in drawn), strict=True)
+    result = cuda_shim.run(
+        problem,
+        *given[:2],
+        algorithm,
+        params=_params(algorithm, **changed),
+        dtype="bfloat16",
+        bias=given[2],
+        residual=given[3],
+        activation=ACTIVATIONS.index("silu"),
+    )
+    epilogue = {"bias": worth[2], "residual": worth[3], "activation": "silu"}
+    expected = problems.run(problem, *worth[:2], "auto", **epilogue)
+    np.testing.assert_array_equal(result, reference.rounded(expected, "bfloat16")[0])
 
 
 def test_nonsense_parameters_are_refused() -> None:
@@ -379,6 +425,39 @@ def test_nonsense_parameters_are_refused() -> None:
             assert 32 <= launch["threads"] <= 1024
             assert 0 <= launch["shared_bytes"] <= 99 * 1024
     assert 50 < refused < 400
+
+
+def _rejections(problem) -> list[str]:
+    rows = _ffi.cuda_candidates(problem.native())
+    return [row.get("rejected", "") for row in rows.values()]
+
+
+def test_offsets_that_do_not_fit_32_bits_are_refused() -> None:
+    """Threads behind the end count theirs, too: so a little below 2^31 elements it ends."""
+    last = 2**19 - 2**4  # pixels of 64 images with 64 channels
+    for pixels, good in ((last - 1, True), (last, False), (2**19 - 1, False)):
+        rejected = _rejections(_make(64, 64, 64, (pixels,), (1,)))
+        assert ("" in rejected) == good
+        assert good or "direct: an operand has 2^31 elements or more, nearly" in rejected
+    sizes = (60, 1, 1, (2**13, 2**12), (1, 1))
+    for rows, good in ((30000, True), (35000, False)):
+        rejected = _rejections(_make(*sizes, stride=(64, 64), padding=((rows, 0), (0, 0))))
+        assert ("" in rejected) == good == ("direct: padding reaches too far" not in rejected)
+
+
+def test_a_packed_filter_that_does_not_fit_is_refused() -> None:
+    groups = 2**16
+    for channels, fits in ((2**11, True), (2**13, False)):
+        sizes = (1, channels * groups, 2 * groups, (1,), (1,))
+        problem = _make(*sizes, groups=groups, layout=("NCW", "OIW"))
+        for algorithm, dtype in (("im2win", "float32"), ("tensor", "bfloat16")):
+            plan = _ffi.cuda_make_plan(problem.native(), algorithm, dtype)["plan"]
+            names = [spec["name"] for spec in REGISTRY[algorithm]["params"]]
+            params = dict(zip(names, plan["params"], strict=True))
+            assert params["pack"] == int(fits)
+            packed = [*(params | {"pack": 1}).values()]
+            answer = _ffi.cuda_make_plan(problem.native(), algorithm, dtype, params=packed)
+            assert fits or "packed filter is too large" in answer["error"]
 
 
 @pytest.mark.parametrize("algorithm", REGISTRY)

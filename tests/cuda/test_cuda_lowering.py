@@ -122,6 +122,24 @@ def test_jaxwin_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         _lowered(dense, _shapes(X, W), "cuda")
 
 
+def test_a_gpu_that_cannot_run_them_gets_lax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too old, or without NVRTC: what nobody asked for by name must not fail there."""
+    why = "the GPU has compute capability 7.5, at least 8.0 is needed"
+    monkeypatch.setattr(_cuda, "unusable", lambda: why)
+    monkeypatch.setattr(_explain, "default_platform", lambda: "cuda")
+    monkeypatch.setenv("JAXWIN_GPU", "all")
+    _cuda.decide.cache_clear()
+    jax.clear_caches()
+    try:
+        assert _algorithms(_lowered(_depthwise, _shapes(X, DEPTHWISE), "cuda")) == ["xla"]
+        (row,) = jaxwin.explain(_depthwise, *_shapes(X, DEPTHWISE))
+        assert (row.algorithm, row.reason) == ("xla", why)
+        text = _lowered(lambda x, w: jaxwin.conv(x, w, algorithm="im2win"), _shapes(X, W), "cuda")
+        assert _algorithms(text) == ["im2win"]
+    finally:
+        _cuda.decide.cache_clear()
+
+
 def test_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXWIN_DISABLE", "1")
     jax.clear_caches()
@@ -140,10 +158,21 @@ def test_algorithms_by_name(algorithm: str) -> None:
     assert "activation = 3" in text and "has_bias = 1" in text
 
 
-def test_sixteen_bits_are_read_as_they_are_by_tensor_cores_only() -> None:
-    args = _shapes(X, W, dtype=jnp.bfloat16)
-    for algorithm, conversions in (("tensor", 0), ("im2win", 3)):
-        text = _lowered(lambda x, w, a=algorithm: jaxwin.conv(x, w, algorithm=a), args, "cuda")
+def test_sixteen_bits_are_read_as_they_are_where_there_are_kernels_for_them() -> None:
+    dense, apart = _shapes(X, W, dtype=jnp.bfloat16), _shapes(X, DEPTHWISE, dtype=jnp.bfloat16)
+    for algorithm, args, conversions in (
+        ("tensor", dense, 0),
+        ("direct", dense, 0),
+        ("im2win", dense, 3),
+        ("depthwise", apart, 0),
+        ("grouped", apart, 0),
+        ("im2win", apart, 3),
+    ):
+
+        def fn(x: Any, w: Any, algorithm: str = algorithm) -> Any:
+            return jaxwin.conv(x, w, groups=16 // w.shape[2], algorithm=algorithm)
+
+        text = _lowered(fn, args, "cuda")
         assert _algorithms(text) == [algorithm]
         assert text.count("stablehlo.convert") == conversions
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib
 import os
 import shutil
@@ -49,6 +50,12 @@ class Fakes:
         """From now on `function` fails with `code`; forgets the calls until now."""
         for library in (self.cuda, self.nvrtc):
             library.fake_reset(function.encode(), code, capability)
+        self.compiler()
+
+    def compiler(self, word: bytes = b"image", milliseconds: int = 0) -> None:
+        """From now on images begin with a word ("stale": the driver refuses them)."""
+        self._word = word
+        self.nvrtc.fake_compiler(self._word, milliseconds)
 
     def calls(self, function: str) -> int:
         """How often a function was called since."""
@@ -96,6 +103,14 @@ def test_launches_and_keeps_the_function(fakes: Fakes) -> None:
     launch = _ffi.cuda_launches(PROBLEM, "im2win", "float32", False, [], BUFFERS)[0]
     seen = [fakes.cuda.fake_last(i) for i in range(3)]
     assert seen == [launch["blocks"], launch["threads"], launch["shared_bytes"]]
+
+
+def test_every_device_has_functions_of_its_own(fakes: Fakes) -> None:
+    """Streams of two contexts; the fake driver refuses a function of the other one."""
+    runtime = fakes.runtime()
+    for stream in (64, 128, 64, 136):
+        assert runtime.run(PROBLEM, "im2win", buffers=BUFFERS, stream=stream) == ("", "")
+    assert fakes.calls("cuModuleLoadData") == 2 == runtime.counters()["loaded"]
 
 
 def test_what_is_compiled(fakes: Fakes) -> None:
@@ -211,6 +226,16 @@ def test_device(fakes: Fakes) -> None:
     assert "error" in fakes.runtime().device(3)
 
 
+def test_what_makes_a_gpu_unusable(fakes: Fakes) -> None:
+    assert fakes.runtime().unusable() == ""
+    assert "nvidia-cuda-nvrtc" in fakes.runtime(nvrtc=["/nowhere/libnvrtc.so.13"]).unusable()
+    fakes.set(capability=75)
+    assert "7.5" in fakes.runtime().unusable()
+    # no GPU, no driver: nothing is known of where the program will run
+    assert fakes.runtime().unusable(3) == ""
+    assert fakes.runtime(cuda=["/nowhere/libcuda.so.1"]).unusable() == ""
+
+
 def test_many_threads_at_once(fakes: Fakes) -> None:
     runtime = fakes.runtime()
     results: list[tuple[str, str]] = []
@@ -225,6 +250,47 @@ def test_many_threads_at_once(fakes: Fakes) -> None:
         thread.join()
     assert results == [("", "")] * 200
     assert runtime.counters()["loaded"] == 1
+
+
+def test_a_kernel_is_compiled_once_for_all_who_wait(fakes: Fakes) -> None:
+    """Without a cache on disk: as where several devices begin at the same moment."""
+    runtime = fakes.runtime()
+    fakes.compiler(milliseconds=300)
+    results: list[tuple[str, str]] = []
+    begin = threading.Barrier(4)
+
+    def work() -> None:
+        begin.wait()
+        results.append(_run(runtime))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [("", "")] * 4
+    assert fakes.calls("nvrtcCompileProgram") == runtime.counters()["compiled"] == 1
+
+
+def test_a_failure_is_told_to_all_who_wait(fakes: Fakes) -> None:
+    runtime = fakes.runtime()
+    fakes.set("nvrtcCompileProgram", code=6)
+    fakes.compiler(milliseconds=300)
+    results: list[tuple[str, str]] = []
+    begin = threading.Barrier(3)
+
+    def work() -> None:
+        begin.wait()
+        results.append(_run(runtime))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [failure for failure, _ in results] == ["internal"] * 3
+    fakes.set()
+    assert _run(runtime) == ("", ""), "the failure stuck"
 
 
 # --- the cache -------------------------------------------------------------------------------
@@ -279,6 +345,20 @@ def test_a_damaged_file_is_compiled_again(fakes: Fakes, tmp_path: Path, damage: 
     assert not [f for f in _files(tmp_path) if f.suffix != ".cubin"], "a temporary file was left"
 
 
+def test_an_image_that_the_driver_refuses_is_compiled_again(fakes: Fakes, tmp_path: Path) -> None:
+    fakes.compiler(b"stale")
+    failure, text = _run(fakes.runtime(tmp_path))
+    assert failure == "internal" and "cuModuleLoadData" in text
+    assert fakes.calls("nvrtcCompileProgram") == 1, "what was just compiled is not compiled again"
+    fakes.set()
+    runtime = fakes.runtime(tmp_path)
+    assert _run(runtime) == ("", "")
+    assert fakes.calls("nvrtcCompileProgram") == runtime.counters()["compiled"] == 1
+    fakes.set()
+    assert _run(fakes.runtime(tmp_path)) == ("", "")
+    assert fakes.calls("nvrtcCompileProgram") == 0, "the new image was not kept"
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(fakes: Fakes, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
@@ -296,8 +376,11 @@ def test_the_cache_is_bounded(fakes: Fakes, tmp_path: Path) -> None:
             assert _run(runtime, params=params) == ("", "")
             assert sum(f.stat().st_size for f in _files(tmp_path)) <= 3.6 * size
     (tmp_path / "mine.txt").write_text("stays")
+    left = tmp_path / "0123456789abcdef.cubin.AbCdEf"  # by a process that died
+    left.write_bytes(b"x" * 4 * size)
+    os.utime(left, (1, 1))
     assert _run(runtime, params=[32, 32, 8, 4, 4, 2, 0, 1]) == ("", "")
-    assert (tmp_path / "mine.txt").exists()
+    assert (tmp_path / "mine.txt").exists() and not left.exists()
 
 
 def test_plans_on_the_device_without_xla(
@@ -307,6 +390,7 @@ def test_plans_on_the_device_without_xla(
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "gpu"))
     on_device: Any = importlib.import_module("on_device")
     monkeypatch.setattr(on_device, "LIBRARY", fakes.paths["CUDA"])
+    monkeypatch.setattr(on_device, "_FILLER_BYTES", 1 << 10)
     monkeypatch.setattr(on_device._cuda, "nvrtc_libraries", lambda: [fakes.paths["NVRTC"]])
     monkeypatch.setenv("JAXWIN_KERNEL_CACHE", "off")
     x, w = problems.operands(_PROBLEM, np.random.default_rng(0))
@@ -314,6 +398,17 @@ def test_plans_on_the_device_without_xla(
         result = on_device.run(_PROBLEM, x, w, "im2win")
         assert result.shape == _PROBLEM.out_shape and np.isnan(result).all()
         assert fakes.calls("cuMemAlloc") == fakes.calls("cuMemFree") == 4
+        fakes.set()
+        measure: Any = importlib.import_module("measure")
+        case = dataclasses.asdict(measure.Work("paper", 11, "float32", "highest"))
+        request = {"work": case, "algorithm": "im2win_full", "params": []}
+        took = measure.launch_times(request, lambda text: None)
+        kernels = ["jaxwin_pack", "jaxwin_window", "jaxwin_gemm"]
+        expected = [{"kernel": k, "median_us": 250.0, "min_us": 250.0} for k in kernels]
+        assert took == expected
+        assert fakes.calls("cuMemAlloc") == fakes.calls("cuMemFree") == 5
+        assert fakes.calls("cuEventCreate") == fakes.calls("cuEventDestroy") == 2
+        assert fakes.calls("cuLaunchKernel") == 6 * 3
         fakes.set("cuCtxSynchronize", 999)
         with pytest.raises(on_device.DriverError, match="CUDA_ERROR_UNKNOWN"):
             on_device.run(_PROBLEM, x, w, "im2win")

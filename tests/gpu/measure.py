@@ -11,8 +11,9 @@ order, each with its share of the time that is left:
     build       the extension, in place (only with --build)
     warm        NVRTC compiles the kernels side by side, while the next two check
     bits        every algorithm by the driver alone: drawn problems, against the scalar chain
-    sanitizer   a few of these under compute-sanitizer, where it is installed
+    sanitizer   a few of these under compute-sanitizer's tools, where it is installed
     layers      every layer beside cuDNN at equal precision: the default plans
+    launches    the papers' layers: each kernel of plans with several, transforms apart
     more        the same with more candidates, as far as the time goes
     tests       tests/gpu through XLA
     tune        `jaxwin-tune run` on the paper's layers, into a database beside --out
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -36,6 +38,7 @@ import os
 import queue
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,6 +57,8 @@ PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "cuda"), str(HERE)
 STARTED = time.monotonic()
 KINDS = {"lanes_grad": "weight_grad"}
 FAULT = "JAXWIN_MEASURE_FAULT"  # for tests: "KEY ALGORITHM" of what kills its process
+# Of each kernel that shares memory between threads.
+WITH_BARRIERS = ("im2win", "tensor", "few_channels")
 DRAWN = ("depthwise", "grouped", "segregated", "weight_grad")
 
 
@@ -90,28 +95,58 @@ def environment(dry: bool) -> dict[str, str]:
     return result
 
 
+_started: list[subprocess.Popen[Any]] = []  # what may still run when this script ends
+
+
+def start(words: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """Starts a program in a session of its own, so that `end` finds all that it starts."""
+    process: subprocess.Popen[Any] = subprocess.Popen(
+        words, cwd=ROOT, start_new_session=True, **options
+    )
+    _started.append(process)
+    return process
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Ends a process that `start` gave, and all that it started."""
+    if process not in _started:
+        return  # its number may be somebody else's by now
+    _started.remove(process)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def command(words: list[str], seconds: float, **options: Any) -> dict[str, Any]:
-    """Runs a program; what became of it, with the end of what it printed."""
+    """Runs a program; what became of it, with the end of what it printed.
+
+    Nothing that it started goes on after its time: it would disturb what is timed next.
+    """
     begin = time.monotonic()
     code: int | str
-    try:
-        done = subprocess.run(
-            words,
-            timeout=max(1.0, seconds),
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-            **options,
-        )
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        seen = error.stdout or b""
-        code = "timeout"
-        output = seen.decode(errors="replace") if isinstance(seen, bytes) else seen
-    except OSError as error:
-        code, output = "error", str(error)
+    text = options.pop("input", None)
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        try:
+            process = start(
+                words,
+                text=True,
+                stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                **options,
+            )
+            try:
+                process.communicate(text, timeout=max(1.0, seconds))
+                code = process.returncode
+            except subprocess.TimeoutExpired:
+                code = "timeout"
+            finally:
+                end(process)
+        except OSError as error:
+            code = "error"
+            printed.write(str(error))
+        printed.seek(0)
+        output = printed.read()
     taken = round(time.monotonic() - begin, 1)
     return {"code": code, "seconds": taken, "output": output[-4000:]}
 
@@ -131,7 +166,7 @@ class Child:
     def _start(self) -> None:
         words = [sys.executable, str(Path(__file__).resolve()), "--child", self._role]
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
-        self._process = subprocess.Popen(
+        self._process = start(
             words + (["--dry"] if self._dry else []),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -139,7 +174,6 @@ class Child:
             text=True,
             errors="replace",
             env=environment(self._dry),
-            cwd=ROOT,
         )
         lines = self._lines = queue.Queue()
         stream: Any = self._process.stdout
@@ -155,8 +189,8 @@ class Child:
         """Ends the process; its last words."""
         if self._process is None:
             return ""
-        self._process.kill()
-        code = self._process.wait()
+        end(self._process)
+        code = self._process.returncode
         self._process = None
         self._errors.seek(0)
         words = self._errors.read().strip()[-600:]
@@ -244,7 +278,7 @@ def describe_machine(dry: bool) -> dict[str, Any]:
         "  'backend': b.platform_version.strip()[:200]}))\n"
     )
     words = [sys.executable, "-c", "import jax.extend\n" + script]
-    told = command(words, 90, env=environment(dry), cwd=ROOT)
+    told = command(words, 90, env=environment(dry))
     lines = [line for line in told["output"].splitlines() if line.startswith("{")]
     facts = json.loads(lines[-1]) if told["code"] == 0 and lines else {"error": told}
     fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
@@ -281,13 +315,23 @@ def bits_child(dry: bool) -> None:
         return ()
 
     def agree(problem: Any, algorithm: str, params: tuple[int, ...], rng: Any) -> str:
-        x, w = problems.operands(problem, rng)
-        result = run(problem, x, w, algorithm, params=params)
+        single = dataclasses.replace(problem, lhs_dtype="float32", rhs_dtype="float32")
+        (x, w), dtype = problems.operands(single, rng), problem.lhs_dtype
+        given = x, w
+        if dtype != "float32":
+            (x_given, x), (w_given, w) = (reference.rounded(a, dtype) for a in (x, w))
+            given = x_given, w_given
+        result = run(problem, *given, algorithm, params=params, dtype=dtype)
         if rows[algorithm]["family"] == "canonical":
-            wrong = int((result != reference.chain(problem, x, w)).sum())
+            expected = reference.chain(problem, x, w)
+            if dtype != "float32":
+                expected = reference.rounded(expected, dtype)[0]
+            wrong = int((result != expected).sum())
             return f"{wrong} of {result.size} values differ" if wrong else ""
         exact, size = reference.float64(problem, x, w)
         bound = 2.0**-18 if rows[algorithm]["family"] == "pieces" else 2.0**-9
+        bound = max(bound, 2.0**-8 if dtype == "bfloat16" else 0.0)
+        result = reference.widened(result, dtype)
         worst = float((np.abs(result - exact) / np.maximum(size, 1e-20)).max())
         return "" if worst <= bound else f"error {worst:g} of the magnitude, allowed {bound:g}"
 
@@ -297,18 +341,22 @@ def bits_child(dry: bool) -> None:
         found: dict[str, Any] = {"right": 0, "wrong": []}
         cases = []
         for seed in request["seeds"]:
-            rng = np.random.default_rng([seed, 99])
+            rng = np.random.default_rng(seed)
             while True:
                 problem = problems.draw(rng, kind)
                 small = problem.flops < 4e5  # the chain in numpy takes its time
                 if small and "rejected" not in _ffi.cuda_candidates(problem.native())[algorithm]:
                     break
-            for params in ((), params_of(problem, algorithm, rng))[: 1 if dry else 2]:
-                cases.append((f"{seed} {problem} {algorithm} {params}", problem, params, rng))
+            tried = [(problem, params_of(problem, algorithm, rng))]
+            for dtype in rows[algorithm]["dtypes"]:
+                dtypes = dict.fromkeys(("lhs_dtype", "rhs_dtype", "out_dtype"), dtype)
+                tried.insert(-1, (dataclasses.replace(problem, **dtypes), ()))
+            for case, params in tried[: len(tried) - dry]:
+                cases.append((f"{seed} {case} {algorithm} {params}", case, params, rng))
         tell("compiling")
         if not dry:
             for _, problem, params, _ in cases:
-                answer = _ffi.cuda_make_plan(problem.native(), algorithm, params=list(params))
+                answer = _cuda.ask(problem, algorithm, params)
                 images(problem, [_cuda.plan_from(answer["plan"])], wait=False)
             images(None, [])
         for text, problem, params, rng in cases:
@@ -326,7 +374,7 @@ def bits(report: Report, deadline: float, dry: bool, algorithms: list[str]) -> N
     """The phase: {algorithm: {"right": count, "wrong": [...], "lost": ...}}."""
     results = report.data["bits"] = {}
     child = Child("bits", dry)
-    seeds = list(range(1 if dry else 6))
+    seeds = [[report.data["seed"], i] for i in range(1 if dry else 6)]
     for algorithm in algorithms[: 1 if dry else None]:
         if time.monotonic() > deadline - 2:
             results[algorithm] = {"lost": "not reached"}
@@ -343,18 +391,26 @@ def bits(report: Report, deadline: float, dry: bool, algorithms: list[str]) -> N
 
 
 def sanitize(report: Report, seconds: float, algorithms: list[str]) -> None:
-    """One problem for each algorithm under compute-sanitizer."""
+    """A few plans under compute-sanitizer: memory of each algorithm, races and barriers of some."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         report.data["sanitizer"] = {"code": "not installed"}
         return
-    asked = "".join(json.dumps({"algorithm": a, "seeds": [1]}) + "\n" for a in algorithms)
-    words = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20"]
-    words += [sys.executable, str(Path(__file__).resolve()), "--child", "bits"]
-    done = command(words, seconds, input=asked, env=environment(False), cwd=ROOT)
-    report.data["sanitizer"] = done
-    tail = [line for line in done["output"].splitlines() if "ERROR SUMMARY" in line]
-    say(f"sanitizer: {done['code']} {' '.join(tail)}")
+    seeds = [[report.data["seed"], 0]]
+    deadline = time.monotonic() + seconds
+    found: dict[str, Any] = {}
+    report.data["sanitizer"] = {"code": 0, "tools": found}
+    for share, name in ((0.5, "memcheck"), (0.6, "racecheck"), (1.0, "synccheck")):
+        words = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20"]
+        words += [sys.executable, str(Path(__file__).resolve()), "--child", "bits"]
+        some = [a for a in algorithms if name == "memcheck" or a in WITH_BARRIERS]
+        asked = "".join(json.dumps({"algorithm": a, "seeds": seeds}) + "\n" for a in some)
+        left = (deadline - time.monotonic()) * share
+        done = found[name] = command(words, left, input=asked, env=environment(False))
+        report.data["sanitizer"]["code"] = report.data["sanitizer"]["code"] or done["code"]
+        report.save()
+        tail = [line for line in done["output"].splitlines() if "SUMMARY" in line]
+        say(f"sanitizer: {name}: {done['code']} {' '.join(tail)}")
 
 
 # --- layers ----------------------------------------------------------------------------------
@@ -602,13 +658,49 @@ def warm(dry: bool, work: list[Work]) -> subprocess.Popen[bytes] | None:
     if dry:
         return None
     words = [sys.executable, str(Path(__file__).resolve()), "--child", "warm"]
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, env=environment(False), cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    process = start(words, stdin=subprocess.PIPE, env=environment(False), stdout=subprocess.DEVNULL)
     assert process.stdin is not None
     process.stdin.write(json.dumps([dataclasses.asdict(each) for each in work]).encode())
     process.stdin.close()
     return process
+
+
+def launch_times(request: dict[str, Any], tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The kernels of a plan of a `Work` in their order, with the time of each alone."""
+    import on_device
+
+    work = Work(**request["work"])
+    problem = case_of(work, False).problem(work.dtype)
+    tell(request["algorithm"])
+    params = tuple(request["params"])
+    times = on_device.launch_times(problem, request["algorithm"], params, dtype=work.dtype)
+    return [
+        {"kernel": name, "median_us": statistics.median(us), "min_us": min(us)}
+        for name, us in times
+    ]
+
+
+def launches(report: Report, deadline: float, work: list[Work]) -> None:
+    """By row of the papers' layers: what the kernels of `im2win_full` and of the best plan take."""
+    rows = {row["key"]: row for row in report.data["rows"]}
+    child = Child("launches", False)
+    for each in work:
+        row = rows.get(key_of(each))
+        if row is None or each.group != "paper" or not each.exact:
+            continue
+        plans = {n for n, c in row["cells"].items() if c.get("algorithm") == "im2win_full"}
+        for name in sorted(plans | {row.get("best", "")} - {"", "xla"}):
+            if time.monotonic() > deadline - 2:
+                break
+            request = {"work": dataclasses.asdict(each)}
+            request |= {key: row["cells"][name][key] for key in ("algorithm", "params")}
+            got = child.ask(request, 20.0, deadline)
+            told = got.get("done") or {"lost": f"{got['lost']} at {got['at']}"[:600]}
+            row.setdefault("launches", {})[name] = told
+            report.save()
+    child.stop()
+    count = sum(len(row.get("launches", {})) for row in rows.values())
+    say(f"launches: {count} plans taken apart")
 
 
 def warm_child() -> None:
@@ -664,6 +756,16 @@ def images(problem: Any, plans: list[Any], wait: bool = True) -> None:
 # --- the end ---------------------------------------------------------------------------------
 
 
+def sum_of_memory(rows: list[dict[str, Any]]) -> float | None:
+    """What the best plans take beside operands and results, of what cuDNN takes, in percent."""
+    mine = theirs = 0
+    for row in rows:
+        pair = [row["cells"].get(n, {}).get("temporary_bytes") for n in (row.get("best"), "xla")]
+        if None not in pair:
+            mine, theirs = mine + pair[0], theirs + pair[1]
+    return 100.0 * mine / theirs if theirs else None
+
+
 def summary(data: dict[str, Any]) -> dict[str, Any]:
     """By set and precision: how the best plans compare with cuDNN, and what did not work."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -686,6 +788,7 @@ def summary(data: dict[str, Any]) -> dict[str, Any]:
             "geomean": math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None,
             "range": [min(ratios), max(ratios)] if ratios else None,
             "memory_percent": statistics.median(memory) if memory else None,
+            "memory_percent_of_the_sum": sum_of_memory(rows),
             "bad": bad,
         }
     return result
@@ -730,7 +833,7 @@ def tune(report: Report, seconds: float, dry: bool) -> None:
     words = [sys.executable, "-m", "jaxwin.tuner", "run", *what, "--device", "cuda", "--quiet"]
     words += ["--precision", "highest", "--effort", "quick", "--budget", str(int(seconds * 0.8))]
     words += ["--database", str(database), "--json"]
-    report.data["tune"] = command(words, seconds, env=environment(dry), cwd=ROOT)
+    report.data["tune"] = command(words, seconds, env=environment(dry))
     say(f"tune: {report.data['tune']['code']}")
 
 
@@ -770,6 +873,7 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
     groups = [name for name in options.only.split(",") if name] or list(SETS)
     work = all_work(groups, SETS, options.dry)
     algorithms = [row["name"] for row in _registry.rows("cuda")]
+    data["seed"] = options.seed if options.seed is not None else time.time_ns() % 2**31
     compiling = warm(options.dry, work)
     skipped = options.skip.split(",")
     if "bits" not in skipped:
@@ -782,12 +886,15 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
         try:
             data["warm"] = {"code": compiling.wait(timeout=min(60.0, left() * 0.2))}
         except subprocess.TimeoutExpired:
-            compiling.kill()
             data["warm"] = {"code": "timeout"}
+        end(compiling)
         say(f"kernels compiled: {data['warm']['code']}")
         yield
     layers(report, time.monotonic() + left() * 0.65, options.dry, work, 0, 4.0)
     yield
+    if "launches" not in skipped and not options.dry:
+        launches(report, time.monotonic() + min(30.0, left() * 0.15), work)
+        yield
     # The layers of the papers first; what is kept is for the last two phases.
     exact = sorted((each for each in work if each.exact), key=lambda each: each.group != "paper")
     kept = 0.0 if options.dry else min(110.0, left() * 0.55)
@@ -800,7 +907,6 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
         tests = command(
             [*words, str(HERE / "test_gpu.py")],
             min(60.0, left() * 0.5),
-            cwd=ROOT,
             env=environment(False),
         )
         data["tests"] = tests
@@ -810,6 +916,14 @@ def phases(options: argparse.Namespace, report: Report) -> Iterator[None]:
         tune(report, left() - 8, options.dry)
     yield
     data["complete"] = "cut" not in data
+
+
+class _EndedError(Exception):
+    """Somebody wants this script to end: what there is of the report is written."""
+
+
+def _stop(*_: Any) -> None:
+    raise _EndedError("ended by a signal")
 
 
 def main() -> int:
@@ -822,9 +936,12 @@ def main() -> int:
     parser.add_argument(
         "--skip", default="", help="phases to leave out, separated by commas: bits, sanitizer, ..."
     )
+    parser.add_argument("--seed", type=int, help="of the problems that are drawn; else a new one")
     parser.add_argument("--only", default="", help="names of sets, separated by commas")
     parser.add_argument("--dry", action="store_true", help="on the CPU, at small sizes")
-    parser.add_argument("--child", choices=("bits", "layers", "warm"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", choices=("bits", "layers", "launches", "warm"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.child:
         sys.path[:0] = PATHS
@@ -832,16 +949,22 @@ def main() -> int:
             warm_child()
         elif options.child == "bits":
             bits_child(options.dry)
+        elif options.child == "launches":
+            serve(launch_times)
         else:
             layers_child(options.dry)
         return 0
     report = Report(options.out)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         for _ in phases(options, report):
             report.save()
     except Exception:
         report.data["error"] = traceback.format_exc()[-3000:]
         say(report.data["error"])
+    finally:
+        for process in [*_started]:
+            end(process)
     report.data["summary"] = summary(report.data)
     report.save()
     print_summary(report.data)

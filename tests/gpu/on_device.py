@@ -119,3 +119,98 @@ def run(
         m.free()
     assert not broken, f"a write outside of {', '.join(broken)}"
     return result.view(lhs.dtype).reshape(problem.out_shape)
+
+
+# --- times of single kernels -----------------------------------------------------------------
+
+_FILLER_BYTES = 1 << 30  # written before a kernel, so that no cache holds anything of its operands
+_DRAWN = (1 << 20) + 7  # values that are drawn; larger operands repeat them
+
+
+class _Plain:
+    """Memory on the GPU with these values, or with zeros."""
+
+    def __init__(self, size: int, values: np.ndarray | None = None) -> None:
+        self._pointer = ctypes.c_uint64()
+        _call("cuMemAlloc_v2", ctypes.byref(self._pointer), ctypes.c_size_t(size))
+        self.address = self._pointer.value
+        self._size = ctypes.c_size_t(size)
+        if values is None:
+            self.fill(0)
+        else:
+            data = ctypes.c_void_p(values.ctypes.data)
+            _call("cuMemcpyHtoD_v2", self._pointer, data, self._size)
+
+    def fill(self, byte: int) -> None:
+        """Queues writing all of it."""
+        _call("cuMemsetD8Async", self._pointer, ctypes.c_ubyte(byte), self._size, None)
+
+    def free(self) -> None:
+        _call("cuMemFree_v2", self._pointer)
+
+
+def _normal(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> np.ndarray:
+    values = np.resize(rng.standard_normal(_DRAWN, np.float32), int(np.prod(shape)))
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def launch_times(
+    problem: Problem,
+    algorithm: str,
+    params: tuple[int, ...] = (),
+    *,
+    dtype: str = "float32",
+    rounds: int = 5,
+) -> list[tuple[str, list[float]]]:
+    """The kernels of a plan in their order, with microseconds between events around each alone.
+
+    In front of each a large piece of memory is written: that empties the caches, and lasts longer
+    than queueing the events and the kernel behind it.
+    """
+    _driver()
+    plan = _ffi.cuda_make_plan(problem.native(), algorithm, dtype, params=list(params))["plan"]
+    width = 4 if dtype == "float32" else 2
+    rng = np.random.default_rng()
+    drawn = {
+        name: _normal(shape, dtype, rng)
+        for name, shape in (("x", problem.lhs_shape), ("w", problem.rhs_shape))
+    }
+    sizes = {name: values.nbytes for name, values in drawn.items()}
+    sizes |= {"y": int(np.prod(problem.out_shape)) * width, "workspace": plan["workspace_bytes"]}
+    memory = {name: _Plain(max(size, 16), drawn.get(name)) for name, size in sizes.items()}
+    filler = _Plain(_FILLER_BYTES)
+    buffers = {name: m.address for name, m in memory.items()}
+    launches = _ffi.cuda_launches(
+        problem.native(), plan["algorithm"], dtype, False, plan["params"], buffers
+    )
+    begin, end, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+    for event in (begin, end):
+        _call("cuEventCreate", ctypes.byref(event), 0)
+    times: list[list[float]] = [[] for _ in launches]
+    for turn in range(rounds + 1):  # the first one loads the kernels
+        for only in range(len(launches)):
+            filler.fill(turn)
+            _call("cuEventRecord", begin, stream)
+            failure, text = runtime().run(
+                problem.native(),
+                plan["algorithm"],
+                dtype,
+                params=plan["params"],
+                buffers=buffers,
+                only=only,
+            )
+            if failure:
+                raise RuntimeError(f"{failure}: {text}")
+            _call("cuEventRecord", end, stream)
+            _call("cuEventSynchronize", end)
+            taken = ctypes.c_float()
+            _call("cuEventElapsedTime", ctypes.byref(taken), begin, end)
+            if turn > 0:
+                times[only].append(1e3 * taken.value)
+    for event in (begin, end):
+        _call("cuEventDestroy_v2", event)
+    for m in (filler, *memory.values()):
+        m.free()
+    return [(launch["kernel"], us) for launch, us in zip(launches, times, strict=True)]

@@ -72,6 +72,23 @@ def test_bits_of_the_chain(algorithm: str, seed: int) -> None:
             np.testing.assert_array_equal(run(x, w), expected, f"{problem} {plan}")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("algorithm", [n for n in CANONICAL if len(REGISTRY[n]["dtypes"]) > 1])
+def test_sixteen_bits_are_widened_and_rounded_once(algorithm: str, dtype: str) -> None:
+    rng = np.random.default_rng([CANONICAL.index(algorithm), 55])
+    kind = "weight_grad" if algorithm == "lanes_grad" else algorithm
+    while True:
+        problem = problems.draw(rng, kind if kind != "direct" else None)
+        narrow = dataclasses.replace(problem, lhs_dtype=dtype, rhs_dtype=dtype, out_dtype=dtype)
+        plan = plan_of(narrow, algorithm, dtype=dtype)
+        if not isinstance(plan, str):
+            break
+    x, w = (np.asarray(jnp.asarray(a, dtype)) for a in problems.operands(problem, rng))
+    chain = reference.chain(problem, x.astype(np.float32), w.astype(np.float32))
+    expected = np.asarray(jnp.asarray(chain, dtype))
+    np.testing.assert_array_equal(_compiled(narrow, plan, (x, w))(x, w), expected)
+
+
 @pytest.mark.parametrize("activation", _registry.registry()["activations"])
 def test_epilogues_have_the_bits_of_the_cpu(activation: str) -> None:
     problem = problems.make(3, 8, 12, (9, 11), (3, 3), padding=((1, 1), (1, 1)))

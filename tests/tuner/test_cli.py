@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import jaxwin
 from jaxwin import _record, _registry, _settings
-from jaxwin.tuner import exits
+from jaxwin.tuner import cli, exits
 from jaxwin.tuner.cli import main
 
 
@@ -83,6 +83,31 @@ def test_doctor() -> None:
     disabled = _run("doctor", env={"JAXWIN_DISABLE": "1"})
     assert disabled.exit_code == 1
     assert "JAXWIN_DISABLE" in disabled.output
+
+
+def test_doctor_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"name": "Made-up GPU", "processors": 7, "capability": "9.0"}
+    monkeypatch.setattr(cli.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cli._compat, "platform_version", lambda: "PJRT, CUDA 13000")
+    monkeypatch.setattr(cli._ffi, "cuda_device", lambda ordinal: gpu)
+    monkeypatch.setattr(cli._cuda, "unusable", lambda: "")
+    tested = []
+    monkeypatch.setattr(cli, "_self_test", lambda on_gpu: tested.append(on_gpu) or [])
+    told = json.loads(_run("doctor", "--json").output)
+    assert told["problems"] == [] and tested == [True]
+    assert told["facts"]["GPU"] == "Made-up GPU, 7 processors, compute capability 9.0"
+    monkeypatch.setattr(cli._cuda, "unusable", lambda: "NVRTC cannot be opened")
+    sick = _run("doctor")
+    assert sick.exit_code == 1 and tested == [True]
+    assert "the kernels of the GPU cannot run: NVRTC cannot be opened" in sick.output
+    monkeypatch.setattr(cli._ffi, "cuda_device", lambda ordinal: {"error": "no driver"})
+    assert "cannot run: no driver" in _run("doctor").output
+    monkeypatch.setattr(cli._compat, "platform_version", lambda: "rocm 7")
+    assert "neither the CPU nor CUDA" in _run("doctor").output
+
+
+def test_doctor_s_convolution_may_name_its_kernel() -> None:
+    assert cli._self_test(on_gpu=False) == cli._self_test(on_gpu=True) == []
 
 
 def test_doctor_where_jax_cannot_start() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 import problems
 import pytest
 
@@ -256,6 +257,18 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         tune.device("cuda")
 
 
+def test_a_gpu_that_no_kernel_can_run_on_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(gpu.REHEARSAL, raising=False)
+    monkeypatch.setattr(tune._compat, "may_use_cuda", lambda: True)
+    monkeypatch.setattr(_machine, "_gpu", lambda: GPU)
+    monkeypatch.setattr(tune._cuda, "unusable", lambda: "")
+    assert tune.device(None) == tune.device("cuda") == "cuda"
+    monkeypatch.setattr(tune._cuda, "unusable", lambda: "compute capability 7.5")
+    assert tune.device(None) == "cpu"
+    with pytest.raises(ValueError, match=r"device: compute capability 7\.5"):
+        tune.device("cuda")
+
+
 @pytest.mark.parametrize("isa", ["cuda", "cuda-tensor"])
 def test_candidates_in_the_measuring_process(
     isa: str, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
@@ -281,3 +294,32 @@ def laboratory() -> Iterator[Laboratory]:
         monkeypatch.setenv("JAXWIN_TUNER_FAULTS", "wrong direct")
         with Laboratory(1, 10.0, 0, "cuda") as made:
             yield made
+
+
+def test_small_operands_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gpu.REHEARSAL, "1")
+    seen: list[np.ndarray] = []
+
+    def finished(results: list[jax.Array]) -> list[jax.Array]:
+        seen.append(np.asarray(results[0]).copy())
+        return jax.block_until_ready(results)
+
+    monkeypatch.setattr(gpu, "_finished", finished)
+    subject = gpu.Subject(DENSE.key, 1, "cuda")
+    run, status, error = subject.compile(Plan("xla", "cuda", 1, (), 0))
+    assert (status, error) == ("ok", "")
+    for _ in range(3):
+        run()
+    judged, first, second, third = seen
+    np.testing.assert_array_equal(first, judged)
+    np.testing.assert_array_equal(third, judged)
+    assert (second != judged).any()
+
+    monkeypatch.delenv(gpu.REHEARSAL)
+    size = 4 * (2 * 12 * 13 * 8 + 3 * 3 * 8 * 16 + 2 * 10 * 11 * 16)
+    monkeypatch.setattr(gpu, "_MOST_CALLS", 2)
+    for total, sets in ((5 * size, 3), (9999 * size, 16)):
+        monkeypatch.setattr(gpu, "_ROTATED_BYTES", total)
+        subject = gpu.Subject(DENSE.key, 1, "cuda")
+        assert len(subject.sets) == sets
+        assert {len(operands) for operands in subject.sets} == {subject.calls} == {2}

@@ -2,10 +2,11 @@
 //
 // Kernels in which a thread computes results of its own from global memory: for few channels in a
 // group. Neighbouring threads have neighbouring channels, or pixels where JAXWIN_LANES_X. The chain
-// of each result is the canonical one.
+// of each result is the canonical one, in float32 whatever the type of the operands.
 //
-// Definitions: JAXWIN_THREADS, _STRIP (pixels along x of a thread), _VECTOR (neighbouring channels
-// that are loaded at once), _LANES_X, and for depthwise _WINDOW_X, _Y, _Z, _STRIDE_X, _DILATION_X.
+// Definitions: JAXWIN_TYPE, _THREADS, _STRIP (pixels along x of a thread), _VECTOR (neighbouring
+// channels that are loaded at once), _LANES_X, and for depthwise _WINDOW_X, _Y, _Z, _STRIDE_X,
+// _DILATION_X.
 
 namespace jaxwin {
 namespace cuda {
@@ -14,8 +15,15 @@ constexpr int kThreads = JAXWIN_THREADS;
 constexpr int kStrip = JAXWIN_STRIP;
 constexpr int kVector = JAXWIN_VECTOR;
 
-struct alignas(4 * kVector) Lanes {
+// Values in registers; as they lie in memory, and as results do.
+struct Lanes {
   float v[kVector];
+};
+struct alignas(sizeof(Element) * kVector) Elements {
+  Element v[kVector];
+};
+struct alignas(sizeof(Result) * kVector) Results {
+  Result v[kVector];
 };
 
 JAXWIN_DEVICE Lanes zeros() {
@@ -24,8 +32,14 @@ JAXWIN_DEVICE Lanes zeros() {
   for (int i = 0; i < kVector; ++i) l.v[i] = 0.0F;
   return l;
 }
-JAXWIN_DEVICE Lanes lanes_at(const float* from, bool real) {
-  return real ? *reinterpret_cast<const Lanes*>(from) : zeros();
+JAXWIN_DEVICE Lanes lanes_at(const Element* from, bool real) {
+  Lanes l = zeros();
+  if (real) {
+    const Elements e = *reinterpret_cast<const Elements*>(from);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) l.v[i] = widen(e.v[i]);
+  }
+  return l;
 }
 
 // What a thread computes: `lane` and a strip of pixels that begins at `o` of image `image`.
@@ -66,8 +80,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_depthwise(JAXWIN_ARGS ConvArgs a) {
   const Work r = find_work(a, p, static_cast<int>(blockIdx.x) - p.first_block, a.g / kVector);
   if (!r.any) return;
   const int g = r.lane * kVector;
-  const float* const x = static_cast<const float*>(a.x) + g * a.x_g + r.image * a.x_n;
-  const float* const w = static_cast<const float*>(a.w) + g * a.w_g + p.w_first;
+  const Element* const x = static_cast<const Element*>(a.x) + g * a.x_g + r.image * a.x_n;
+  const Element* const w = static_cast<const Element*>(a.w) + g * a.w_g + p.w_first;
   const int at_z = r.o[0] * p.stride[0] - p.pad[0];
   const int at_y = r.o[1] * p.stride[1] - p.pad[1];
   const int at_x = r.o[2] * p.stride[2] - p.pad[2];
@@ -145,15 +159,17 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_depthwise(JAXWIN_ARGS ConvArgs a) {
 
   const int at = p.y_first + g * a.y_g + r.image * a.y_n + r.o[0] * p.y_sp[0] + r.o[1] * p.y_sp[1] +
                  r.o[2] * p.y_sp[2];
-  float* const y = static_cast<float*>(a.y);
+  Result* const y = static_cast<Result*>(a.y);
 #pragma unroll
   for (int t = 0; t < kStrip; ++t) {
     if (r.o[2] + t >= p.out[2]) break;
     const int there = at + t * p.y_sp[2];
-    Lanes result;
+    Results result;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) result.v[i] = finish(a, sum[t].v[i], g + i, there + i);
-    *reinterpret_cast<Lanes*>(y + there) = result;
+    for (int i = 0; i < kVector; ++i) {
+      result.v[i] = round_result(finish(a, sum[t].v[i], g + i, there + i));
+    }
+    *reinterpret_cast<Results*>(y + there) = result;
   }
 }
 #endif
@@ -167,8 +183,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_grouped(JAXWIN_ARGS ConvArgs a) {
   if (!r.any) return;
   const int g = r.lane / a.k;
   const int k = r.lane % a.k;
-  const float* const x = static_cast<const float*>(a.x) + g * a.x_g + r.image * a.x_n;
-  const float* const w = static_cast<const float*>(a.w) + g * a.w_g + k * a.w_k + p.w_first;
+  const Element* const x = static_cast<const Element*>(a.x) + g * a.x_g + r.image * a.x_n;
+  const Element* const w = static_cast<const Element*>(a.w) + g * a.w_g + k * a.w_k + p.w_first;
   const int at_z = r.o[0] * p.stride[0] - p.pad[0];
   const int at_y = r.o[1] * p.stride[1] - p.pad[1];
   const int at_x = r.o[2] * p.stride[2] - p.pad[2];
@@ -185,11 +201,11 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_grouped(JAXWIN_ARGS ConvArgs a) {
         const int iz = at_z + s * p.dilation[0];
         const bool real = real_y && static_cast<unsigned>(iz) < static_cast<unsigned>(a.in[0]);
         const int from = iz * a.x_sp[0] + iy * a.x_sp[1] + (at_x + v * p.dilation[2]) * a.x_sp[2];
-        const float* const tap = w + v * p.w_sp[2] + u * p.w_sp[1] + s * p.w_sp[0];
+        const Element* const tap = w + v * p.w_sp[2] + u * p.w_sp[1] + s * p.w_sp[0];
         for (int c = 0; c < a.c; c += kVector) {
           float weight[kVector];
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) weight[i] = tap[(c + i) * a.w_c];
+          for (int i = 0; i < kVector; ++i) weight[i] = widen(tap[(c + i) * a.w_c]);
 #pragma unroll
           for (int t = 0; t < kStrip; ++t) {
             const int ix = at_x + t * p.stride[2] + v * p.dilation[2];
@@ -206,12 +222,12 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_grouped(JAXWIN_ARGS ConvArgs a) {
 
   const int at = p.y_first + g * a.y_g + k * a.y_k + r.image * a.y_n + r.o[0] * p.y_sp[0] +
                  r.o[1] * p.y_sp[1] + r.o[2] * p.y_sp[2];
-  float* const y = static_cast<float*>(a.y);
+  Result* const y = static_cast<Result*>(a.y);
 #pragma unroll
   for (int t = 0; t < kStrip; ++t) {
     if (r.o[2] + t >= p.out[2]) break;
     const int there = at + t * p.y_sp[2];
-    y[there] = finish(a, sum[t], r.lane, there);
+    y[there] = round_result(finish(a, sum[t], r.lane, there));
   }
 }
 #endif
@@ -225,11 +241,11 @@ constexpr int kTapsY = JAXWIN_TAPS_Y, kTapsX = JAXWIN_TAPS_X, kShift = JAXWIN_SH
 #if JAXWIN_DEPTHWISE
 using Value = Lanes;
 JAXWIN_DEVICE float part_of(const Value& v, int i) { return v.v[i]; }
-JAXWIN_DEVICE Value value_at(const float* from, bool real) { return lanes_at(from, real); }
+JAXWIN_DEVICE Value value_at(const Element* from, bool real) { return lanes_at(from, real); }
 #else
 using Value = float;
 JAXWIN_DEVICE float part_of(Value v, int) { return v; }
-JAXWIN_DEVICE Value value_at(const float* from, bool real) { return real ? *from : 0.0F; }
+JAXWIN_DEVICE Value value_at(const Element* from, bool real) { return real ? widen(*from) : 0.0F; }
 #endif
 
 JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_lanes_grad(JAXWIN_ARGS ConvArgs a) {
@@ -249,8 +265,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_lanes_grad(JAXWIN_ARGS ConvArgs a) {
   if (image >= a.n) return;
   const int g = lane / a.k;
   const int k = lane % a.k;
-  const float* const x = static_cast<const float*>(a.x) + g * a.x_g + image * a.x_n;
-  const float* const w = static_cast<const float*>(a.w) + g * a.w_g + k * a.w_k + p.w_first;
+  const Element* const x = static_cast<const Element*>(a.x) + g * a.x_g + image * a.x_n;
+  const Element* const w = static_cast<const Element*>(a.w) + g * a.w_g + k * a.w_k + p.w_first;
   const int at_z = oz * p.stride[0] - p.pad[0];
   const int at_y = oy * p.stride[1] - p.pad[1];
   const int at_x = ox * p.stride[2] - p.pad[2];
@@ -273,8 +289,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_lanes_grad(JAXWIN_ARGS ConvArgs a) {
     const int c = row / height / p.win[0];
     const int iz = at_z + s * p.dilation[0];
     const bool real_z = static_cast<unsigned>(iz) < static_cast<unsigned>(a.in[0]);
-    const float* const tap = w + c * a.w_c + s * p.w_sp[0] + u * p.w_sp[1];
-    const float* const from = x + c * a.x_c + iz * a.x_sp[0];
+    const Element* const tap = w + c * a.w_c + s * p.w_sp[0] + u * p.w_sp[1];
+    const Element* const from = x + c * a.x_c + iz * a.x_sp[0];
     const auto load = [&](int i, int ix) {
       const int iy = at_y + i * p.stride[1] + u * p.dilation[1];
       const bool real = real_z && static_cast<unsigned>(iy) < static_cast<unsigned>(a.in[1]) &&
@@ -315,7 +331,11 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_lanes_grad(JAXWIN_ARGS ConvArgs a) {
     }
   }
 
+#if JAXWIN_PARTIAL
   float* const y = static_cast<float*>(a.y);
+#else
+  Result* const y = static_cast<Result*>(a.y);
+#endif
 #pragma unroll
   for (int i = 0; i < kTapsY; ++i) {
 #pragma unroll
@@ -331,7 +351,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_lanes_grad(JAXWIN_ARGS ConvArgs a) {
 #else
         const int at = group * a.y_g + feature * a.y_k + image * a.y_n + oz * p.y_sp[0] +
                        (oy + i) * p.y_sp[1] + (ox + j) * p.y_sp[2];
-        y[at] = finish(a, sum[i][j].v[q], lane + q, at);
+        y[at] = round_result(finish(a, sum[i][j].v[q], lane + q, at));
         static_cast<void>(chunk);
 #endif
       }
@@ -356,8 +376,8 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_direct(JAXWIN_ARGS ConvArgs a) {
   if (!r.any) return;
   const int g = r.lane / a.k;
   const int k = r.lane % a.k;
-  const float* const x = static_cast<const float*>(a.x) + g * a.x_g + r.image * a.x_n;
-  const float* const w = static_cast<const float*>(a.w) + g * a.w_g + k * a.w_k + p.w_first;
+  const Element* const x = static_cast<const Element*>(a.x) + g * a.x_g + r.image * a.x_n;
+  const Element* const w = static_cast<const Element*>(a.w) + g * a.w_g + k * a.w_k + p.w_first;
   const int base[3] = {r.o[0] * p.stride[0] - p.pad[0], r.o[1] * p.stride[1] - p.pad[1],
                        r.o[2] * p.stride[2] - p.pad[2]};
   float sum = 0.0F;
@@ -378,14 +398,14 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_direct(JAXWIN_ARGS ConvArgs a) {
     if (hole) continue;
     const bool real_z = input_at(base[0] + s * p.dilation[0], a.lhs_dilation[0], a.in[0], hole, iz);
     if (hole) continue;
-    const float* const from = x + c * a.x_c + iz * a.x_sp[0] + iy * a.x_sp[1];
-    const float* const tap = w + c * a.w_c + s * p.w_sp[0] + u * p.w_sp[1];
+    const Element* const from = x + c * a.x_c + iz * a.x_sp[0] + iy * a.x_sp[1];
+    const Element* const tap = w + c * a.w_c + s * p.w_sp[0] + u * p.w_sp[1];
     for (int v = 0; v < p.win[2]; ++v) {
       const bool real =
           input_at(base[2] + v * p.dilation[2], a.lhs_dilation[2], a.in[2], hole, ix) && real_y &&
           real_z;
       if (hole) continue;
-      sum = fma(real ? from[ix * a.x_sp[2]] : 0.0F, tap[v * p.w_sp[2]], sum);
+      sum = fma(real ? widen(from[ix * a.x_sp[2]]) : 0.0F, widen(tap[v * p.w_sp[2]]), sum);
     }
   }
 #else
@@ -401,10 +421,10 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_direct(JAXWIN_ARGS ConvArgs a) {
             input_at(base[0] + s * p.dilation[0], a.lhs_dilation[0], a.in[0], hole, iz) && real_x &&
             real_y;
         if (hole) continue;
-        const float* const from = x + iz * a.x_sp[0] + iy * a.x_sp[1] + ix * a.x_sp[2];
-        const float* const tap = w + s * p.w_sp[0] + u * p.w_sp[1] + v * p.w_sp[2];
+        const Element* const from = x + iz * a.x_sp[0] + iy * a.x_sp[1] + ix * a.x_sp[2];
+        const Element* const tap = w + s * p.w_sp[0] + u * p.w_sp[1] + v * p.w_sp[2];
         for (int c = 0; c < a.c; ++c) {
-          sum = fma(real ? from[c * a.x_c] : 0.0F, tap[c * a.w_c], sum);
+          sum = fma(real ? widen(from[c * a.x_c]) : 0.0F, widen(tap[c * a.w_c]), sum);
         }
       }
     }
@@ -417,7 +437,7 @@ JAXWIN_KERNEL(JAXWIN_THREADS, 1) jaxwin_direct(JAXWIN_ARGS ConvArgs a) {
 #else
   const int at = g * a.y_g + k * a.y_k + r.image * a.y_n + r.o[0] * p.y_sp[0] + r.o[1] * p.y_sp[1] +
                  r.o[2] * p.y_sp[2];
-  static_cast<float*>(a.y)[at] = finish(a, sum, r.lane, at);
+  static_cast<Result*>(a.y)[at] = round_result(finish(a, sum, r.lane, at));
   static_cast<void>(chunk);
 #endif
 }
