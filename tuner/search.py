@@ -39,7 +39,7 @@ LEAST_GAIN = 0.01  # what a new winner must gain at least
 NOISY = 0.1  # spread of the default plan's samples that deserves a warning
 _UNDECIDED_GAIN = 0.05  # where a candidate may be that much faster for all we know, ask again
 _FEW_ERROR = 0.02  # standard error of one or two samples, which say nothing of their spread
-_SURE = 2.0  # standard errors that a new winner must be faster
+SURE = 2.0  # standard errors that leave no doubt
 _EXTRA_COMPARISONS = 2  # of finalists, where the samples do not tell
 _SLOWER_THAN = 2.0  # a candidate that much slower than the fastest is dropped early
 _PLAUSIBLE = 3.0  # algorithms that the cost model finds that much slower have their default tried
@@ -658,7 +658,7 @@ class Paired:
 
     def may_be_faster(self) -> bool:
         """Whether the samples leave room for a gain that would be a pity to miss."""
-        return self.ratio - _SURE * self.error < 1 - _UNDECIDED_GAIN
+        return self.ratio - SURE * self.error < 1 - _UNDECIDED_GAIN
 
     def unsure(self) -> bool:
         """Whether more samples could show that the first is faster by enough to matter."""
@@ -668,7 +668,7 @@ class Paired:
     def faster(self) -> bool:
         """Whether the first is faster beyond doubt, and by enough to matter."""
         gain = 1 - self.cautious
-        return gain >= LEAST_GAIN and gain > _SURE * self.error and self.minima < 1
+        return gain >= LEAST_GAIN and gain > SURE * self.error and self.minima < 1
 
 
 class _Study:
