@@ -260,8 +260,7 @@ def explain(
                     "dtype": dtype,
                 }
                 for conv in options.convolutions(rest, presets, **given):
-                    with jax.enable_x64(True):  # else float64 would become float32
-                        found |= dict.fromkeys(conv.problem(d, layout) for d in directions)
+                    found |= dict.fromkeys(conv.problem(d, layout) for d in directions)
             for file in files:
                 found |= dict.fromkeys(task.problem for task in options.recorded(file))
             lines = [row for problem in found for row in jaxwin.explain(problem)]
@@ -631,6 +630,9 @@ def _of_convolutions(
     batch = 1 if batches is None else batches[0]
     convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
     tasks = [(conv, direction) for direction in directions for conv in convs]
+    for conv, direction in tasks:
+        if conv.dtype in problems.INTEGERS and direction != "fwd":
+            raise click.UsageError(f"{conv}: integers have no gradients ({direction})")
 
     def described(conv: problems.Conv) -> str:
         times = f"{conv.count} times " if conv.count > 1 else ""

@@ -18,7 +18,7 @@ from rich.table import Table
 import jaxwin
 from jaxwin import _explain
 from jaxwin.tuner import exits, measure, options, output
-from jaxwin.tuner.problems import Conv, friendly
+from jaxwin.tuner.problems import INTEGERS, Conv, friendly
 
 LAYOUTS = ("NHWC", "NCHW", "CHWN", "CHWN8", "CHWN16")
 _LEAST_SECONDS = 0.005  # of a sample
@@ -140,6 +140,8 @@ def measure_conversions(first: Conv, last: Conv, source: str, backward: bool, ro
 
 def _check(convs: Sequence[Conv]) -> None:
     for conv in convs:
+        if conv.dtype in INTEGERS:
+            raise click.UsageError(f"{conv}: jaxwin.conv has no int32 sums of {conv.dtype}")
         if conv.batch_groups != 1 or conv.reversed or set(conv.lhs_dilation) != {1}:
             raise click.UsageError(
                 f"{conv}: a gradient or a transposed convolution; give the convolutions of the "

@@ -569,11 +569,9 @@ class _Search:
             candidates = [*space.defaults.values()]
             candidates += [c for c in space.ranked() if c not in candidates]
             candidates = candidates[:_OTHERS]
-        dtypes = {self.problem.lhs_dtype, self.problem.rhs_dtype, self.problem.out_dtype}
-        if dtypes == {"float32"} or self.space.side:
-            candidates.append(self.space.candidate(_registry.XLA, ()))
+        candidates.append(self.space.candidate(_registry.XLA, ()))
         known = {candidate.algorithm for candidate in candidates} <= self._others_known
-        if not candidates or (known and not outcome.measured):
+        if known and not outcome.measured:
             return
         plan = self.space.plan(winner)
         assert plan is not None

@@ -353,6 +353,7 @@ def test_dry_run() -> None:
         (("56x56 c64 k64 w3", "--threads", "100000"), "--threads"),
         (("56x56 c64 k64 w3", "--threads", "0"), "--threads"),
         (("56x56 c64 k64 w3", "--dtype", "float33"), "float33"),
+        (("56x56 c64 k64 w3", "--dtype", "int8", "--direction", "fwd,dx"), "gradients (dx)"),
         (("56x56 c64 k64 w3", "--fail-under", "1", "--peers", "xla"), "--fail-under"),
         (("56x56 c64 k64 w3", "--min-time", "0"), "--min-time"),
         (("9999999x9999999 c64 k64 w3",), "GiB"),
