@@ -24,6 +24,7 @@ from rich.table import Table
 
 import jaxwin
 from jaxwin import _record, _registry, _settings
+from jaxwin._machine import this_gpu
 from jaxwin.tuner import bench as benchmark
 from jaxwin.tuner import (
     compare_command,
@@ -50,7 +51,19 @@ _OPTIONAL = ("flax", "equinox", "torch", "onnxruntime", "ai-edge-litert", "psyco
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
+class _Group(click.Group):
+    """Ctrl-C in any command ends with the exit code that the help tells; click's own is 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(exits.INTERRUPTED)
+
+
 @click.group(
+    cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=f"\b\nExit codes:\n{exits.table()}\n\n`record` exits as the program does that it runs.",
 )
@@ -327,16 +340,17 @@ def doctor(repair: bool, as_json: bool) -> None:
     for variable in (*_settings.VARIABLES, "JAX_PLATFORMS", "XLA_FLAGS"):
         if variable in os.environ:
             facts[variable] = os.environ[variable]
-    if facts["jax platform"] not in ("cpu", "none"):
+    if facts["jax platform"] not in ("cpu", "none") and this_gpu() is None:
         problems.append(
-            "JAX's default platform is not the CPU: jaxwin has kernels for the CPU only"
+            f"JAX's default platform is {facts['jax platform']}: jaxwin has kernels for CPUs and "
+            "NVIDIA GPUs"
         )
     if not problems:
         problems += _self_test()
     database_facts, database_problems = database_commands.examine()
     facts |= database_facts
     if repair:
-        facts["repairs"] = repairs
+        facts["repairs"] = repairs if as_json else "; ".join(repairs) or "nothing to repair"
     problems += database_problems
     if as_json:
         click.echo(json.dumps({"facts": facts, "problems": problems}))
@@ -594,7 +608,7 @@ def bench(
         output.tables(tables)
         output.notes(notes)
     if not result.complete:
-        sys.exit(130)
+        sys.exit(exits.INTERRUPTED)
     mean = result.mean_ratio()
     ours_wrong = [name for _, name in result.wrong() if peers.is_ours(name)]
     slow = fail_under is not None and (mean is None or mean < fail_under)

@@ -302,7 +302,8 @@ def _command_against(
     else:
         for agreement in found:
             click.echo(str(agreement))
-        text = f"{path}, {against_path}: {len(found)} problems with a winner in both"
+        text = f"{path}, {against_path}: {len(pairs)} problems with a winner in both"
+        text += f", {len(found)} compared" if interrupted else ""
         text += f": {_counts(summary['counts'])}" if found else ""
         if summary["geomean"] is not None:
             text += f"; geometric mean of the ratios {summary['geomean']:.3f}"

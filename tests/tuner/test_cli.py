@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from click.testing import CliRunner
 
 import jaxwin
 from jaxwin import _record, _registry, _settings
-from jaxwin.tuner import exits
+from jaxwin._machine import this_machine
+from jaxwin.tuner import cli, exits
 from jaxwin.tuner.cli import main
 
 
@@ -87,6 +89,26 @@ def test_doctor() -> None:
     disabled = _run("doctor", env={"JAXWIN_DISABLE": "1"})
     assert disabled.exit_code == 1
     assert "JAXWIN_DISABLE" in disabled.output
+
+
+def test_doctor_knows_for_what_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(cli, "this_gpu", lambda: None)
+    sick = _run("doctor")
+    assert sick.exit_code == 1 and "default platform is tpu" in sick.output
+    monkeypatch.setattr(cli, "this_gpu", lambda: this_machine())
+    assert "default platform is" not in _run("doctor").output
+
+
+def test_ctrl_c_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in commands that have nothing to keep."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._registry, "registry", interrupted)
+    stopped = _run("list")
+    assert stopped.exit_code == exits.INTERRUPTED and "stopped" in stopped.output
 
 
 def test_doctor_where_jax_cannot_start() -> None:
