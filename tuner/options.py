@@ -116,6 +116,8 @@ def convolutions(
                 found.append(problems.parse(shape, **defaults))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if not found:
+        raise click.UsageError("no convolution is left")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for conv in found:
         arrays = sum(8 * math.prod(shape) for shape in (conv.x_shape, conv.w_shape, conv.y_shape))
