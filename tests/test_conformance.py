@@ -210,6 +210,26 @@ def test_weight_gradients_of_cropped_inputs(isa: str) -> None:
     np.testing.assert_array_equal(result, expected)
 
 
+def test_output_rows_that_are_lanes_together() -> None:
+    """planar's `flat`, for tasks of a few rows and of all of them."""
+    names = [spec["name"] for spec in ALGORITHMS["planar"]["params"]]
+    tested = 0
+    for seed, isa, rows in itertools.product(range(60), ISAS, (0, 3)):
+        problem, x, w, _ = _drawn("planar", seed)
+        plan = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa)["plan"]
+        chosen = dict(zip(names, plan["params"], strict=True)) | {"rows": rows, "flat": 1}
+        params = tuple(chosen.values())
+        answer = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa, params=params)
+        if "plan" not in answer:
+            assert "rows are not an input row apart" in answer["error"]
+            continue
+        tested += 1
+        result = problems.run(problem, x, w, "planar", isa=isa, params=params)
+        expected = reference.chain(problem, x, w)
+        np.testing.assert_array_equal(result, expected, f"{problem} {isa} {chosen}")
+    assert tested > 60
+
+
 def test_every_algorithm_can_be_chosen() -> None:
     """The heuristic uses the whole registry but the baselines, some where there is no workspace."""
     chosen = set()

@@ -47,6 +47,7 @@ struct Layout {
   int64_t unit;         // window order: floats per input column, Kd * Kh * C
   bool disjoint;        // window order: windows share no column
   bool streams;         // the filters come from behind the second-level cache in every call
+  bool follows;         // pointwise: pixels follow each other, and are read by a panel or two
   int64_t strip_row;    // floats of A per output row of a block
   // Padded rows, columns of windows: input rows of one (image, z) in a block, floats of one of
   // them.
@@ -168,6 +169,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
                                                       1, ceil_div(l.panels, l.panel_split));
   l.streams = l.pack != kLocal && p.k * l.reduction * t.kernels->size > caches().l2 / 2;
+  l.follows =
+      lowering == Lowering::kDirect && p.window() == 1 && l.pixel_stride == p.c && l.panels <= 2;
   l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
   int64_t strip = l.full != 0 ? l.strip_row * p.g * l.all_rows : l.strip_row * l.rows;
   if (lowering == Lowering::kWidth && l.full != 0) {
@@ -523,6 +526,7 @@ struct Block {  // one block of A rows, ready for the micro-kernel
   bool stream;           // results pass the caches by
   const int64_t* table;  // indirect: of the first output row's first pixel
   ConstPtr zeros;
+  bool new_input;  // no panel before this one has read it
 };
 
 // What is read of the filters after the panel at hand, a matrix of kc rows with this stride. Its
@@ -584,6 +588,12 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         // The next pixels follow these; windows have read most of them already.
         args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
         (l.p.window() == 1 ? k.narrow_ahead : k.narrow)[mr](&args);
+        continue;
+      }
+      if (dense && l.follows && block.new_input && k.ahead[nv][mr] != nullptr) {
+        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
+        args.ahead_step = mr;  // one step of each of the next tile's pixels
+        k.ahead[nv][mr](&args);
         continue;
       }
       tile[mr](&args);
@@ -987,6 +997,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         row.rows = 1;
         row.first_row = r;
         row.a = a_rows[r - r0];
+        row.new_input = panel == first && kb == 0;
         if (lowering == Lowering::kIndirect) {
           row.table = table + (r % l.out_rows * p.out[2] + j0) * l.pixel_stride;
           row.zeros = zeros;
@@ -1174,7 +1185,10 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
-    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart ? kInPlace : kShared;
+    // In place, features that do not fill a vector would not reach the narrow form.
+    const bool narrow = p.k < k.width && p.c >= 8 && k.narrow[tile.mr] != nullptr;
+    params[kPack] =
+        p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart && !narrow ? kInPlace : kShared;
     // One row of many pixels: as many of them at a time as the first-level cache holds, for all
     // features.
     if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {

@@ -8,6 +8,11 @@
 // the outputs of all residues share their loads, as rows of one tile (residues as in the segregated
 // algorithm, arXiv 2209.03704). Input rows that are padding are skipped.
 //
+// Rows that are short fill the last of their vectors badly. Where an output row of a residue reads
+// one input row more than the one before, the strip can hold the rows of a channel one after
+// another
+// (`flat`): then the rows of a block, and the few columns between them, are one row of lanes.
+//
 // Where the images lie next to each other (CHWN, and CHWN8, whose blocks of images are the z of
 // this problem), the images of neighbouring pixels are lanes together, so that vectors are full for
 // any batch (the CHWN and CHWN8 kernels of arXiv 2408.00278 take vectors of images alone). Without
@@ -24,7 +29,15 @@
 namespace jaxwin {
 namespace {
 
-enum PlanarParam { kPlanarMr, kPlanarNv, kPlanarRows, kPlanarCols, kPlanarStrip, kPlanarParams };
+enum PlanarParam {
+  kPlanarMr,
+  kPlanarNv,
+  kPlanarRows,
+  kPlanarCols,
+  kPlanarStrip,
+  kPlanarFlat,
+  kPlanarParams
+};
 
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 constexpr int64_t kLine = 16;             // words, as many as a cache line has floats
@@ -43,11 +56,15 @@ struct Layout {
   int64_t period;              // residues of the output columns
   std::vector<Class> classes;  // by decreasing `win`: these times p.k are the rows of the product
   int64_t advance, dilation, pad;
-  int64_t win;                 // window positions of the first class
-  int64_t filter;              // floats of one row of the gathered filter
-  int64_t begin, end;          // pixels that the lanes are
-  bool in_place;               // the micro-kernel reads the input itself
-  int64_t in_rows, lane, row;  // of the strip: input rows, floats of one set of columns, of a row
+  int64_t win;         // window positions of the first class
+  int64_t filter;      // floats of one row of the gathered filter
+  int64_t begin, end;  // pixels that the lanes are
+  bool in_place;       // the micro-kernel reads the input itself
+  bool flat;           // the output rows of a block are lanes together
+  int64_t row_period;  // residues of the output rows
+  // Of the strip: input rows, floats of one set of columns, and how far apart these sets, rows,
+  // channels and the planes of window z are.
+  int64_t in_rows, lane, set, row, channel, plane;
   int64_t row_blocks, col_blocks;
   int64_t w_floats, strip_floats, tile_floats;  // shared; per thread
 
@@ -71,10 +88,22 @@ int64_t first_pixel(const Layout& l, const Columns& cols) {
   return round_up(padding, kLine) - padding;
 }
 
-// Input rows from the first to the last that one output row reads.
-int64_t strip_rows(const Problem& p) {
+// Input rows from the first to the last that `rows` output rows read.
+int64_t strip_rows(const Problem& p, int64_t rows) {
   const int64_t more = p.lhs_dilation[1] > 1 ? 2 : 1;
-  return std::min((p.win[1] - 1) * p.rhs_dilation[1] / p.lhs_dilation[1] + more, p.in[1]);
+  const int64_t span = (rows - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1];
+  return std::min(span / p.lhs_dilation[1] + more, p.in[1]);
+}
+
+// An odd number of cache lines, or channels one after another would share few sets.
+int64_t odd_lines(int64_t words) {
+  const int64_t lines = ceil_div(words, kLine);
+  return (lines + (lines % 2 == 0 ? 1 : 0)) * kLine;
+}
+
+// Whether output rows of a residue can be lanes together.
+bool can_be_flat(const Problem& p, int64_t images) {
+  return images == 1 && p.out[1] > 1 && residue(p, 1, 0).stride == 1;
 }
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params) {
@@ -117,19 +146,31 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.row_blocks = ceil_div(p.out[1], l.rows);
   l.col_blocks = ceil_div(l.pixels(), l.cols);
   const Columns all = columns(l, l.begin, l.end);
-  l.in_place = params[kPlanarStrip] == 0 && p.plain() && p.x.sp[2] == l.images && l.advance == 1 &&
-               all.first >= 0 && all.first + all.count <= p.in[2];
+  l.flat = params[kPlanarFlat] != 0;
+  l.in_place = params[kPlanarStrip] == 0 && !l.flat && p.plain() && p.x.sp[2] == l.images &&
+               l.advance == 1 && all.first >= 0 && all.first + all.count <= p.in[2];
+  l.row_period = residue_period(p, 1);
   if (!l.in_place) {
     const Columns block = columns(l, 0, l.cols);
-    l.in_rows = strip_rows(p);
-    // Vectors may read past the last column of a set.
-    l.lane = round_up(ceil_div(block.count, l.advance) * l.images, l.width) + l.width;
-    // An odd number of cache lines, or channels one after another would share few sets. What a row
-    // holds may be moved by less than a line, see first_pixel().
-    l.row = round_up(l.lane * l.advance, kLine) + (l.images == 1 ? kLine : 0);
-    if (l.row / kLine % 2 == 0) l.row += kLine;
-    l.strip_floats = round_up(
-        std::min(p.win[0], p.in[0]) * l.in_rows * p.c * l.row + l.nv * l.width + kLine, kLine);
+    l.in_rows = strip_rows(p, l.flat ? l.rows : 1);
+    // At least the pixels: a window without real positions reads no columns.
+    l.lane = std::max(ceil_div(block.count, l.advance), l.cols) * l.images;
+    // Vectors may read past the last column of a set, and what the strip holds may be moved by less
+    // than a line, see first_pixel().
+    if (l.flat) {
+      l.row = l.lane;
+      l.set = l.in_rows * l.row + l.width;
+      l.channel = odd_lines(l.set * l.advance + kLine);
+      l.plane = p.c * l.channel;
+    } else {
+      l.lane = round_up(l.lane, l.width) + l.width;
+      l.set = l.lane;
+      l.channel = odd_lines(l.set * l.advance + (l.images == 1 ? kLine : 0));
+      l.row = p.c * l.channel;
+      l.plane = l.in_rows * l.row;
+    }
+    l.strip_floats =
+        round_up(std::min(p.win[0], p.in[0]) * l.plane + l.nv * l.width + kLine, kLine);
   }
   l.w_floats = round_up(p.g * l.product_rows() * l.filter, 16);
   l.tile_floats = round_up(l.mr * l.nv * l.width, 16);
@@ -159,44 +200,63 @@ void gather_filters(const Layout& l, const Kernels& k, ConstPtr w, Ptr dst) {
 struct Strip {
   ConstPtr data;
   int64_t plane, row, channel;  // strides: window z, input row, input channel
-  int64_t slots;                // input row y lies at y % slots
+  int64_t slots, top;           // input row y lies at (y - top) % slots
 };
+
+// The columns of set s, cols.first + s + j * advance, that are inside the input: j in [begin, end).
+struct Inside {
+  int64_t begin, end;
+};
+Inside inside(const Layout& l, const Columns& cols, int64_t s) {
+  const int64_t q = cols.first + s;
+  const int64_t count = std::max<int64_t>(0, ceil_div(cols.count - s, l.advance));
+  const int64_t begin = std::clamp<int64_t>(ceil_div(-q, l.advance), 0, count);
+  return {begin, std::clamp(ceil_div(l.p.in[2] - q, l.advance), begin, count)};
+}
+
+// Zeros beside the columns that fill_strip writes, which are the same in every row.
+void clear_edges(const Layout& l, const Columns& cols, Ptr strip) {
+  const Problem& p = l.p;
+  const int64_t planes = std::min(p.win[0], p.in[0]);
+  if (l.flat) {  // edges are short, and many
+    strip.zero(planes * l.plane);
+    return;
+  }
+  for (int64_t i = 0; i < planes * l.in_rows * p.c; ++i) {
+    for (int64_t s = 0; s < l.advance; ++s) {
+      const Inside in = inside(l, cols, s);
+      Ptr at = strip + i * l.channel + s * l.set;
+      at.zero(in.begin * l.images);
+      (at + in.end * l.images).zero(l.lane - in.end * l.images);
+    }
+  }
+}
 
 // Input rows [y0, y1) of the planes that window_positions `z` names, columns from `cols.first` on,
 // each to its slot.
 void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
-                int64_t y1, const Columns& cols, Ptr strip) {
+                int64_t y1, const Columns& cols, const Strip& strip, Ptr data) {
   const Problem& p = l.p;
   for (int64_t i = 0; i < z.n; ++i) {
     for (int64_t y = y0; y < y1; ++y) {
       ConstPtr row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1];
-      Ptr to = strip + (i * l.in_rows + y % l.in_rows) * p.c * l.row;
+      Ptr to = data + i * l.plane + (y - strip.top) % strip.slots * l.row;
       for (int64_t s = 0; s < l.advance; ++s) {
-        // Columns cols.first + s + j * advance, those inside the input for j in [begin, end).
-        const int64_t q = cols.first + s;
-        const int64_t count = ceil_div(cols.count - s, l.advance);
-        const int64_t begin =
-            std::clamp<int64_t>(ceil_div(-q, l.advance), 0, std::max<int64_t>(0, count));
-        const int64_t end =
-            std::clamp<int64_t>(ceil_div(p.in[2] - q, l.advance), begin, std::max(begin, count));
-        Ptr lane = to + s * l.lane;
+        const Inside in = inside(l, cols, s);
+        const int64_t columns = in.end - in.begin;
+        if (columns <= 0) continue;
+        Ptr lane = to + s * l.set + in.begin * l.images;
         const int64_t step = p.x.sp[2] * l.advance;
-        ConstPtr from = row + (q + begin * l.advance) * p.x.sp[2];
-        if (end > begin && l.images == 1) {
-          k.read[p.dtype](lane + begin, l.row, from, p.x.c, step, p.c, end - begin);
-        } else if (end > begin && step == l.images) {
-          k.read[p.dtype](lane + begin * l.images, l.row, from, p.x.c, 1, p.c,
-                          (end - begin) * l.images);
-        } else if (end > begin) {
+        ConstPtr from = row + (cols.first + s + in.begin * l.advance) * p.x.sp[2];
+        if (l.images == 1) {
+          k.read[p.dtype](lane, l.channel, from, p.x.c, step, p.c, columns);
+        } else if (step == l.images) {
+          k.read[p.dtype](lane, l.channel, from, p.x.c, 1, p.c, columns * l.images);
+        } else {
           for (int64_t c = 0; c < p.c; ++c) {
-            k.read[p.dtype](lane + c * l.row + begin * l.images, l.images, from + c * p.x.c, step,
-                            1, end - begin, l.images);
+            k.read[p.dtype](lane + c * l.channel, l.images, from + c * p.x.c, step, 1, columns,
+                            l.images);
           }
-        }
-        for (int64_t c = 0; c < p.c; ++c) {
-          Ptr at = lane + c * l.row;
-          at.zero(begin * l.images);
-          (at + end * l.images).zero(l.lane - end * l.images);
         }
       }
     }
@@ -217,13 +277,13 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
   for (int64_t i = 0; i < l.win; ++i) {
     const int64_t q = i * l.dilation;
     const int64_t column =
-        l.in_place ? q * l.images : q % l.advance * l.lane + q / l.advance * l.images;
+        l.in_place ? q * l.images : q % l.advance * l.set + q / l.advance * l.images;
     for (int64_t u = 0; u < y.n; ++u) {
       for (int64_t d = 0; d < z.n; ++d) {
         const int64_t a =
             ((i * p.win[1] + y.first + u * y.step) * p.win[0] + z.first + d * z.step) * p.c;
         const int64_t b =
-            d * strip.plane + (y.at + u * y.at_step) % strip.slots * strip.row + column;
+            d * strip.plane + (y.at + u * y.at_step - strip.top) % strip.slots * strip.row + column;
         if (runs.size() > reduction->begin.back() && runs.back().a + runs.back().len == a &&
             runs.back().b + runs.back().len * strip.channel == b) {
           runs.back().len += p.c;
@@ -256,6 +316,35 @@ void finish_lanes(const Layout& l, const Problem& p, const Kernels& k, const Ope
   }
 }
 
+// Output rows that are lanes together: `count` of one residue, whose windows have the same rows,
+// each an input row below those of the one before.
+struct Band {
+  int64_t row, count;
+};
+std::vector<Band> make_bands(const Layout& l, int64_t y0, int64_t y1) {
+  const Problem& p = l.p;
+  std::vector<Band> bands;
+  if (!l.flat) {
+    for (int64_t y = y0; y < y1; ++y) bands.push_back({y, 1});
+    return bands;
+  }
+  for (int64_t r = 0; r < l.row_period; ++r) {
+    Progression last{};
+    for (int64_t y = y0 + r; y < y1; y += l.row_period) {
+      const Progression next = window_positions(p, 1, y);
+      const bool goes_on = y > y0 + r && next.n == last.n && next.first == last.first &&
+                           (next.n == 0 || next.at == last.at + 1);
+      if (goes_on) {
+        ++bands.back().count;
+      } else {
+        bands.push_back({y, 1});
+      }
+      last = next;
+    }
+  }
+  return bands;
+}
+
 void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
   const Layout l = make_layout(problem, e.target, params);
   const Problem& p = l.p;
@@ -280,38 +369,56 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     const int64_t y1 = std::min(y0 + l.rows, p.out[1]);
     const int64_t pixel0 = l.begin + cb * l.cols;
     const int64_t pixel1 = std::min(pixel0 + l.cols, l.end);
-    const int64_t lanes = (pixel1 - pixel0) * l.images;
+    const int64_t row_lanes = (pixel1 - pixel0) * l.images;
     Ptr strip_data = scratch + worker * own;
     Ptr tile = strip_data + l.strip_floats;
     ConstPtr x = o.x + n * p.x.n + g * p.x.g;
 
     const Progression z = window_positions(p, 0, oz);
     const Columns cols = columns(l, pixel0, pixel1);
-    Strip strip{x + z.at * p.x.sp[0] + cols.first * l.images, z.at_step * p.x.sp[0], p.x.sp[1],
-                p.x.c, p.in[1]};
+    Strip strip{x + z.at * p.x.sp[0] + cols.first * l.images,
+                z.at_step * p.x.sp[0],
+                p.x.sp[1],
+                p.x.c,
+                p.in[1],
+                0};
+    int64_t filled = 0;  // input rows before this one are in their slots, or were
     if (!l.in_place) {
       strip_data = strip_data + first_pixel(l, cols);
-      strip = {strip_data, l.in_rows * p.c * l.row, p.c * l.row, l.row, l.in_rows};
+      clear_edges(l, cols, strip_data);
+      strip = {strip_data, l.plane, l.row, l.channel, l.in_rows, 0};
     }
-    int64_t filled = 0;  // input rows before this one are in their slots, or were
+    if (l.flat) {
+      int64_t top = p.in[1];
+      for (int64_t oy = y0; oy < y1; ++oy) {
+        const Progression y = window_positions(p, 1, oy);
+        if (y.n == 0) continue;
+        top = std::min(top, y.at);
+        filled = std::max(filled, y.at + (y.n - 1) * y.at_step + 1);
+      }
+      strip.top = top;
+      fill_strip(l, k, x, z, top, filled, cols, strip, strip_data);
+    }
 
     Reduction reduction;
     const int64_t product_rows = l.product_rows();
-    const int64_t vectors = ceil_div(lanes, l.width);
-    const int64_t tiles = ceil_div(vectors, l.nv);
-    for (int64_t oy = y0; oy < y1; ++oy) {
-      const Progression y = window_positions(p, 1, oy);
-      if (!l.in_place && y.n > 0) {
+    for (const Band& band : make_bands(l, y0, y1)) {
+      const Progression y = window_positions(p, 1, band.row);
+      if (!l.in_place && !l.flat && y.n > 0) {
         // From where the window begins, not from its first row on real input: with rhs_dilation the
         // next output row may need earlier ones.
         const int64_t begin =
-            std::max<int64_t>(0, ceil_div(oy * p.stride[1] - p.pad[1], p.lhs_dilation[1]));
+            std::max<int64_t>(0, ceil_div(band.row * p.stride[1] - p.pad[1], p.lhs_dilation[1]));
         const int64_t end = y.at + (y.n - 1) * y.at_step + 1;
-        fill_strip(l, k, x, z, std::max(filled, begin), end, cols, strip_data);
+        fill_strip(l, k, x, z, std::max(filled, begin), end, cols, strip, strip_data);
         filled = std::max(filled, end);
       }
       make_reduction(l, strip, z, y, &reduction);
-      const int64_t y_row = n * p.y.n + g * p.y.g + oz * p.y.sp[0] + oy * p.y.sp[1];
+      const int64_t y_row = n * p.y.n + g * p.y.g + oz * p.y.sp[0] + band.row * p.y.sp[1];
+      const int64_t pitch = band.count > 1 ? l.row : row_lanes;  // lanes from one row to the next
+      const int64_t lanes = (band.count - 1) * pitch + row_lanes;
+      const int64_t vectors = ceil_div(lanes, l.width);
+      const int64_t tiles = ceil_div(vectors, l.nv);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t from = vectors * i / tiles * l.width;
         const int64_t count = std::min(vectors * (i + 1) / tiles * l.width, lanes) - from;
@@ -322,7 +429,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
           const int64_t m1 = product_rows * (f + 1) / row_tiles;
           // To y itself where all lanes of the tile are outputs next to each other there.
           const Class& only = l.classes[m0 / p.k];
-          const bool to_y = direct_store && l.pixels() == only.out;
+          const bool to_y = direct_store && l.pixels() == only.out && band.count == 1;
           const int64_t y_at = y_row + m0 * p.y.k + pixel0 * l.images + from;
           GemmArgs args{};
           args.a = w + (g * product_rows + m0) * l.filter;
@@ -349,14 +456,17 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
           for (int64_t m = m0; m < m1;) {
             const Class& s = l.classes[m / p.k];
             const int64_t features = std::min(m1, (m / p.k + 1) * p.k) - m;
-            // The lanes of this tile that are outputs of this class.
-            const int64_t t = (pixel0 + s.shift) * l.images + from;
-            const int64_t begin = std::max<int64_t>(0, -t);
-            const int64_t end = std::min(count, s.out * l.images - t);
-            if (end > begin) {
-              finish_lanes(l, apart, k, o, c + (m - m0) * args.c_row + begin, args.c_row, features,
-                           t + begin, end - begin, g, m % p.k,
-                           y_row + s.residue * p.y.sp[2] + m % p.k * p.y.k);
+            // The lanes of this tile that are outputs of this class, row by row.
+            const int64_t t = (pixel0 + s.shift) * l.images;
+            for (int64_t j = from / pitch; j * pitch < from + count; ++j) {
+              const int64_t begin = std::max({int64_t{0}, from - j * pitch, -t});
+              const int64_t end =
+                  std::min({row_lanes, from + count - j * pitch, s.out * l.images - t});
+              if (end <= begin) continue;
+              finish_lanes(
+                  l, apart, k, o, c + (m - m0) * args.c_row + (j * pitch + begin - from),
+                  args.c_row, features, t + begin, end - begin, g, m % p.k,
+                  y_row + j * l.row_period * p.y.sp[1] + s.residue * p.y.sp[2] + m % p.k * p.y.k);
             }
             m += features;
           }
@@ -394,8 +504,11 @@ double step_cycles(const Layout& l, const Kernels& k, int64_t mr, int64_t nv) {
   return std::max(arithmetic, from_l2) + 0.45 * as_double(mr) + 1.1 * as_double(nv);
 }
 
+// Of one step of all tiles of a band.
 double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64_t nv_limit) {
-  const int64_t vectors = ceil_div(std::min(l.cols, l.pixels()) * l.images, l.width);
+  const int64_t row_lanes = std::min(l.cols, l.pixels()) * l.images;
+  const int64_t count = l.flat ? ceil_div(l.rows, l.row_period) : 1;
+  const int64_t vectors = ceil_div((count - 1) * l.row + row_lanes, l.width);
   const int64_t tiles = ceil_div(vectors, nv_limit);
   const int64_t nv = ceil_div(vectors, tiles);
   const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
@@ -403,27 +516,37 @@ double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64
   return static_cast<double>(tiles * row_tiles) * step_cycles(l, k, mr, nv);
 }
 
-Params defaults(const Problem& problem, const Target& t) {
+// The tile with the fewest cycles.
+void set_tile(const Problem& problem, const Target& t, Params* params) {
   const Kernels& k = *t.kernels;
-  Params params{};
-  params[kPlanarMr] = params[kPlanarNv] = params[kPlanarRows] = 1;
-  const Layout l = make_layout(problem, t, params);
+  (*params)[kPlanarMr] = (*params)[kPlanarNv] = 1;
+  const Layout l = make_layout(problem, t, *params);
   double best = std::numeric_limits<double>::infinity();
   for (int64_t nv = 1; nv <= kMaxNv; ++nv) {
     if (k.max_mr[nv] == 0) continue;
     const double cycles = product_cycles(l, k, k.max_mr[nv], nv);
     if (cycles >= best * 0.999) continue;
     best = cycles;
-    params[kPlanarMr] = k.max_mr[nv];
-    params[kPlanarNv] = nv;
+    (*params)[kPlanarMr] = k.max_mr[nv];
+    (*params)[kPlanarNv] = nv;
   }
+}
+
+double cost(const Problem& problem, const Target& t, const Params& params);
+
+Params defaults(const Problem& problem, const Target& t) {
+  const Kernels& k = *t.kernels;
+  Params params{};
+  params[kPlanarRows] = 1;
+  set_tile(problem, t, &params);
+  const Layout l = make_layout(problem, t, params);
   // Rows of images are long: in place, channels of one pixel would be pages apart and share few
   // sets of the caches.
   params[kPlanarStrip] = l.images > 1 ? 1 : 0;
-  const auto strip = [&] { return make_layout(problem, t, params).strip_floats; };
+  const auto strip = [&](const Params& of) { return make_layout(problem, t, of).strip_floats; };
   const int64_t limit = std::min(kStripBytes, caches().l2 / (l.images > 1 ? 4 : 2)) / k.size;
   const int64_t vector = params[kPlanarNv] * k.width;
-  for (int64_t cols = l.pixels() * l.images; strip() > limit && cols > vector;) {
+  for (int64_t cols = l.pixels() * l.images; strip(params) > limit && cols > vector;) {
     cols = round_up(ceil_div(cols, 2), vector);
     params[kPlanarCols] = cols;
   }
@@ -432,7 +555,19 @@ Params defaults(const Problem& problem, const Target& t) {
   const int64_t others = l.p.g * l.p.n * l.p.out[0];
   params[kPlanarRows] =
       threads == 1 ? 0 : ceil_div(l.p.out[1], std::min(l.p.out[1], ceil_div(4 * threads, others)));
-  return params;
+  if (!can_be_flat(l.p, l.images)) return params;
+  // As many rows together as a quarter of the second-level cache holds.
+  Params flat = params;
+  flat[kPlanarCols] = 0;
+  flat[kPlanarFlat] = 1;
+  int64_t rows = params[kPlanarRows] == 0 ? l.p.out[1] : params[kPlanarRows];
+  for (flat[kPlanarRows] = rows; strip(flat) > limit / 2 && rows > 1;) {
+    rows = ceil_div(rows, 2);
+    flat[kPlanarRows] = rows;
+  }
+  if (rows == 1 || strip(flat) > limit) return params;
+  set_tile(problem, t, &flat);
+  return cost(problem, t, flat) < cost(problem, t, params) ? flat : params;
 }
 
 std::string check(const Problem& p, const Target& t, const Params& params) {
@@ -441,12 +576,18 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
   if (params[kPlanarMr] < 1 || params[kPlanarMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
   if (params[kPlanarRows] < 0 || params[kPlanarCols] < 0) return "rows, cols: negative";
   if (params[kPlanarStrip] != 0 && params[kPlanarStrip] != 1) return "strip: 0 or 1";
+  if (params[kPlanarFlat] != 0 && params[kPlanarFlat] != 1) return "flat: 0 or 1";
   Params least = params;
+  least[kPlanarFlat] = 0;
+  if (params[kPlanarFlat] != 0) {
+    const Layout l = make_layout(p, t, least);
+    if (!can_be_flat(l.p, l.images)) return "flat: output rows are not an input row apart";
+  }
   least[kPlanarCols] = nv * t.kernels->width;
   const int64_t limit =
       std::max(kStripBytes / t.kernels->size, make_layout(p, t, least).strip_floats);
   if (make_layout(p, t, params).strip_floats > limit) {
-    return "cols: the strip is larger than its limit";
+    return "rows, cols: the strip is larger than its limit";
   }
   return {};
 }
@@ -461,15 +602,21 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   const Problem& p = l.p;
   const auto as_double = [](int64_t v) { return static_cast<double>(v); };
   const double rows = as_double(p.g * p.n * p.out[0] * p.out[1]);
+  const double bands =
+      l.flat ? as_double(p.g * p.n * p.out[0] * l.row_blocks * l.row_period) : rows;
   const double taps = as_double(l.filter) / as_double(p.lhs_dilation[1] * p.lhs_dilation[0]);
-  double total = rows * as_double(l.col_blocks) * (taps + 4.0) *
+  double total = bands * as_double(l.col_blocks) * (taps + 4.0) *
                  product_cycles(l, *t.kernels, params[kPlanarMr], params[kPlanarNv]);
   if (!l.in_place) {
     const double blocks = as_double(p.g * p.n * p.out[0] * l.col_blocks);
-    const double rows_read = as_double(p.in[1] + (l.row_blocks - 1) * l.in_rows);
-    const double floats = blocks * rows_read * as_double(std::min(p.win[0], p.in[0]) * p.c * l.row);
+    const double rows_read =
+        as_double(l.flat ? l.row_blocks * l.in_rows : p.in[1] + (l.row_blocks - 1) * l.in_rows);
+    const int64_t row = p.c * (l.flat ? l.row * l.advance : l.channel);
+    const double floats = blocks * rows_read * as_double(std::min(p.win[0], p.in[0]) * row);
     const bool contiguous = l.images > 1 || (p.x.sp[2] == 1 && l.advance == 1);
-    total += floats * (contiguous ? 2.0 / as_double(l.width) : 0.8);
+    // Rows that are lanes together lie across cache lines, and fill more of the second-level cache.
+    const double flat = l.flat ? 2.5 : 1.0;
+    total += floats * flat * (contiguous ? 2.0 / as_double(l.width) : 0.8);
   }
   if (l.period != 1 || p.y.sp[2] != l.images) {
     total += rows * as_double(p.out[2] * p.k) *
@@ -500,7 +647,8 @@ const Algorithm& algorithm_planar() {
          {"cols",
           "lanes (output pixels of a residue, and images) per block; 0: the whole row",
           {0, 64, 128, 256, 512}},
-         {"strip", "1: always a copy of the rows; 0: the input in place where it can be", {0, 1}}},
+         {"strip", "1: always a copy of the rows; 0: the input in place where it can be", {0, 1}},
+         {"flat", "1: the output rows of a task are lanes together; 0: each by itself", {0, 1}}},
         rejects,
         defaults,
         check,
