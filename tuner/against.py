@@ -77,7 +77,12 @@ class Agreement:
             "threads": one.threads,
             "family": one.family,
             "winners": [
-                {"algorithm": m.algorithm, "parameters": m.parameters, "uid": m.uid}
+                {
+                    "algorithm": m.algorithm,
+                    "parameters": m.parameters,
+                    "confirmed": m.confirmed,
+                    "uid": m.uid,
+                }
                 for m in self.pair
             ],
             "status": self.status,
@@ -90,8 +95,9 @@ class Agreement:
 
 
 def words(winner: Measurement) -> str:
-    """A winner's plan, for people."""
-    return " ".join((winner.algorithm, *(f"{k}={v}" for k, v in winner.parameters.items())))
+    """A winner's plan, for people; and whether its tuning was too noisy to confirm one."""
+    plan = " ".join((winner.algorithm, *(f"{k}={v}" for k, v in winner.parameters.items())))
+    return plan if winner.confirmed else f"{plan} (unconfirmed)"
 
 
 def pairs(ones: Iterable[Measurement], others: Iterable[Measurement]) -> list[Pair]:

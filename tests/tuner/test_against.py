@@ -177,6 +177,12 @@ def test_pairs_are_of_the_same_problem_threads_and_family() -> None:
     assert [p.other.uid for p in found] == [others[2].uid, others[0].uid]
 
 
+def test_winners_that_nobody_confirmed_are_told() -> None:
+    found = _compare(Fake(1.0), against.Pair(_winner(FIRST), _winner(SECOND, confirmed=False)))
+    assert str(found).count("(unconfirmed)") == 1
+    assert [w["confirmed"] for w in found.to_json()["winners"]] == [True, False]
+
+
 def test_summary() -> None:
     found = [
         against.Agreement(PAIR, "same", ratio=1.0),
