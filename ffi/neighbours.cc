@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <tuple>
@@ -93,6 +94,8 @@ Neighbours::Halves Neighbours::halves(const Sizes& sizes) const {
 size_t Neighbours::Places::at(const Sizes& sizes, const Point& point) {
   const auto [found, is_new] = known.emplace(sizes, line.size());
   if (is_new) {
+    const std::pair<double, size_t> entry{point[0], found->second};
+    order.insert(std::upper_bound(order.begin(), order.end(), entry), entry);
     points.insert(points.end(), point.begin(), point.end());
     line.push_back(
         lines.emplace(Sizes(sizes.begin() + 1, sizes.end()), lines.size()).first->second);
@@ -120,15 +123,25 @@ bool Neighbours::Near::operator<(const Near& other) const {
 std::vector<Neighbours::Near> Neighbours::Places::nearest(const Point& point, double limit) const {
   std::vector<Near> found;
   found.reserve(kMost + 1);
-  const double* there = points.data();
-  for (size_t i = 0; i < line.size(); ++i, there += point.size()) {
-    if (std::abs(there[0] - point[0]) > limit) continue;
+  // From the middle outwards, always the side that is nearer in the first size: where this alone is
+  // too far away, so is whatever comes after.
+  const size_t dimensions = point.size();
+  auto above = std::lower_bound(order.begin(), order.end(), std::pair<double, size_t>{point[0], 0});
+  auto below = above;
+  const double none = std::numeric_limits<double>::infinity();
+  while (true) {
+    const double up = above == order.end() ? none : above->first - point[0];
+    const double down = below == order.begin() ? none : point[0] - std::prev(below)->first;
+    const bool smaller = down < up;
+    const double first = smaller ? down : up;
+    if (first > limit || first == none) break;
+    const size_t place = smaller ? (--below)->second : (above++)->second;
+    const double* there = points.data() + place * dimensions;
     double away = 0;
-    for (size_t d = 1; d < point.size(); ++d) away += std::abs(there[d] - point[d]);
-    const bool smaller = there[0] < point[0];
+    for (size_t d = 1; d < dimensions; ++d) away += std::abs(there[d] - point[d]);
     const double distance = smaller ? away + point[0] - there[0] : away + there[0] - point[0];
     if (distance > limit) continue;
-    const Near near{distance, line[i], smaller, i};
+    const Near near{distance, line[place], smaller, place};
     found.insert(std::upper_bound(found.begin(), found.end(), near), near);
     if (found.size() > kMost) found.pop_back();
     if (found.size() == kMost) limit = found.back().distance;

@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "problem.h"
@@ -54,8 +55,9 @@ class Neighbours {
   };
   // Different sizes, in the order in which they came.
   struct Places {
-    std::vector<double> points;  // one behind the other
-    std::vector<size_t> line;    // those of a line differ in the first size alone
+    std::vector<double> points;                    // one behind the other
+    std::vector<size_t> line;                      // those of a line differ in the first size alone
+    std::vector<std::pair<double, size_t>> order;  // by the first coordinate: it and the place
     std::map<Sizes, size_t> known, lines;
 
     size_t at(const Sizes& sizes, const Point& point);

@@ -421,6 +421,7 @@ class Table:
                     if row.same_machine:
                         self._exact.setdefault(key, row)
                     self._lenders.append(row)
+                    _ = row.confirms_the_heuristic  # now, not when a program is compiled
                     self._near.add(vars(row.problem), row.isa, row.threads, row.same_machine)
 
     def rows(self) -> int:

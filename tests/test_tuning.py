@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import dispatch_speed
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,6 +251,23 @@ def test_dispatch_asks_the_core_for_the_same_plans(path: Path) -> None:
             other = (*params[:-1], params[-1] + 1) if params else (1,)
             assert not _ffi.is_heuristic(native, plan["algorithm"], isa, 1, other)
     assert not _ffi.is_heuristic(native, "abacus", isa, 1, ())
+
+
+@pytest.mark.parametrize("name", dispatch_speed.CASES)
+def test_what_is_timed_is_of_the_tier_that_it_is_said_to_be(path: Path, name: str) -> None:
+    dispatch_speed.fill(8)
+    assert dispatch_speed.microseconds(dispatch_speed.CASES[name], 8) > 0
+
+
+def test_dispatch_compares_no_row_with_the_heuristic(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That was done when the rows were loaded: it takes as long as a decision may."""
+    dispatch_speed.fill(8)
+    _tuning.table()
+    monkeypatch.delattr(_ffi, "is_heuristic")
+    for name in ("transferred, of many", "near a row that confirms it"):
+        dispatch_speed.microseconds(dispatch_speed.CASES[name], 8)
 
 
 def test_no_native_problem_raises_in_the_search_for_neighbours(path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import random
 import statistics
@@ -22,12 +23,20 @@ import jaxwin
 from jaxwin import _ffi, _registry
 from jaxwin._machine import Machine, this_machine
 from jaxwin.tuner import machine, measure, peers
-from jaxwin.tuner.problems import Conv, computation, from_layout, result_operand, to_layout
+from jaxwin.tuner.problems import (
+    INTEGERS,
+    Conv,
+    computation,
+    from_layout,
+    result_operand,
+    to_layout,
+)
 
 SCHEMA_VERSION = 1
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "onnxruntime", "ai-edge-litert")
 # Largest error that still is a right answer, relative to the largest value of the result.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-11, "float16": 1e-2, "bfloat16": 5e-2}
+TOLERANCE |= dict.fromkeys(INTEGERS, 0.0)
 BUSY = 0.05  # share of the CPUs' time that others may use without a warning
 BUSY_LOAD = 0.5  # load average at the start, likewise
 PEAK = "peak"
@@ -305,19 +314,13 @@ def _row(
     progress: Callable[[str], None],
 ) -> Row:
     options = result.options
-    dtype = jax.numpy.dtype(conv.dtype)
-
-    def draw(shape: tuple[int, ...]) -> NDArray[Any]:
-        return data.standard_normal(shape, np.float32).astype(dtype)
 
     task = peers.Task(
         conv,
         direction,
         options.layout,
         options.threads,
-        x=draw(conv.x_shape),
-        w=draw(conv.w_shape),
-        y=draw(conv.y_shape),
+        **{name: draw(data, conv.shape(name), conv.dtype_of(name)) for name in "xwy"},
     )
     progress("reference")
     expected = reference(task)
@@ -345,6 +348,7 @@ def _row(
         fill(cells[name], taken, flops)
         if cells[name].gflops and conv.dtype == "float32":
             cells[name].peak_share = (cells[name].gflops or 0.0) / peak_gflops
+    kind = result_operand(direction)
     return Row(
         name=conv.name,
         problem=str(conv),
@@ -353,10 +357,20 @@ def _row(
         layout=options.layout,
         count=conv.count,
         flops=flops,
-        result_bytes=int(np.prod(conv.shape(result_operand(direction)))) * dtype.itemsize,
+        result_bytes=math.prod(conv.shape(kind)) * jax.numpy.dtype(conv.dtype_of(kind)).itemsize,
         peak_gflops=peak_gflops,
         cells=cells,
     )
+
+
+def draw(data: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Standard normal; integers from the whole of their range."""
+    kind = jax.numpy.dtype(dtype)
+    if kind.kind in "iu":
+        limits = np.iinfo(kind)
+        return data.integers(limits.min, limits.max, shape, kind, endpoint=True)
+    word = np.float64 if kind == np.float64 else np.float32
+    return data.standard_normal(shape, word).astype(kind)
 
 
 def _prepare(
@@ -398,7 +412,10 @@ def fill(cell: Cell, samples: measure.Samples, flops: float) -> None:
 
 
 def reference(task: peers.Task) -> NDArray[Any]:
-    """The result of a task by `jax.lax` in float64, channels last."""
+    """The result of a task by `jax.lax` in float64, channels last; of integers it is exact.
+
+    Their sums have less than 53 bits; as int32 they wrap.
+    """
     wide = dataclasses.replace(task.conv, dtype="float64")
     fn, operands = computation(wide, task.direction, "nhwc", lax.conv_general_dilated)
     arrays = [
@@ -407,7 +424,10 @@ def reference(task: peers.Task) -> NDArray[Any]:
     ]
     compiled = jax.jit(fn).lower(*arrays).compile(compiler_options=peers.XlaEigen.options)
     kind = result_operand(task.direction)
-    return np.asarray(from_layout(np.asarray(compiled(*arrays)), kind, "nhwc"))
+    found = np.asarray(from_layout(np.asarray(compiled(*arrays)), kind, "nhwc"))
+    if task.conv.dtype in INTEGERS:
+        found = found.astype(np.int64).astype(np.int32).astype(np.float64)
+    return found
 
 
 # --- text ------------------------------------------------------------------------------------

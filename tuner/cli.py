@@ -50,7 +50,19 @@ _OPTIONAL = ("flax", "equinox", "torch", "onnxruntime", "ai-edge-litert", "psyco
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
+class _Group(click.Group):
+    """Ctrl-C in any command ends with the exit code that the help tells; click's own is 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(exits.INTERRUPTED)
+
+
 @click.group(
+    cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=f"\b\nExit codes:\n{exits.table()}\n\n`record` exits as the program does that it runs.",
 )
@@ -265,8 +277,7 @@ def explain(
                     "dtype": dtype,
                 }
                 for conv in options.convolutions(rest, presets, **given):
-                    with jax.enable_x64(True):  # else float64 would become float32
-                        found |= dict.fromkeys(conv.problem(d, layout) for d in directions)
+                    found |= dict.fromkeys(conv.problem(d, layout) for d in directions)
             for file in files:
                 found |= dict.fromkeys(task.problem for task in options.recorded(file))
             lines = [row for problem in found for row in jaxwin.explain(problem)]
@@ -342,14 +353,15 @@ def doctor(repair: bool, as_json: bool) -> None:
             problems.append(f"the kernels of the GPU cannot run: {why}")
     elif facts["jax platform"] not in ("cpu", "none"):
         problems.append(
-            "JAX's default platform is neither the CPU nor CUDA: jaxwin has kernels for these only"
+            f"JAX's default platform is {facts['jax platform']}: jaxwin has kernels for CPUs and "
+            "NVIDIA GPUs"
         )
     if not problems:
         problems += _self_test(on_gpu)
     database_facts, database_problems = database_commands.examine()
     facts |= database_facts
     if repair:
-        facts["repairs"] = repairs
+        facts["repairs"] = repairs if as_json else "; ".join(repairs) or "nothing to repair"
     problems += database_problems
     if as_json:
         click.echo(json.dumps({"facts": facts, "problems": problems}))
@@ -607,7 +619,7 @@ def bench(
         output.tables(tables)
         output.notes(notes)
     if not result.complete:
-        sys.exit(130)
+        sys.exit(exits.INTERRUPTED)
     mean = result.mean_ratio()
     ours_wrong = [name for _, name in result.wrong() if peers.is_ours(name)]
     slow = fail_under is not None and (mean is None or mean < fail_under)
@@ -643,6 +655,9 @@ def _of_convolutions(
     batch = 1 if batches is None else batches[0]
     convs = options.convolutions(shapes, presets, batch=batch, padding=padding, dtype=dtype)
     tasks = [(conv, direction) for direction in directions for conv in convs]
+    for conv, direction in tasks:
+        if conv.dtype in problems.INTEGERS and direction != "fwd":
+            raise click.UsageError(f"{conv}: integers have no gradients ({direction})")
 
     def described(conv: problems.Conv) -> str:
         times = f"{conv.count} times " if conv.count > 1 else ""

@@ -30,6 +30,7 @@ from jaxwin.tuner.database import (
 )
 
 _MAX_COMPLAINTS = 10  # wrong lines that are told one by one
+_LEAST_BYTES = 1 << 20  # that a disk should have left
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 database_option = click.option(
@@ -346,9 +347,28 @@ def examine() -> tuple[dict[str, Any], list[str]]:
             entry["about"] = f"{error}{advice}"
         seen.append(entry)
     facts["tuning databases"] = seen
+    facts["measurements go to"], cramped = _target()
+    problems += cramped
     missed, wrong = _missed()
     facts["missed problems"] = missed
     return facts, problems + wrong
+
+
+def _target() -> tuple[str, list[str]]:
+    """The file that the tuner writes, and whether it has the room for it."""
+    try:
+        path = default_path()
+    except DatabaseError as error:
+        return f"nowhere: {error}", []
+    folder = next(place for place in (path.parent, *path.parent.parents) if place.exists())
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        # Many programs only read: that is nothing wrong.
+        return f"{path}, which cannot be written: name another in JAXWIN_TUNING_DB", []
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if free < _LEAST_BYTES:
+        return str(path), [f"{path}: the disk is full: {free >> 10} KiB are left"]
+    return str(path), []
 
 
 def _missed() -> tuple[str, list[str]]:

@@ -17,7 +17,7 @@ import numpy as np
 import jaxwin
 from jaxwin import _dispatch, _fused
 from jaxwin._problem import Problem
-from jaxwin.tuner import exits, options, problems
+from jaxwin.tuner import bench, exits, options, problems
 
 _HELP = f"""Show by how much results depend on what computes a convolution.
 
@@ -68,8 +68,11 @@ def command(
     """See _HELP."""
     given = {"batch": batch, "padding": padding, "dtype": dtype}
     convs = options.convolutions(shapes, presets, **given)  # type: ignore[arg-type]
-    with jax.enable_x64(dtype == "float64"):
-        found = dict.fromkeys(conv.problem(d, layout) for conv in convs for d in directions)
+    with jax.enable_x64(any(conv.dtype == "float64" for conv in convs)):
+        try:
+            found = dict.fromkeys(conv.problem(d, layout) for conv in convs for d in directions)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
         native = [problem for problem in found if not _dispatch.unsupported(problem)]
         results: list[tuple[Problem, jaxwin.Deviation]] = []
         try:
@@ -97,7 +100,7 @@ def _deviations(
     for problem in found:
         rng = np.random.default_rng(seed)
         operands = [
-            jnp.asarray(rng.standard_normal(shape), name)
+            jnp.asarray(bench.draw(rng, shape, name))
             for shape, name in (
                 (problem.lhs_shape, problem.lhs_dtype),
                 (problem.rhs_shape, problem.rhs_dtype),

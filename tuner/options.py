@@ -58,7 +58,11 @@ direction = click.option(
     help="Of fwd, dx (input gradient) and dw (weight gradient).",
 )
 dtype = click.option(
-    "--dtype", type=click.Choice(problems.DTYPES), default="float32", show_default=True
+    "--dtype",
+    type=click.Choice(problems.DTYPES),
+    default="float32",
+    show_default=True,
+    help="Of operands, where a shape leaves it open; sums of integers are int32.",
 )
 
 
@@ -104,11 +108,16 @@ def convolutions(
         for shape in shapes:
             if is_file(shape):
                 for task in tune.merged(recorded(shape)):
-                    found.append(problems.from_problem(task.problem, task.count))
+                    try:
+                        found.append(problems.from_problem(task.problem, task.count))
+                    except ValueError as error:
+                        click.echo(f"{shape}: left out: {error}", err=True)
             else:
                 found.append(problems.parse(shape, **defaults))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    if not found:
+        raise click.UsageError("no convolution is left")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for conv in found:
         arrays = sum(8 * math.prod(shape) for shape in (conv.x_shape, conv.w_shape, conv.y_shape))

@@ -32,6 +32,7 @@ from jaxwin._plan import Plan
 from jaxwin._problem import Problem
 from jaxwin.tuner.measure import Timed, calls_per_sample, first_line
 from jaxwin.tuner.problems import (
+    INTEGERS,
     Conv,
     abstract,
     computation,
@@ -251,6 +252,8 @@ class _Torch(Peer):
         conv = task.conv
         if conv.batch_groups > 1:
             raise Unsupported("no batch groups")
+        if conv.dtype in INTEGERS:
+            raise Unsupported("no integers without quantisation")
         geometry = _Geometry.of(conv)
         flat = self.channels_last and conv.rank == 1
         if flat:
@@ -455,6 +458,8 @@ class OneDnnPacked(_Torch):
 
         if task.direction != "fwd":
             raise Unsupported("forward only")
+        if task.conv.dtype == "float64":
+            raise Unsupported("no float64")
         pads, _ = geometry.explicit_padding()
         if pads:
             raise Unsupported("padding that is not symmetric")
@@ -500,7 +505,7 @@ class OnnxRuntime(Peer):
     """ONNX Runtime; input and output are bound to memory that is kept."""
 
     name = "ort"
-    summary = "ONNX Runtime, channels first, output kept; forward only"
+    summary = "ONNX Runtime, channels first, output kept; forward only; integers by ConvInteger"
     modules = ("onnxruntime", "onnx")
     reuses_output = True
 
@@ -514,8 +519,9 @@ class OnnxRuntime(Peer):
             raise Unsupported("forward only")
         if conv.batch_groups > 1:
             raise Unsupported("no batch groups")
-        if conv.dtype == "bfloat16":
-            raise Unsupported("no bfloat16")
+        if conv.dtype in ("bfloat16", "float64", "int16"):
+            raise Unsupported(f"no {conv.dtype}")
+        integers = conv.dtype in INTEGERS
         geometry = _Geometry.of(conv)
         attributes: dict[str, Any] = {
             "kernel_shape": geometry.window,
@@ -527,17 +533,19 @@ class OnnxRuntime(Peer):
         if min(attributes["pads"]) < 0:
             raise Unsupported("negative padding")
         if geometry.transposed:
+            if integers:
+                raise Unsupported("no transposed convolutions of integers")
             attributes["output_padding"] = geometry.grow
         x = np.ascontiguousarray(np.moveaxis(task.x, -1, 1))
-        y = np.zeros((conv.batch, conv.features, *conv.out_size), x.dtype)
-        kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+        y = np.zeros((conv.batch, conv.features, *conv.out_size), conv.dtype_of("y"))
+        kind = helper.np_dtype_to_tensor_dtype
         weights = np.ascontiguousarray(geometry.torch_weights(task.forwards(task.w), conv.groups))
-        operator = "ConvTranspose" if geometry.transposed else "Conv"
+        operator = "ConvTranspose" if geometry.transposed else "ConvInteger" if integers else "Conv"
         graph = helper.make_graph(
             [helper.make_node(operator, ["x", "w"], ["y"], **attributes)],
             "convolution",
-            [helper.make_tensor_value_info("x", kind, x.shape)],
-            [helper.make_tensor_value_info("y", kind, y.shape)],
+            [helper.make_tensor_value_info("x", kind(x.dtype), x.shape)],
+            [helper.make_tensor_value_info("y", kind(y.dtype), y.shape)],
             [numpy_helper.from_array(weights, "w")],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -557,7 +565,7 @@ class OnnxRuntime(Peer):
 
         def result() -> Array:
             call()
-            return np.moveaxis(out.numpy(), 1, -1)
+            return np.array(np.moveaxis(out.numpy(), 1, -1))  # whose memory goes with the session
 
         return Prepared(Timed(call), result)
 
@@ -811,6 +819,8 @@ class JaxwinIn(Jaxwin):
         if max(conv.lhs_dilation) > 1 or conv.reversed or conv.batch_groups > 1:
             raise Unsupported("jaxwin.conv has no such convolution")
 
+        if conv.dtype in INTEGERS:
+            raise Unsupported("jaxwin.conv gives the dtype of its operands")
         fn = friendly(conv, self.layout, self.algorithm)
         arrays = [jaxwin.to_layout(task.x, self.layout), jax.device_put(task.w)]
         try:

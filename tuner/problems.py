@@ -18,7 +18,8 @@ from jaxwin import Problem, _explain
 
 DIRECTIONS = ("fwd", "dx", "dw")
 PADDINGS = ("valid", "same")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+INTEGERS = ("int8", "uint8", "int16")  # of operands; their sums are int32
+DTYPES = ("float32", "float64", "bfloat16", "float16", *INTEGERS)
 LAYOUTS = ("nhwc", "nchw", "chwn")
 
 # The order of lhs and rhs in memory, per layout and number of spatial dimensions.
@@ -46,7 +47,8 @@ A shape is a list of words with spaces or commas between them, such as
   g32, bg2    feature groups, batch groups    (else 1)
   transposed  the transpose of a convolution with this stride and padding
   reversed    the filter is read backwards, as in input gradients
-  bfloat16    dtype of operands and result    (else --dtype)
+  bfloat16    dtype of operands and result    (else --dtype); also float32,
+              float64, float16, and int8, uint8, int16 with int32 results
   *3          how often a network has it      (else 1)
 """
 
@@ -107,6 +109,10 @@ class Conv:
         """(batch, spatial..., features)"""
         return (self.batch // self.batch_groups, *self.out_size, self.features)
 
+    def dtype_of(self, operand: str) -> str:
+        """Of "x", "w" or "y"."""
+        return "int32" if operand == "y" and self.dtype in INTEGERS else self.dtype
+
     def shape(self, operand: str) -> tuple[int, ...]:
         """Of "x", "w" or "y", channels last."""
         return {"x": self.x_shape, "w": self.w_shape, "y": self.y_shape}[operand]
@@ -117,9 +123,14 @@ class Conv:
         return self.problem().flops
 
     def problem(self, direction: str = "fwd", layout: str = "nhwc") -> Problem:
-        """What jaxwin's dispatch sees of the convolution, or of one of its gradients."""
+        """What jaxwin's dispatch sees of the convolution, or of one of its gradients.
+
+        Raises:
+            ValueError: it has no gradients.
+        """
         fn, operands = computation(self, direction, layout, jaxwin.conv_general_dilated)
-        (problem,) = _explain.problems(fn, *(abstract(self, name, layout) for name in operands))
+        with jax.enable_x64(True):  # else float64 would become float32
+            (problem,) = _explain.problems(fn, *(abstract(self, name, layout) for name in operands))
         return problem
 
     def __str__(self) -> str:
@@ -129,8 +140,15 @@ class Conv:
 def from_problem(problem: Problem, count: int = 1) -> Conv:
     """The convolution of a problem, its layout and its epilogue left out.
 
-    A gradient becomes a convolution of its own, with the dilations that it has.
+    A gradient becomes a convolution of its own, with the dilations that it has. Operands of
+    integers have a result of int32.
+
+    Raises:
+        ValueError: its dtype is none of `DTYPES`.
     """
+    if problem.lhs_dtype not in DTYPES or problem.rhs_dtype != problem.lhs_dtype:
+        dtypes = " and ".join(dict.fromkeys((problem.lhs_dtype, problem.rhs_dtype)))
+        raise ValueError(f"{problem}: operands of {dtypes} are not among {', '.join(DTYPES)}")
     lhs, rhs = problem.lhs_spec, problem.rhs_spec
     conv = Conv(
         name="",
@@ -158,7 +176,12 @@ def computation(
     """A function of two arrays, and which operands those are: "x", "w" or "y" (its cotangent).
 
     convolve: `lax.conv_general_dilated` or a function with its signature.
+
+    Raises:
+        ValueError: the gradient of a convolution of integers.
     """
+    if direction != "fwd" and conv.dtype in INTEGERS:
+        raise ValueError(f"{conv.name or conv.dtype}: integers have no gradients ({direction})")
     lhs, rhs = _SPECS[layout][conv.rank]
 
     def forward(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -174,6 +197,7 @@ def computation(
             dimension_numbers=(lhs, rhs, lhs),
             feature_group_count=conv.groups,
             batch_group_count=conv.batch_groups,
+            preferred_element_type=jax.numpy.int32 if conv.dtype in INTEGERS else None,
         )
 
     def input_gradient(w: jax.Array, y: jax.Array) -> jax.Array:
@@ -223,7 +247,7 @@ def abstract(conv: Conv, operand: str, layout: str) -> Any:
     stored = _permutation(conv.rank, operand, layout)
     shape = conv.shape(operand)
     struct: Any = jax.ShapeDtypeStruct
-    return struct(tuple(shape[d] for d in stored), jax.numpy.dtype(conv.dtype))
+    return struct(tuple(shape[d] for d in stored), jax.numpy.dtype(conv.dtype_of(operand)))
 
 
 def to_layout(array: Any, operand: str, layout: str) -> Any:
@@ -280,6 +304,8 @@ def parse(
     Raises:
         ValueError: one line that names the word at fault, or what is missing.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     words: dict[str, str] = {}
     for word in re.split(r"[\s,]+", text.strip()):
         for field, pattern in _PATTERNS.items():

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import jaxwin
@@ -72,13 +73,12 @@ class Subject:
     def intensity(self) -> float:
         """Floating-point operations per byte of operands and result, each moved once."""
         p = self.problem
-        sizes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
         arrays = (
             (p.lhs_shape, p.lhs_dtype),
             (p.rhs_shape, p.rhs_dtype),
             (p.out_shape, p.out_dtype),
         )
-        return p.flops / sum(math.prod(shape) * sizes.get(dtype, 4) for shape, dtype in arrays)
+        return p.flops / sum(math.prod(shape) * _bytes(dtype) for shape, dtype in arrays)
 
     def candidates(self) -> Iterator[tuple[Candidate, Measurement]]:
         """What has a time, in the order in which it was measured."""
@@ -92,6 +92,13 @@ class Subject:
     def on_gpu(self) -> bool:
         """Whether a GPU computes it."""
         return _registry.side(self.isa) != ""
+
+
+def _bytes(dtype: str) -> int:
+    try:
+        return int(jnp.dtype(dtype).itemsize)
+    except TypeError:  # a file may hold any word
+        return 4
 
 
 @dataclasses.dataclass(frozen=True)

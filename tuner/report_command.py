@@ -35,6 +35,8 @@ def command(
       jaxwin-tune report
       jaxwin-tune report /tmp/site.html --database site.db --all
     """
+    if database is not None and not database.exists():
+        raise database_commands.Failure(f"{database}: does not exist")
     path = database or default_path()
     content = pages.gather(path, everything=everything, peaks=not no_peaks)
     if as_json:

@@ -39,7 +39,7 @@ LEAST_GAIN = 0.01  # what a new winner must gain at least
 NOISY = 0.1  # spread of the default plan's samples that deserves a warning
 _UNDECIDED_GAIN = 0.05  # where a candidate may be that much faster for all we know, ask again
 _FEW_ERROR = 0.02  # standard error of one or two samples, which say nothing of their spread
-_SURE = 2.0  # standard errors that a new winner must be faster
+SURE = 2.0  # standard errors that leave no doubt
 _EXTRA_COMPARISONS = 2  # of finalists, where the samples do not tell
 _SLOWER_THAN = 2.0  # a candidate that much slower than the fastest is dropped early
 _PLAUSIBLE = 3.0  # algorithms that the cost model finds that much slower have their default tried
@@ -569,11 +569,9 @@ class _Search:
             candidates = [*space.defaults.values()]
             candidates += [c for c in space.ranked() if c not in candidates]
             candidates = candidates[:_OTHERS]
-        dtypes = {self.problem.lhs_dtype, self.problem.rhs_dtype, self.problem.out_dtype}
-        if dtypes == {"float32"} or self.space.side:
-            candidates.append(self.space.candidate(_registry.XLA, ()))
+        candidates.append(self.space.candidate(_registry.XLA, ()))
         known = {candidate.algorithm for candidate in candidates} <= self._others_known
-        if not candidates or (known and not outcome.measured):
+        if known and not outcome.measured:
             return
         plan = self.space.plan(winner)
         assert plan is not None
@@ -658,7 +656,7 @@ class Paired:
 
     def may_be_faster(self) -> bool:
         """Whether the samples leave room for a gain that would be a pity to miss."""
-        return self.ratio - _SURE * self.error < 1 - _UNDECIDED_GAIN
+        return self.ratio - SURE * self.error < 1 - _UNDECIDED_GAIN
 
     def unsure(self) -> bool:
         """Whether more samples could show that the first is faster by enough to matter."""
@@ -668,7 +666,7 @@ class Paired:
     def faster(self) -> bool:
         """Whether the first is faster beyond doubt, and by enough to matter."""
         gain = 1 - self.cautious
-        return gain >= LEAST_GAIN and gain > _SURE * self.error and self.minima < 1
+        return gain >= LEAST_GAIN and gain > SURE * self.error and self.minima < 1
 
 
 class _Study:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import jax
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -167,8 +166,10 @@ def _tasks(
         for conv in options.convolutions(shapes, presets, **defaults):
             for direction in directions:
                 name = conv.name if directions == ("fwd",) else f"{conv.name} {direction}"
-                with jax.enable_x64(True):  # else float64 would become float32
+                try:
                     problem = conv.problem(direction, layout)
+                except ValueError as error:
+                    raise click.UsageError(str(error)) from error
                 found.append(tune.Task(name, problem, conv.count))
     for file in files:
         found += options.recorded(file)

@@ -7,14 +7,15 @@ import collections
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from jaxwin import _registry, _tuning
 from jaxwin._machine import this_machine
+from jaxwin.tuner import against as _against
 from jaxwin.tuner import database_commands, exits, machine, search
 from jaxwin.tuner.database import (
     Database,
@@ -98,6 +99,8 @@ def stored_winners(path: Path) -> list[Measurement]:
             if not row["stale"]
             and (row["isa"] == isa or _registry.side(row["isa"]))
             and row["family"] != "any"
+            # Of other families only what was found to be faster wins anything.
+            and (row["confirmed"] or _registry.is_usual(row["family"], row["isa"]))
             and (likeness.get(row["machine_id"]) == "same" or row["machine_id"] == here.id)
         }
         return [m for m in read_measurements(connection) if m.uid in uids]
@@ -156,6 +159,18 @@ def _judge(winner: Measurement, default: Finding, found: Finding) -> Verdict:
     help="Seconds that a plan may be silent before it counts as hanging.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Of winners; the newest come first.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OTHER",
+    help="Another database: compare its winners with these.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="PERCENT",
+    help="With --against: how far times may be apart.  [default: 3]",
+)
 @database_commands.database_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -163,6 +178,8 @@ def command(
     text: str | None,
     timeout: float,
     limit: int | None,
+    against: Path | None,
+    tolerance: float | None,
     database: Path | None,
     as_json: bool,
     quiet: bool,
@@ -174,34 +191,40 @@ def command(
     such and never used again. "drifted" says that a time is not what is stored, within the noise of
     both; "regressed" that the winner is slower than the default plan now.
 
-    Exits with 1 where a winner is wrong or has regressed.
+    With --against the winners of two databases, such as of two tunings of this machine, are
+    compared instead, and nothing is stored. Where both have the same plan for a problem they are
+    "same". Else the two plans run in turn, with more rounds for as long as the samples do not tell:
+    their times "agree" within the tolerance, "differ" by more, or are "unsure" where the machine is
+    too busy. A ratio is the first database's time relative to the other's.
+
+    Exits with 1 where a winner is wrong or has regressed. With --against with 1 where winners
+    differ or are wrong, or where nothing could be compared; else with 5 where one is unsure.
 
     \b
     Example:
       jaxwin-tune verify
       jaxwin-tune verify "w3x3" --limit 10 --json
+      jaxwin-tune verify --database monday.db --against tuesday.db
     """
     path = database or default_path()
     winners = [m for m in stored_winners(path) if (text or "") in str(m.problem)]
-    winners = sorted(winners, key=lambda m: m.created, reverse=True)[:limit]
-    groups: dict[tuple[int, str], list[Measurement]] = collections.defaultdict(list)
-    for winner in winners:
-        groups[winner.threads, winner.isa if _registry.side(winner.isa) else ""].append(winner)
+    winners.sort(key=lambda m: m.created, reverse=True)
+    if against is not None:
+        percent = 3.0 if tolerance is None else tolerance
+        _command_against(path, winners, against, percent / 100, timeout, limit, as_json, quiet)
+    if tolerance is not None:
+        raise click.UsageError("--tolerance: is for --against")
+    winners = winners[:limit]
     verdicts: list[Verdict] = []
-    usable = len(machine.usable_cpus())
     interrupted = False
     try:
-        for (threads, gpu_isa), group in sorted(groups.items()):
-            if threads > usable:
-                reason = f"for {threads} threads, this process may use {usable} CPUs"
+        for group, laboratory, reason in _laboratories(winners, timeout):
+            if laboratory is None:
                 verdicts += [Verdict(winner, "skipped", reason) for winner in group]
                 continue
-            with Laboratory(threads, timeout, isa=gpu_isa) as laboratory:
-                for verdict in verify(group, laboratory):
-                    verdicts.append(verdict)
-                    if not quiet:
-                        place = f"[{len(verdicts)}/{len(winners)}]"
-                        click.echo(f"{place} {verdict}", err=True)
+            for verdict in verify(group, laboratory):
+                verdicts.append(verdict)
+                _tell(quiet, verdict, verdicts, winners)
     except KeyboardInterrupt:
         interrupted = True
     _store(path, verdicts)
@@ -213,11 +236,84 @@ def command(
         for verdict in verdicts:
             if verdict.bad:
                 click.echo(str(verdict))
-        told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        told = _counts(counts)
         click.echo(f"{path}: {len(verdicts)} winners checked" + (f": {told}" if told else ""))
     if interrupted:
         sys.exit(exits.INTERRUPTED)
     sys.exit(exits.FOUND if any(verdict.bad for verdict in verdicts) else exits.OK)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+
+
+def _tell(quiet: bool, what: object, done: Sized, total: Sized) -> None:
+    if not quiet:
+        click.echo(f"[{len(done)}/{len(total)}] {what}", err=True)
+
+
+def _laboratories(
+    winners: Iterable[Measurement], timeout: float
+) -> Iterator[tuple[list[Measurement], Laboratory | None, str]]:
+    """Winners that run in one process, and a laboratory for them; or none, and why."""
+    groups: dict[tuple[int, str], list[Measurement]] = collections.defaultdict(list)
+    for winner in winners:
+        groups[winner.threads, winner.isa if _registry.side(winner.isa) else ""].append(winner)
+    usable = len(machine.usable_cpus())
+    for (threads, gpu_isa), group in sorted(groups.items()):
+        if threads > usable:
+            yield group, None, f"for {threads} threads, this process may use {usable} CPUs"
+            continue
+        with Laboratory(threads, timeout, isa=gpu_isa) as laboratory:
+            yield group, laboratory, ""
+
+
+def _command_against(
+    path: Path,
+    winners: list[Measurement],
+    against_path: Path,
+    tolerance: float,
+    timeout: float,
+    limit: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> NoReturn:
+    others = stored_winners(against_path)
+    pairs = _against.pairs(winners, others)[:limit]
+    other_of = {pair.one.uid: pair for pair in pairs}
+    found: list[_against.Agreement] = []
+    interrupted = False
+    try:
+        for group, laboratory, reason in _laboratories([pair.one for pair in pairs], timeout):
+            paired = [other_of[winner.uid] for winner in group]
+            if laboratory is None:
+                found += [_against.Agreement(pair, "skipped", reason) for pair in paired]
+                continue
+            for agreement in _against.compare(paired, laboratory, tolerance):
+                found.append(agreement)
+                _tell(quiet, agreement, found, pairs)
+    except KeyboardInterrupt:
+        interrupted = True
+    summary = _against.summary(found)
+    if as_json:
+        facts = {"database": str(path), "against": str(against_path), "tolerance": tolerance}
+        rows = [agreement.to_json() for agreement in found]
+        click.echo(json.dumps({**facts, "complete": not interrupted, **summary, "rows": rows}))
+    else:
+        for agreement in found:
+            click.echo(str(agreement))
+        text = f"{path}, {against_path}: {len(pairs)} problems with a winner in both"
+        text += f", {len(found)} compared" if interrupted else ""
+        text += f": {_counts(summary['counts'])}" if found else ""
+        if summary["geomean"] is not None:
+            text += f"; geometric mean of the ratios {summary['geomean']:.3f}"
+            text += f", at most {summary['distance']:.1%} apart"
+        click.echo(text)
+    if interrupted:
+        sys.exit(exits.INTERRUPTED)
+    if summary["geomean"] is None or any(agreement.bad for agreement in found):
+        sys.exit(exits.FOUND)
+    sys.exit(exits.BUSY if "unsure" in summary["counts"] else exits.OK)
 
 
 def _store(path: Path, verdicts: list[Verdict]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from jaxwin import _registry
+from jaxwin import _record, _registry
 from jaxwin._machine import this_machine
 from jaxwin.tuner import bench, machine, measure, peers, problems
 from jaxwin.tuner.cli import main
@@ -353,6 +354,7 @@ def test_dry_run() -> None:
         (("56x56 c64 k64 w3", "--threads", "100000"), "--threads"),
         (("56x56 c64 k64 w3", "--threads", "0"), "--threads"),
         (("56x56 c64 k64 w3", "--dtype", "float33"), "float33"),
+        (("56x56 c64 k64 w3", "--dtype", "int8", "--direction", "fwd,dx"), "gradients (dx)"),
         (("56x56 c64 k64 w3", "--fail-under", "1", "--peers", "xla"), "--fail-under"),
         (("56x56 c64 k64 w3", "--min-time", "0"), "--min-time"),
         (("9999999x9999999 c64 k64 w3",), "GiB"),
@@ -410,3 +412,15 @@ def test_interrupted(tmp_path: Path) -> None:
     assert data["machine"]["usable_cores"] == this_machine().usable_cores
     assert "interrupted" in stdout
     assert "Traceback" not in stderr
+
+
+def test_recorded_problems_that_have_no_dtype_of_ours(tmp_path: Path) -> None:
+    whole = dataclasses.replace(problems.parse(TINY).problem(), lhs_dtype="int32")
+    recorded = tmp_path / "recorded.jsonl"
+    recorded.write_text(_record.line(whole))
+    done = _run(str(recorded), *FAST)
+    assert done.exit_code == 2 and "no convolution is left" in done.output
+    recorded.write_text(_record.line(whole) + _record.line(problems.parse(TINY).problem()))
+    done = _run(str(recorded), "--dry-run")
+    assert done.exit_code == 0 and "left out" in done.stderr
+    assert len(done.stdout.splitlines()) == 1

@@ -60,6 +60,10 @@ def test_explain_says_what_dispatch_decides(grad: str) -> None:
         ("explain", "--input", "8,0,20,6", "--filter", "3,3,6,6"),
         ("explain", "--input", "8,20,20,6", "--filter", "3,3,6,6", "--padding", "WIDE"),
         ("explain", "--input", "8,20,20,6", "--filter", "3,3,6,6", "--dtype", "float33"),
+        ("explain", "8x8 c4 k8 w3", "--dtype", "float33"),
+        ("explain", "8x8 c4 k8 w3 int8", "--direction", "dw"),
+        ("deviation", "8x8 c4 k8 w3 int8", "--direction", "dx"),
+        ("layout", "8x8 c4 k8 w3 int8"),
         ("explain", "--input", "8,20,20,6"),
         ("explain", "--input", f"{10**20},20,20,6", "--filter", "3,3,6,6"),
         ("nonsense",),
@@ -103,11 +107,22 @@ def test_doctor_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli._ffi, "cuda_device", lambda ordinal: {"error": "no driver"})
     assert "cannot run: no driver" in _run("doctor").output
     monkeypatch.setattr(cli._compat, "platform_version", lambda: "rocm 7")
-    assert "neither the CPU nor CUDA" in _run("doctor").output
+    assert "default platform is gpu: jaxwin has kernels for CPUs" in _run("doctor").output
 
 
 def test_doctor_s_convolution_may_name_its_kernel() -> None:
     assert cli._self_test(on_gpu=False) == cli._self_test(on_gpu=True) == []
+
+
+def test_ctrl_c_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in commands that have nothing to keep."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._registry, "registry", interrupted)
+    stopped = _run("list")
+    assert stopped.exit_code == exits.INTERRUPTED and "stopped" in stopped.output
 
 
 def test_doctor_where_jax_cannot_start() -> None:

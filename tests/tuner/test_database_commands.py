@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import tuning
 from click.testing import CliRunner, Result
 
 from jaxwin import _tuning
+from jaxwin.tuner import database_commands
 from jaxwin.tuner.cli import main
 from jaxwin.tuner.database import Database
 
@@ -172,6 +174,21 @@ def test_doctor_counts_the_rows(path: Path) -> None:
 def test_doctor_when_every_problem_must_be_tuned(path: Path) -> None:
     assert "all is well" in _run("doctor", env={"JAXWIN_MODE": "require"}).output
     assert "JAXWIN_MODE: 'x'" in _run("doctor", env={"JAXWIN_MODE": "x"}, code=1).output
+
+
+def test_doctor_says_where_measurements_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = json.loads(_run("doctor", "--json").output)["facts"]
+    assert facts["measurements go to"] == str(path)
+    full = os.statvfs_result((4096, 4096, 1000, 3, 3, 100, 10, 10, 0, 255))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda place: full)
+        assert "the disk is full: 12 KiB are left" in _run("doctor", code=1).output
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda place, how: how != os.W_OK)
+        assert "cannot be written: name another" in _run("doctor").output
+    with monkeypatch.context() as patch:
+        patch.setattr(database_commands, "default_path", lambda: Path("/no/such/place"))
+        assert json.loads(_run("doctor", "--json").output)["problems"] == []
 
 
 @pytest.mark.filterwarnings("ignore:jaxwin. tuning database:RuntimeWarning")

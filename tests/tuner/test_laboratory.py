@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import problems
 import pytest
@@ -18,7 +19,8 @@ import pytest
 from jaxwin import _registry
 from jaxwin._plan import Plan
 from jaxwin._problem import Problem
-from jaxwin.tuner import search, tune, worker
+from jaxwin.tuner import bench, peers, search, tune, worker
+from jaxwin.tuner import problems as known
 from jaxwin.tuner.database import Database
 from jaxwin.tuner.laboratory import Finding, Laboratory, LaboratoryError
 from jaxwin.tuner.space import Candidate, Space
@@ -239,3 +241,28 @@ def test_what_takes_long_gets_few_samples(calm: Laboratory) -> None:
     assert [len(finding.ns) for finding in found] == [1, 1]
     paired = search.Paired.of(found[1], found[0])
     assert paired.error >= 0.02, "they say nothing of their spread"
+
+
+@pytest.mark.parametrize("dtype", known.DTYPES)
+def test_results_that_candidates_are_compared_with_are_right(dtype: str) -> None:
+    """The default plan's, against lax in float64; those of integers to the last bit."""
+    conv = known.parse("n1 6x7 c5 k9 w3 p1", dtype=dtype)
+    problem = conv.problem()
+    space = Space(problem, _registry.isa(), 1, 2**30)
+    default = space.incumbent()
+    assert default is not None
+    plan = space.plan(default)
+    assert plan is not None
+    try:
+        subject = worker._Problem(problem.key, 3)
+        assert subject.check(plan) == ("ok", "")
+        xla = plan._replace(algorithm=_registry.XLA, params=(), workspace_bytes=0)
+        assert subject.compile(plan)[1:] == subject.compile(xla)[1:] == ("ok", "")
+    finally:
+        jax.config.update("jax_enable_x64", False)  # which float64 needs, in its own process
+    with jax.enable_x64(True):
+        task = peers.Task(conv, "fwd", "nhwc", 1, subject.x, subject.w, subject.w)
+        exact = bench.reference(task)
+    assert subject.reference is not None
+    difference = np.abs(subject.reference.astype(np.float64) - exact).max()
+    assert difference <= bench.TOLERANCE[dtype] * np.abs(exact).max()

@@ -47,8 +47,7 @@ NOT_THERE = {
 def _task(text: str, direction: str, layout: str = "nhwc") -> peers.Task:
     conv = problems.parse(text)
     rng = np.random.default_rng(0)
-    shapes = (conv.x_shape, conv.w_shape, conv.y_shape)
-    x, w, y = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    x, w, y = (bench.draw(rng, conv.shape(name), conv.dtype_of(name)) for name in "xwy")
     return peers.Task(conv, direction, layout, 1, x, w, y)
 
 
@@ -84,6 +83,31 @@ def test_jax_peers(name: str, text: str, direction: str) -> None:
 def test_layouts(layout: str) -> None:
     for direction in problems.DIRECTIONS:
         _check("jaxwin", SHAPES[0], direction, layout)
+
+
+@pytest.mark.parametrize("dtype", problems.INTEGERS)
+def test_integers_are_exact(dtype: str) -> None:
+    """By a sum in Python's integers, which wraps as int32 does."""
+    text = f"n1 4x5 c6 k3 w3x2 s2x1 p1 {dtype}"
+    task = _task(text, "fwd")
+    x = np.pad(task.x.astype(object), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = np.zeros(task.conv.y_shape, object)
+    for i, row in enumerate(range(0, 4, 2)):
+        for j in range(6):
+            piece = x[0, row : row + 3, j : j + 2, :, None]
+            expected[0, i, j] = (piece * task.w.astype(object)).sum((0, 1, 2))
+    expected = (expected + 2**31) % 2**32 - 2**31
+    np.testing.assert_array_equal(_expected(text, "fwd"), expected.astype(np.float64))
+    for name in peers.names():
+        if peers.make(name).missing():
+            continue
+        if name in (*JAX, "ort") and (name, dtype) != ("ort", "int16"):
+            got = peers.make(name).prepare(task).result()
+            assert got.dtype == np.int32, name
+            np.testing.assert_array_equal(got, expected.astype(np.int32), name)
+        else:
+            with pytest.raises(peers.Unsupported):
+                peers.make(name).prepare(task)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -98,6 +99,29 @@ def test_what_a_shape_leaves_open_is_given_by_the_caller() -> None:
     assert (conv.batch, conv.out_size, conv.dtype, conv.count) == (7, (8, 8), "float16", 5)
     fixed = problems.parse("n1 8x8 c4 k8 w3 p0 float32", batch=7, padding="same", dtype="float16")
     assert (fixed.batch, fixed.out_size, fixed.dtype) == (1, (6, 6), "float32")
+
+
+@pytest.mark.parametrize("dtype", problems.DTYPES)
+def test_dtypes(dtype: str) -> None:
+    conv = problems.parse("n2 8x8 c4 k8 w3", dtype=dtype)
+    assert conv == problems.parse(f"n2 8x8 c4 k8 w3 {dtype}")
+    problem = conv.problem()
+    out = "int32" if "int" in dtype else dtype
+    assert (problem.lhs_dtype, problem.rhs_dtype, problem.out_dtype) == (dtype, dtype, out)
+    assert problems.parse(str(conv)).problem() == problem
+    assert problems.from_problem(problem) == conv
+    if "int" in dtype:
+        for direction in ("dx", "dw"):
+            with pytest.raises(ValueError, match=f"no gradients .{direction}"):
+                conv.problem(direction)
+
+
+def test_dtypes_that_are_none() -> None:
+    with pytest.raises(ValueError, match="'int4' is not one of float32"):
+        problems.parse("n2 8x8 c4 k8 w3", dtype="int4")
+    problem = dataclasses.replace(problems.parse("n2 8x8 c4 k8 w3").problem(), lhs_dtype="int64")
+    with pytest.raises(ValueError, match="int64 and float32"):
+        problems.from_problem(problem)
 
 
 @pytest.mark.parametrize("window", [2, 3, 4, 5])

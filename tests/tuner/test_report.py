@@ -133,14 +133,15 @@ def test_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
-def test_nothing_measured(tmp_path: Path, kind: str) -> None:
+def test_nothing_measured(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tuning.db"
     if kind == "empty":
         Database(path).close()
     page = _page(path)
     assert "Nothing is measured yet" in page.words and "jaxwin-tune run --preset" in page.text
     output = tmp_path / "r.html"
-    done = CliRunner().invoke(main, ["report", str(output), "--database", str(path)])
+    monkeypatch.setenv("JAXWIN_TUNING_DB", str(path))
+    done = CliRunner().invoke(main, ["report", str(output)])
     assert done.exit_code == 0 and output.exists()
 
 
@@ -213,3 +214,10 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
     found = {colour for _, colour in colours}
     assert (0x25, 0x63, 0xEB) in found, "the bars of winners"
     assert len(found) > 50
+
+
+def test_a_database_that_was_named_must_be_there(tmp_path: Path) -> None:
+    arguments = ["report", str(tmp_path / "page.html"), "--database", str(tmp_path / "nope.db")]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 4 and "nope.db: does not exist" in done.output
+    assert not [*tmp_path.iterdir()]

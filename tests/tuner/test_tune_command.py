@@ -133,6 +133,22 @@ def test_exit_codes_of_what_cannot_be_tuned(path: Path) -> None:
     assert unusable.exit_code == 4 and "Error: " in unusable.output
 
 
+def test_integers_are_tuned_and_verified(path: Path) -> None:
+    """Beside XLA, too: its sums of integers are the same."""
+    done = _run("6x7 c4 k8 w3", "--dtype", "uint8", *"--effort quick --threads 1 --json".split(),
+                "--family", "any")  # fmt: skip
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["status"] in ("tuned", "default", "undecided"), done.output
+    with Database(path) as database:
+        rows = list(database.measurements())
+    assert {m.problem.out_dtype for m in rows} == {"int32"}
+    assert {m.status for m in rows} == {"ok"}
+    if row["status"] != "undecided":
+        assert "xla" in {m.algorithm for m in rows}
+    checked = json.loads(CliRunner().invoke(main, ["verify", "--json"]).stdout)["rows"]
+    assert len(checked) == 1 and checked[0]["status"] in ("ok", "drifted", "regressed")
+
+
 def test_without_arguments_what_was_missed_is_tuned(path: Path) -> None:
     nothing = _run("--threads", "1")
     assert nothing.exit_code == 0 and "nothing to tune: no program with 1 threads" in nothing.stderr
