@@ -271,6 +271,45 @@ def test_output_rows_that_are_lanes_together() -> None:
     assert tested > 60
 
 
+@pytest.mark.parametrize(
+    ("size", "window", "padding", "rhs_dilation", "stride"),
+    [
+        ((14, 15), (3, 3), ((6, 6), (6, 6)), (6, 6), (1, 1)),
+        ((5, 20), (2, 9), ((0, 1), (8, 8)), (1, 1), (1, 1)),
+        ((3, 11), (3, 5), ((1, 1), (30, 3)), (1, 2), (1, 2)),
+        ((4, 9), (1, 4), ((0, 0), (-2, 25)), (1, 3), (1, 1)),
+        ((2, 3, 12), (2, 3, 3), ((1, 1), (1, 1), (9, 9)), (1, 1, 9), (1, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["rows", "im2win"])
+def test_tiles_on_padding(algorithm: str, size, window, padding, rhs_dilation, stride) -> None:
+    """Window positions that are padding for all pixels of a tile are left out."""
+    names = _registry.parameter_names(algorithm)
+    rng = np.random.default_rng(11)
+    layouts = (None, {3: ("NCHW", "OIHW"), 4: None}[len(size) + 1])
+    for layout, dtype in itertools.product(dict.fromkeys(layouts), ("float32", "bfloat16")):
+        problem = problems.make(
+            2,
+            5,
+            19,
+            size,
+            window,
+            padding=padding,
+            rhs_dilation=rhs_dilation,
+            stride=stride,
+            layout=layout,
+            dtype=dtype,
+        )
+        x, w = problems.operands(problem, rng)
+        expected = reference.chain(problem, x, w)
+        for isa, mr, kc in itertools.product(ISAS, (2, 4), (0, 8, 20)):
+            usual = _ffi.make_plan(problem.native(), algorithm=algorithm, isa=isa)["plan"]["params"]
+            chosen = dict(zip(names, usual, strict=True)) | {"mr": mr, "kc": kc}
+            params = tuple(chosen.values())
+            result = problems.run(problem, x, w, algorithm, isa=isa, params=params)
+            np.testing.assert_array_equal(result, expected, f"{problem} {isa} {chosen}")
+
+
 def test_every_algorithm_can_be_chosen() -> None:
     """The heuristic uses the whole registry but the baselines, some where there is no workspace."""
     chosen = set()

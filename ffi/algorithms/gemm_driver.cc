@@ -48,6 +48,7 @@ struct Layout {
   bool disjoint;        // window order: windows share no column
   bool streams;         // the filters come from behind the second-level cache in every call
   bool follows;         // pointwise: pixels follow each other, and are read by a panel or two
+  bool sparse;          // whole tiles read padding alone at some window positions along x
   int64_t strip_row;    // floats of A per output row of a block
   // Padded rows, columns of windows: input rows of one (image, z) in a block, floats of one of
   // them.
@@ -171,6 +172,9 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.streams = l.pack != kLocal && p.k * l.reduction * t.kernels->size > caches().l2 / 2;
   l.follows =
       lowering == Lowering::kDirect && p.window() == 1 && l.pixel_stride == p.c && l.panels <= 2;
+  const int64_t right = (p.out[2] - 1) * p.stride[2] + span - p.pad[2] - p.in[2];
+  l.sparse = (lowering == Lowering::kRows || (lowering == Lowering::kWindow && !l.disjoint)) &&
+             std::max(p.pad[2], right) >= l.mr * p.stride[2];
   l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
   int64_t strip = l.full != 0 ? l.strip_row * p.g * l.all_rows : l.strip_row * l.rows;
   if (lowering == Lowering::kWidth && l.full != 0) {
@@ -407,18 +411,27 @@ struct Real {
   }
 };
 
+// The runs of one kc block; those of window positions x >= v along x begin with number begin[v]
+// (where tiles are sparse).
+struct Runs {
+  std::vector<Run> all;
+  std::vector<int64_t> begin;
+};
+
 // The reduction over these positions as runs over A and B, cut at multiples of kc.
-std::vector<std::vector<Run>> make_runs(const Layout& l, const Real& real) {
+std::vector<Runs> make_runs(const Layout& l, const Real& real) {
   const Problem& p = l.p;
   const int64_t taps = p.window();
-  std::vector<std::vector<Run>> blocks(ceil_div(l.reduction, l.kc));
+  std::vector<Runs> blocks(ceil_div(l.reduction, l.kc));
   const auto push = [&](int64_t r, int64_t a, int64_t b, int64_t b_step, int64_t len) {
     while (len > 0) {
-      auto& block = blocks[r / l.kc];
+      std::vector<Run>& block = blocks[r / l.kc].all;
       const int64_t piece = std::min(len, l.kc - r % l.kc);
       // What is packed locally begins with its block.
       const int64_t base = l.pack == kLocal ? r / l.kc * l.kc * l.panel : 0;
-      if (!block.empty() && l.lowering != Lowering::kIndirect &&
+      const bool first =
+          l.sparse && static_cast<int64_t>(block.size()) == blocks[r / l.kc].begin.back();
+      if (!block.empty() && !first && l.lowering != Lowering::kIndirect &&
           block.back().a + block.back().len * l.a_step == a &&
           block.back().b + block.back().len * b_step == b - base) {
         block.back().len += piece;
@@ -435,6 +448,9 @@ std::vector<std::vector<Run>> make_runs(const Layout& l, const Real& real) {
     const int64_t z = tap % p.win[0];
     const int64_t y = (tap / p.win[0]) % p.win[1];
     const int64_t v = tap / (p.win[0] * p.win[1]);
+    if (l.sparse && tap % (p.win[0] * p.win[1]) == 0) {
+      for (Runs& block : blocks) block.begin.push_back(static_cast<int64_t>(block.all.size()));
+    }
     if (z < real.z0 || z >= real.z1 || y < real.y0 || y >= real.y1) continue;
     int64_t a = 0;
     switch (l.lowering) {
@@ -473,6 +489,7 @@ std::vector<std::vector<Run>> make_runs(const Layout& l, const Real& real) {
       push(tap * p.c, a, b, b_step, p.c);
     }
   }
+  for (Runs& block : blocks) block.begin.push_back(static_cast<int64_t>(block.all.size()));
   return blocks;
 }
 
@@ -480,28 +497,32 @@ std::vector<std::vector<Run>> make_runs(const Layout& l, const Real& real) {
 // fma(0, w, sum) = sum, so leaving it out changes no bit where w is finite.
 struct RowKinds {
   std::vector<Real> real;
-  std::vector<std::vector<std::vector<Run>>> runs;  // of a kind, of a kc block
-  std::vector<int64_t> first_row;                   // of a kind, in [0, out_rows)
-  std::vector<int64_t> of_row;                      // in [0, out_rows)
-  bool skips = false;                               // some kind leaves positions out
-  bool covers = true;                               // every position is in some kind
+  std::vector<std::vector<Runs>> runs;  // of a kind, of a kc block
+  std::vector<int64_t> first_row;       // of a kind, in [0, out_rows)
+  std::vector<int64_t> of_row;          // in [0, out_rows)
+  bool skips = false;                   // some kind leaves positions out
+  bool covers = true;                   // every position is in some kind
 };
+
+// The window positions of dimension d that lie inside the input for an output from o0 to o1.
+std::array<int64_t, 2> real_positions(const Problem& p, int d, int64_t o0, int64_t o1) {
+  const int64_t first = o0 * p.stride[d] - p.pad[d];
+  const int64_t last = o1 * p.stride[d] - p.pad[d];
+  const int64_t rd = p.rhs_dilation[d];
+  const int64_t begin = std::clamp<int64_t>(last >= 0 ? 0 : ceil_div(-last, rd), 0, p.win[d]);
+  const int64_t end =
+      std::clamp<int64_t>(p.in[d] <= first ? 0 : ceil_div(p.in[d] - first, rd), begin, p.win[d]);
+  return {begin, end};
+}
+
 RowKinds make_row_kinds(const Layout& l) {
   const Problem& p = l.p;
-  const auto range = [&](int d, int64_t o) {  // of window positions inside the input
-    const int64_t base = o * p.stride[d] - p.pad[d];
-    const int64_t rd = p.rhs_dilation[d];
-    const int64_t begin = std::clamp<int64_t>(base >= 0 ? 0 : ceil_div(-base, rd), 0, p.win[d]);
-    const int64_t end =
-        std::clamp<int64_t>(p.in[d] <= base ? 0 : ceil_div(p.in[d] - base, rd), begin, p.win[d]);
-    return std::array<int64_t, 2>{begin, end};
-  };
   RowKinds kinds;
   kinds.of_row.resize(l.out_rows);
   std::vector<bool> covered(p.win[0] * p.win[1], false);
   for (int64_t r = 0; r < l.out_rows; ++r) {
-    const auto z = range(0, r / p.out[1]);
-    const auto y = range(1, r % p.out[1]);
+    const auto z = real_positions(p, 0, r / p.out[1], r / p.out[1]);
+    const auto y = real_positions(p, 1, r % p.out[1], r % p.out[1]);
     const Real real{z[0], z[1], y[0], y[1]};
     const auto known = std::find(kinds.real.begin(), kinds.real.end(), real);
     kinds.of_row[r] = known - kinds.real.begin();
@@ -522,7 +543,8 @@ struct Block {  // one block of A rows, ready for the micro-kernel
   ConstPtr a;
   int64_t row_stride;  // between output rows
   int64_t rows, cols;
-  int64_t first_row;     // in [0, all_rows)
+  int64_t first_row;  // in [0, all_rows)
+  int64_t first_col;
   bool stream;           // results pass the caches by
   const int64_t* table;  // indirect: of the first output row's first pixel
   ConstPtr zeros;
@@ -564,12 +586,18 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
   // Tiles of nearly equal height: 55 pixels are 14 + 14 + 14 + 13.
   const int64_t tiles = ceil_div(block.cols, mr_max);
   for (int64_t r = 0; r < block.rows; ++r) {
-    const auto& runs = kinds.runs[kinds.of_row[(block.first_row + r) % l.out_rows]][kb];
-    args.runs = runs.data();
-    args.n_runs = static_cast<int64_t>(runs.size());
+    const Runs& runs = kinds.runs[kinds.of_row[(block.first_row + r) % l.out_rows]][kb];
+    args.runs = runs.all.data();
+    args.n_runs = static_cast<int64_t>(runs.all.size());
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t j0 = block.cols * t / tiles;
       const int64_t mr = block.cols * (t + 1) / tiles - j0;
+      if (l.sparse) {
+        const int64_t col = block.first_col + j0;
+        const auto real = real_positions(l.p, 2, col, col + mr - 1);
+        args.runs = runs.all.data() + runs.begin[real[0]];
+        args.n_runs = runs.begin[real[1]] - runs.begin[real[0]];
+      }
       if (block.table == nullptr) {
         args.a = block.a + r * block.row_stride + j0 * l.pixel_stride;
       } else {
@@ -584,7 +612,7 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         k.ahead[nv][mr](&args);
         continue;
       }
-      if (dense && nv == 1 && k.narrow[mr] != nullptr && !runs.empty() && runs[0].len >= 8) {
+      if (dense && nv == 1 && k.narrow[mr] != nullptr && args.n_runs > 0 && args.runs->len >= 8) {
         // The next pixels follow these; windows have read most of them already.
         args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
         (l.p.window() == 1 ? k.narrow_ahead : k.narrow)[mr](&args);
@@ -831,7 +859,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
   const int64_t n_blocks = ceil_div(l.reduction, l.kc);
-  std::atomic<bool> suspicious{!kinds.covers};
+  std::atomic<bool> suspicious{!kinds.covers || l.sparse};
   const ConstPtr packed = l.pack == kBefore ? o.w : e.workspace;
   Ptr full = e.workspace + l.packed_floats;
   const Ptr zeros = full + l.full_floats;
@@ -913,6 +941,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     block.rows = r1 - r0;
     block.row_stride = l.strip_row;
     block.first_row = r0;
+    block.first_col = j0;
     block.stream = stream;
     block.a = l.full != 0 ? full + (g * l.all_rows + r0) * l.strip_row : strip;
     if (lowering == Lowering::kWindow && l.full == 0) {

@@ -555,7 +555,8 @@ Params defaults(const Problem& problem, const Target& t) {
   const int64_t others = l.p.g * l.p.n * l.p.out[0];
   params[kPlanarRows] =
       threads == 1 ? 0 : ceil_div(l.p.out[1], std::min(l.p.out[1], ceil_div(4 * threads, others)));
-  if (!can_be_flat(l.p, l.images)) return params;
+  // Long rows fill their vectors anyway.
+  if (!can_be_flat(l.p, l.images) || l.pixels() > 6 * l.width) return params;
   // As many rows together as a quarter of the second-level cache holds.
   Params flat = params;
   flat[kPlanarCols] = 0;
