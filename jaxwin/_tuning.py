@@ -7,7 +7,8 @@ as an empty one, with one warning. What is loaded stays as it is for the life of
 that a program compiled twice is compiled alike.
 
 A row is used for the problem, instruction set and thread count that it was measured with, on this
-kind of machine, as long as its algorithm's kernels are those of this build ("tuned"). Otherwise
+kind of machine, as long as its algorithm's kernels are those of this build, and if a comparison
+confirmed it as the fastest ("tuned"): the fastest of many may be the luckiest. Otherwise
 the nearest row of the same class of problems lends its parameters ("transferred"). Rows only
 propose: the native core checks the parameters as it does those of any plan.
 """
@@ -362,7 +363,8 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
                             same_machine=kind == "same",
                             created=str(created),
                             path=path,
-                            wins=(key, isa, threads) not in seen if usual else bool(confirmed),
+                            # What no comparison confirmed was the fastest of many by luck.
+                            wins=bool(confirmed) and not (usual and (key, isa, threads) in seen),
                             family=family,
                         )
                     except (TypeError, ValueError, KeyError, OverflowError):
@@ -500,7 +502,7 @@ def _read_files() -> Table:
         if file.text:
             warnings.warn(f"jaxwin: tuning database {file.text}", RuntimeWarning, stacklevel=2)
         elif named and file.rows == 0:
-            text = "holds nothing for this machine and these kernels; see `jaxwin-tune doctor`"
+            text = "holds no winner for this machine and these kernels; see `jaxwin-tune doctor`"
             warnings.warn(
                 f"jaxwin: tuning database {file.path} {text}", RuntimeWarning, stacklevel=2
             )
@@ -511,12 +513,15 @@ def _read_files() -> Table:
 
 _ABOUT = """
 SELECT m.machine_id, m.algorithm, m.parameters, m.isa, m.threads, m.family, m.abi, m.status,
-       min(coalesce(m.ns_median, 0)), m.error
+       min(coalesce(m.ns_median, 0)), m.error, max(m.confirmed)
 FROM measurements AS m JOIN problems AS p ON p.id = m.problem_id
 WHERE p.key = ?
 GROUP BY m.machine_id, m.algorithm, m.isa, m.threads, m.family, m.abi, m.status
 ORDER BY 9 LIMIT 50
 """
+
+
+_UNSURE = "no comparison confirmed it as the fastest: tune again when the machine is quiet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -534,7 +539,9 @@ class Unused:
 def unused(loaded: Table, problem: Problem, isa: str, threads: int) -> list[Unused]:
     """Why measurements of this very problem are not taken as they are. Reads the files again."""
     here = this_machine()
-    late = "" if loaded.exact(problem, isa, threads) else "written after this process read the file"
+    late, unsure = "written after this process read the file", _UNSURE
+    if loaded.exact(problem, isa, threads):
+        late = unsure = ""
     found = []
     for file in loaded.files:
         if file.state != "ok":
@@ -545,7 +552,8 @@ def unused(loaded: Table, problem: Problem, isa: str, threads: int) -> list[Unus
             with reading(file.path) as connection:
                 known = machines(connection)
                 for row in connection.execute(_ABOUT, (problem.key,)):
-                    reason = _why_not(row, known, here, isa, threads) or late
+                    reason = _why_not(row[:-1], known, here, isa, threads)
+                    reason = reason or (late if row[-1] else unsure)
                     if reason:
                         found.append(Unused(str(row[1]), reason, file.path))
         except Unusable as error:

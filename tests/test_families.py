@@ -239,7 +239,7 @@ def test_measurements_of_another_family(path: Path) -> None:
     assert (named.tier, named.plan.params[0], named.row is None) == ("requested", 2, False)
     later = "2999-01-01T00:00:00+00:00"
     with Database(path) as db:
-        db.add([_row("winograd", 2, created=later), tuning.measurement(LARGE)])
+        db.add([_row("winograd", 2, created=later, confirmed=False), tuning.measurement(LARGE)])
     _tuning.reload()
     assert decide().tier == "tuned"
     assert decide(algorithm="any") == decide(), "the last comparison counts, and it lost that"

@@ -164,7 +164,7 @@ def test_narrow_dtypes_are_widened_exactly_and_rounded_once(dtype, preferred) ->
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((5, 0), (0, 6)), ((1, 1), (16, 0))])
 def test_padding_multiplies_nonfinite_filters_in_every_algorithm(value, padding) -> None:
-    """Rows and tiles on padding are skipped; a filter value that is not finite is felt there too."""
+    """Rows and tiles on padding are skipped; filters that are not finite are felt there too."""
     problem = problems.make(2, 5, 18, (7, 6), (3, 3), padding=padding)
     rng = np.random.default_rng(8)
     for tap in np.ndindex(3, 3):

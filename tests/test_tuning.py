@@ -304,7 +304,7 @@ def test_rows_that_were_measured_otherwise(
 ) -> None:
     _write(path, tuning.measurement(**changes))
     if tier == "heuristic" and "isa" not in changes:
-        with pytest.warns(RuntimeWarning, match="holds nothing for this machine"):
+        with pytest.warns(RuntimeWarning, match="holds no winner for this machine"):
             _tuning.table()
     assert _decide().tier == tier
     (row,) = jaxwin.explain(PROBLEM)
@@ -327,10 +327,16 @@ def test_which_of_several_rows_wins(path: Path) -> None:
         plan = _decide().plan
         return (plan.algorithm, plan.params) == (usual["algorithm"], tuple(usual["params"]))
 
-    _write(path, tuning.measurement(), tuning.measurement(**other, ns_median=999.0))
-    assert chosen(), "the faster one"
-    _write(path, tuning.measurement(confirmed=True, ns_median=1010.0))
-    assert not chosen(), "the confirmed one"
+    lucky = tuning.measurement(ns_median=1.0, confirmed=False)
+    _write(path, lucky)
+    with pytest.warns(RuntimeWarning, match="holds no winner"):
+        assert _decide().tier == "heuristic", "none that no comparison confirmed"
+    (told,) = _tuning.unused(_tuning.table(), PROBLEM, _registry.isa(), _registry.threads())
+    assert "no comparison confirmed it" in told.reason
+    _write(path, tuning.measurement(**other, ns_median=999.0))
+    assert chosen(), "the confirmed one"
+    _write(path, tuning.measurement(created="2998-01-01T00:00:00+00:00", ns_median=1010.0))
+    assert not chosen(), "the one confirmed last"
     newer = {"created": "2999-01-01T00:00:00+00:00", "confirmed": True}
     _write(path, tuning.measurement(**other, **newer, ns_median=2000.0))
     assert chosen(), "the one confirmed last"

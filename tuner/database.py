@@ -484,7 +484,11 @@ class Database:
             with _tuning.reading(source) as connection:
                 rows = read_measurements(connection)
                 if winners:
-                    best = {row["uid"] for row in read_winners(connection) if not row["stale"]}
+                    best = {
+                        row["uid"]
+                        for row in read_winners(connection)
+                        if row["confirmed"] and not row["stale"]
+                    }
                     rows = (row for row in rows if row.uid in best)
                 added = self.add(counted(rows))
         except _tuning.Unusable as error:

@@ -74,8 +74,9 @@ def test_rows_come_back_as_they_were(path: Path) -> None:
 
 def test_the_winners_view(path: Path) -> None:
     with Database() as db:
-        fast = tuning.measurement(ns_median=10.0, ns_min=9.0)
-        db.add([tuning.measurement(), fast, tuning.measurement(OTHER)])
+        fast = tuning.measurement(ns_median=10.0, ns_min=9.0, confirmed=False)
+        slow = tuning.measurement(confirmed=False)
+        db.add([slow, fast, tuning.measurement(OTHER)])
         db.add([tuning.measurement(ns_median=1.0, threads=9), tuning.measurement(status="timeout")])
         view = list(db.db.query("SELECT * FROM winners"))
         assert sorted(row["uid"] for row in db.winners()) == sorted(row["uid"] for row in view)
@@ -383,11 +384,13 @@ def test_an_abi_is_filled_in() -> None:
 
 
 def test_winners_alone_are_merged(path: Path, tmp_path: Path) -> None:
-    slow = tuning.measurement(ns_median=5000.0)
-    fast = tuning.measurement(ns_median=900.0, confirmed=True)
-    stale = tuning.measurement(tuning.problems.make(1, 8, 16, (5, 5), (3, 3)), abi="of-yesterday")
+    slow = tuning.measurement(ns_median=5000.0, confirmed=False)
+    fast = tuning.measurement(ns_median=900.0)
+    other = tuning.problems.make(1, 8, 16, (5, 5), (3, 3))
+    stale = tuning.measurement(other, abi="of-yesterday")
+    unsure = tuning.measurement(other, confirmed=False)
     with Database(path) as db:
-        db.add([slow, fast, stale])
+        db.add([slow, fast, stale, unsure])
     small = tmp_path / "small.db"
     with Database(small) as db:
         assert db.merge(path, winners=True) == (1, 1)

@@ -167,7 +167,7 @@ def test_another_gpu_and_the_cpu_take_no_notice(
     assert _dispatch.decide(DENSE, enforce=False).tier == "heuristic"
     monkeypatch.setattr(_machine, "_gpu", lambda: (GPU[0], 8, GPU[2]))
     _tuning.reload()
-    with pytest.warns(RuntimeWarning, match="holds nothing for this machine"):
+    with pytest.warns(RuntimeWarning, match="holds no winner for this machine"):
         assert _decide(exact=True).plan is None
 
 
@@ -216,7 +216,7 @@ def test_rows_that_a_precision_does_not_allow_are_not_taken(path: Path) -> None:
             ]
         )
     _tuning.reload()
-    with pytest.warns(RuntimeWarning, match="holds nothing for this machine and these kernels"):
+    with pytest.warns(RuntimeWarning, match="holds no winner for this machine and these kernels"):
         assert _decide(exact=True).plan is None
 
 

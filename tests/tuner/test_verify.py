@@ -69,7 +69,7 @@ def test_a_winner_that_is_wrong_never_wins_again(
         assert [m.status for m in db.measurements(PROBLEM)] == ["ok", status]
     monkeypatch.delenv(worker.FAULTS)
     _tuning.reload()
-    with pytest.warns(RuntimeWarning, match="holds nothing"):
+    with pytest.warns(RuntimeWarning, match="holds no winner"):
         assert _dispatch.decide(PROBLEM).tier == "heuristic"
     assert "0 winners checked" in _verify().stdout
 
