@@ -80,7 +80,6 @@ class Agreement:
                 {
                     "algorithm": m.algorithm,
                     "parameters": m.parameters,
-                    "confirmed": m.confirmed,
                     "uid": m.uid,
                 }
                 for m in self.pair
@@ -95,9 +94,8 @@ class Agreement:
 
 
 def words(winner: Measurement) -> str:
-    """A winner's plan, for people; and whether its tuning was too noisy to confirm one."""
-    plan = " ".join((winner.algorithm, *(f"{k}={v}" for k, v in winner.parameters.items())))
-    return plan if winner.confirmed else f"{plan} (unconfirmed)"
+    """A winner's plan, for people."""
+    return " ".join((winner.algorithm, *(f"{k}={v}" for k, v in winner.parameters.items())))
 
 
 def pairs(ones: Iterable[Measurement], others: Iterable[Measurement]) -> list[Pair]:
@@ -107,8 +105,8 @@ def pairs(ones: Iterable[Measurement], others: Iterable[Measurement]) -> list[Pa
 
 
 def _by_key(winners: Iterable[Measurement]) -> dict[Key, Measurement]:
-    """Of several machines of this kind the winner that was confirmed, and that last."""
-    order = sorted(winners, key=lambda m: (m.confirmed, m.created), reverse=True)
+    """Of several machines of this kind the winner that was confirmed last."""
+    order = sorted(winners, key=lambda m: m.created, reverse=True)
     found: dict[Key, Measurement] = {}
     for m in order:
         found.setdefault((m.problem, m.isa, m.threads, m.family), m)

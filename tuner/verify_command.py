@@ -99,8 +99,7 @@ def stored_winners(path: Path) -> list[Measurement]:
             if not row["stale"]
             and (row["isa"] == isa or _registry.side(row["isa"]))
             and row["family"] != "any"
-            # Of other families only what was found to be faster wins anything.
-            and (row["confirmed"] or _registry.is_usual(row["family"], row["isa"]))
+            and row["confirmed"]
             and (likeness.get(row["machine_id"]) == "same" or row["machine_id"] == here.id)
         }
         return [m for m in read_measurements(connection) if m.uid in uids]

@@ -95,6 +95,11 @@ bool shares_rows(Lowering lowering) {
   return lowering == Lowering::kRows || lowering == Lowering::kWidth;
 }
 
+// Whether sums are not written to the result itself.
+bool is_buffered(const Problem& p, const Kernels& k) {
+  return p.y.k != 1 || !is_word(k, p.out_dtype);
+}
+
 Problem words_of(const Problem& problem, const Kernels& k) {
   Problem p = collapse(problem);
   p.c = ceil_div(p.c, k.channels);
@@ -157,7 +162,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.pixel_stride = l.full != 0 ? l.reduction : l.kc;
     l.strip_row = l.cols * l.pixel_stride;
   }
-  l.buffered = p.y.k != 1 || !is_word(*t.kernels, p.out_dtype);
+  l.buffered = is_buffered(p, *t.kernels);
   // The blocked patch matrix is made once per kc steps, for all features.
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const int64_t blocks = p.g * l.row_blocks * l.col_blocks;
@@ -1259,9 +1264,9 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const int64_t kept = std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, 4 * caches().l2);
   params[kStream] = p.y.k == 1 && is_word(k, p.out_dtype) && bytes >= kept ? 1 : 0;
   // Sums that cannot be written to the result itself lie beside the strip, in the same limit.
-  for (;;) {
+  while (is_buffered(p, k)) {
     const Layout l = make_layout(problem, t, params, lowering);
-    if (!l.buffered || l.strip_floats + l.buffer_floats <= strip_limit(k)) break;
+    if (l.strip_floats + l.buffer_floats <= strip_limit(k)) break;
     if (l.rows > 1) {
       params[kRows] = ceil_div(l.rows, 2);
     } else if (l.cols > tile.mr) {

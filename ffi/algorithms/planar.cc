@@ -516,8 +516,8 @@ double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64
   return static_cast<double>(tiles * row_tiles) * step_cycles(l, k, mr, nv);
 }
 
-// The tile with the fewest cycles.
-void set_tile(const Problem& problem, const Target& t, Params* params) {
+// Sets the tile with the fewest cycles. The layout, but that its tile is the smallest.
+Layout set_tile(const Problem& problem, const Target& t, Params* params) {
   const Kernels& k = *t.kernels;
   (*params)[kPlanarMr] = (*params)[kPlanarNv] = 1;
   const Layout l = make_layout(problem, t, *params);
@@ -530,6 +530,7 @@ void set_tile(const Problem& problem, const Target& t, Params* params) {
     (*params)[kPlanarMr] = k.max_mr[nv];
     (*params)[kPlanarNv] = nv;
   }
+  return l;
 }
 
 double cost(const Problem& problem, const Target& t, const Params& params);
@@ -538,25 +539,31 @@ Params defaults(const Problem& problem, const Target& t) {
   const Kernels& k = *t.kernels;
   Params params{};
   params[kPlanarRows] = 1;
-  set_tile(problem, t, &params);
-  const Layout l = make_layout(problem, t, params);
+  const Layout l = set_tile(problem, t, &params);
+  const auto strip = [&](const Params& of) { return make_layout(problem, t, of).strip_floats; };
+  int64_t floats = l.strip_floats;
   // Rows of images are long: in place, channels of one pixel would be pages apart and share few
   // sets of the caches.
-  params[kPlanarStrip] = l.images > 1 ? 1 : 0;
-  const auto strip = [&](const Params& of) { return make_layout(problem, t, of).strip_floats; };
+  if (l.images > 1) {
+    params[kPlanarStrip] = 1;
+    floats = strip(params);
+  }
   const int64_t limit = std::min(kStripBytes, caches().l2 / (l.images > 1 ? 4 : 2)) / k.size;
   const int64_t vector = params[kPlanarNv] * k.width;
-  for (int64_t cols = l.pixels() * l.images; strip(params) > limit && cols > vector;) {
+  for (int64_t cols = l.pixels() * l.images; floats > limit && cols > vector;) {
     cols = round_up(ceil_div(cols, 2), vector);
     params[kPlanarCols] = cols;
+    floats = strip(params);
   }
   // Consecutive rows share what they read; some blocks for every thread.
   const int64_t threads = useful_threads(problem, t.threads);
   const int64_t others = l.p.g * l.p.n * l.p.out[0];
   params[kPlanarRows] =
       threads == 1 ? 0 : ceil_div(l.p.out[1], std::min(l.p.out[1], ceil_div(4 * threads, others)));
-  // Long rows fill their vectors anyway.
-  if (!can_be_flat(l.p, l.images) || l.pixels() > 6 * l.width) return params;
+  // Long rows fill their vectors anyway, and many features fill vectors of their own.
+  if (!can_be_flat(l.p, l.images) || l.pixels() > 6 * l.width || l.product_rows() >= l.width) {
+    return params;
+  }
   // As many rows together as a quarter of the second-level cache holds.
   Params flat = params;
   flat[kPlanarCols] = 0;

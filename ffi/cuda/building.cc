@@ -38,7 +38,7 @@ std::string rejects_size(const Problem& p) {
                           {p.out[0], p.y.sp[0]},
                           {p.out[1], p.y.sp[1]},
                           {p.out[2], p.y.sp[2]}});
-  if (std::max({x, w, y}) >= kMostElements) return "an operand has 2^31 elements or more, nearly";
+  if (std::max({x, w, y}) >= kMostElements) return "an operand has nearly 2^31 elements, or more";
   if (p.reduction() >= kMostReach) return "the reduction is too long";
   int64_t padded = x;  // offsets of windows that begin in the padding
   for (int d = 0; d < 3; ++d) {

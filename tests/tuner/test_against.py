@@ -169,18 +169,11 @@ def test_a_winner_that_is_no_good() -> None:
 def test_pairs_are_of_the_same_problem_threads_and_family() -> None:
     larger = problems.make(2, 8, 16, (6, 7), (3, 3))
     old = _winner(SECOND, created="2020-01-01T00:00:00+00:00")
-    loose = _winner(SECOND, confirmed=False)
-    ones = [old, loose, _winner(), _winner(threads=2), _winner(problem=larger)]
+    ones = [old, _winner(), _winner(threads=2), _winner(problem=larger)]
     others = [_winner(SECOND), _winner(threads=3), _winner(problem=larger, threads=1)]
     found = against.pairs(ones, others)
-    assert [p.one.uid for p in found] == [ones[4].uid, ones[2].uid]
+    assert [p.one.uid for p in found] == [ones[3].uid, ones[1].uid]
     assert [p.other.uid for p in found] == [others[2].uid, others[0].uid]
-
-
-def test_winners_that_nobody_confirmed_are_told() -> None:
-    found = _compare(Fake(1.0), against.Pair(_winner(FIRST), _winner(SECOND, confirmed=False)))
-    assert str(found).count("(unconfirmed)") == 1
-    assert [w["confirmed"] for w in found.to_json()["winners"]] == [True, False]
 
 
 def test_summary() -> None:
