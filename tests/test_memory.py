@@ -70,16 +70,18 @@ def test_blocked_im2win_needs_a_strip_per_thread(
 def test_blocked_im2win_does_not_grow_with_the_images() -> None:
     """Nor with their number, nor with rows of any width: those are cut into pieces."""
     sizes = ((1000, 1000), (8, 10**6), (10**6, 8), (20000, 20000), (10**7,), (400, 300, 500))
-    for size, (n, c, k, window, stride), threads in itertools.product(
-        sizes, ((1, 64, 64, 3, 1), (128, 3, 64, 7, 2)), (1, 3, 16)
+    for size, (n, c, k, window, stride), threads, order in itertools.product(
+        sizes, ((1, 64, 64, 3, 1), (128, 3, 64, 7, 2)), (1, 3, 16), ("last", "NC{}", "C{}N")
     ):
         rank = len(size)
+        space, kernel = "DHW"[3 - rank :], LAST[rank][1]
+        layout = LAST[rank] if order == "last" else (order.format(space), kernel)
         problem = problems.make(
-            n, c, k, size, (window,) * rank, stride=(stride,) * rank, layout=LAST[rank]
+            n, c, k, size, (window,) * rank, stride=(stride,) * rank, layout=layout
         )
         plan = _ffi.make_plan(problem.native(), algorithm="im2win", threads=threads)["plan"]
         packed = _packed_bytes(window**rank * c, k)
-        assert plan["workspace_bytes"] <= threads * (MIB + LINE) + packed, str(problem)
+        assert plan["workspace_bytes"] <= threads * (MIB + LINE) + packed, f"{problem} {layout}"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
