@@ -282,6 +282,7 @@ def test_a_measurement_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -
                     ns_median=1000.0,
                     ns_mad=1.0,
                     repeats=10,
+                    confirmed=True,
                 )
             ]
         )

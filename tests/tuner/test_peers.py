@@ -158,7 +158,7 @@ def test_a_loop_computes_the_convolution_each_time() -> None:
             return compiled, timed
 
     timed = Loop().prepare(_task("n1 32x32 c16 k16 w3", "fwd")).timed
-    assert timed.calls > 10
+    assert timed.calls > 1
     # XLA would compute it once if it moved it out of the loop, to where the program begins.
     (text,) = programs
     body, entry = text.split("\nENTRY ")
