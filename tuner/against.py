@@ -126,7 +126,7 @@ def _compare(pair: Pair, measurer: Measurer, tolerance: float) -> Agreement:
     problem, isa = pair.one.problem, pair.one.isa
     space = Space(problem, isa, pair.one.threads, MAX_WORKSPACE)
     default = space.incumbent()
-    candidates = [_candidate(space, m) for m in pair]
+    candidates = [candidate_of(space, m) for m in pair]
     plans = [space.plan(c) for c in (default, *candidates) if c is not None]
     runnable = [plan for plan in plans if plan is not None]
     if len(runnable) < 3:
@@ -180,7 +180,8 @@ def judge(paired: Paired, tolerance: float) -> str:
     return "differ" if slower or faster else "unsure"
 
 
-def _candidate(space: Space, winner: Measurement) -> Candidate:
+def candidate_of(space: Space, winner: Measurement) -> Candidate:
+    """The plan of a stored winner, as a candidate."""
     names = _registry.parameter_names(winner.algorithm, winner.isa) or ()
     return space.candidate(winner.algorithm, (winner.parameters[name] for name in names))
 

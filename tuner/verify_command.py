@@ -110,9 +110,7 @@ def verify(winners: Iterable[Measurement], measurer: Measurer) -> Iterator[Verdi
     for winner in winners:
         space = Space(winner.problem, winner.isa, winner.threads, MAX_WORKSPACE)
         default = space.incumbent()
-        names = _registry.parameter_names(winner.algorithm, winner.isa) or ()
-        candidate = space.candidate(winner.algorithm, (winner.parameters[n] for n in names))
-        plan = space.plan(candidate)
+        plan = space.plan(_against.candidate_of(space, winner))
         default_plan = None if default is None else space.plan(default)
         if default_plan is None or plan is None:
             yield Verdict(winner, "refused", "the native core does not take its parameters")
