@@ -3,6 +3,7 @@
 // What a result's memory is made of.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if defined(__linux__)
@@ -20,12 +21,12 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kLeast = int64_t{1} << 22;  // below, few whole huge pages lie inside
   if (bytes < kLeast) return;
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  static const auto page = static_cast<int64_t>(sysconf(_SC_PAGESIZE));
   // Outwards: the page that two results share would keep a huge one from covering their border.
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes) + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const auto before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)) % page;
+  const int64_t size = (before + bytes + page - 1) / page * page;
+  static_cast<void>(
+      madvise(static_cast<char*>(data) - before, static_cast<size_t>(size), MADV_HUGEPAGE));
 #else
   static_cast<void>(data);
   static_cast<void>(bytes);

@@ -8,8 +8,9 @@
 // takes MR images (input channels: neighbours in memory) by NR features, and walks along window
 // rows: those of the input in place, those of the gradient in place or packed, a chunk and a panel
 // of features at a time. Where the features would not fill a vector, the two change places: images
-// become lanes, features rows. Inserted zeros (lhs_dilation: the gradient of a transposed
-// convolution) and padding are skipped, not multiplied.
+// become lanes, features rows. Of pointwise layers, where both operands are matrices, the fewer
+// channels are rows: they are what is packed in small pieces. Inserted zeros (lhs_dilation: the
+// gradient of a transposed convolution) and padding are skipped, not multiplied.
 //
 // The reduction follows Problem::chunk_rows: either the canonical chain or chunks of whole rows. A
 // row that is a chunk for itself, as in wide one-dimensional layers, is walked in pieces that stay
