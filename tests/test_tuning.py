@@ -157,6 +157,18 @@ def test_the_nearest_row_lends(path: Path) -> None:
     assert first.problem == made[shapes.index((2, 10, 30))]
 
 
+def test_batches_far_away_do_not_lend(path: Path) -> None:
+    def made(n: int) -> Problem:
+        problem = problems.make(n, 8, 16, (12, 13), (3, 3), padding=((1, 1), (1, 1)))
+        assert problem is not None
+        return problem
+
+    _write(path, tuning.measurement(made(1)))
+    table, isa, threads = _tuning.table(), _registry.isa(), _registry.threads()
+    lent = [n for n in (1, 2, 4, 8, 32) if table.nearest(made(n), isa, threads)]
+    assert lent == [1, 2, 4]
+
+
 def test_the_nearest_of_many_rows_lends(path: Path) -> None:
     """Channels come first; few rows and many are compared alike."""
     made = [
