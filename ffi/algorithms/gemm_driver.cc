@@ -46,6 +46,7 @@ struct Layout {
   int64_t group;        // panels that are passed over together, kc steps of the reduction at a time
   int64_t unit;         // window order: floats per input column, Kd * Kh * C
   bool disjoint;        // window order: windows share no column
+  bool bare;            // window order: that of the input's rows, but for their padding
   bool streams;         // the filters come from behind the second-level cache in every call
   bool follows;         // pointwise: pixels follow each other, and are read by a panel or two
   bool sparse;          // whole tiles read padding alone at some window positions along x
@@ -145,6 +146,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.unit = p.win[0] * p.win[1] * p.c;
   const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
   l.disjoint = p.stride[2] >= span;
+  l.bare = lowering == Lowering::kWindow && l.full == 0 && !l.disjoint &&
+           p.win[0] * p.win[1] == 1 && p.plain() && (p.x.c == 1 || p.c == 1) && p.x.sp[2] == p.c;
   l.a_step = lowering == Lowering::kDirect ? p.x.c : 1;
   l.strip_row = 0;
   if (lowering == Lowering::kDirect) {
@@ -949,23 +952,29 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     block.first_col = j0;
     block.stream = stream;
     block.a = l.full != 0 ? full + (g * l.all_rows + r0) * l.strip_row : strip;
-    if (lowering == Lowering::kWindow && l.full == 0) {
-      for (int64_t r = r0; r < r1; ++r) {
-        fill_window_order(l, k, input(g, r), r % l.out_rows, j0, j1,
-                          strip + (r - r0) * l.strip_row);
-      }
-    }
-
     // Where each output row begins in A, if not at equal distances.
     Room<ConstPtr> a_rows_room(block.rows);
     ConstPtr* a_rows = a_rows_room.data();
-    const bool apart =
-        lowering == Lowering::kDirect || lowering == Lowering::kIndirect || shares_rows(lowering);
+    const bool apart = lowering == Lowering::kDirect || lowering == Lowering::kIndirect ||
+                       shares_rows(lowering) || l.bare;
+    for (int64_t r = r0; r < r1 && lowering == Lowering::kWindow && l.full == 0; ++r) {
+      const Ptr to = strip + (r - r0) * l.strip_row;
+      a_rows[r - r0] = to;
+      if (l.bare) {
+        const int64_t first = j0 * p.stride[2] - p.pad[2];
+        const ConstPtr row = input_row(p, input(g, r), r % l.out_rows, 0, 0);
+        if (row != nullptr && first >= 0 && first + strip_columns(p, false, j1 - j0) <= p.in[2]) {
+          a_rows[r - r0] = row + first * p.x.sp[2];
+          continue;
+        }
+      }
+      fill_window_order(l, k, input(g, r), r % l.out_rows, j0, j1, to);
+    }
     if (lowering == Lowering::kRows) fill_rows(l, k, p, input(g, 0), r0, r1, j0, j1, strip);
     if (lowering == Lowering::kWidth && l.full == 0) {
       fill_width(l, k, input(g, 0), r0, r1, j0, j1, 0, p.win[2], strip);
     }
-    for (int64_t r = r0; r < r1 && apart; ++r) {
+    for (int64_t r = r0; r < r1 && apart && !l.bare; ++r) {
       const int64_t y = r % p.out[1] * p.stride[1] - p.pad[1];
       if (lowering == Lowering::kIndirect) {
         a_rows[r - r0] = input(g, r);
