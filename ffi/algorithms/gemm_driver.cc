@@ -13,6 +13,9 @@ namespace {
 
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 constexpr int64_t kTableBytes = 8;        // of an entry of the indirection buffer
+// Bytes that a tile adds to what the last one read, if windows overlap: fewer come without
+// prefetch.
+constexpr int64_t kManyAhead = 2048;
 
 int64_t strip_limit(const Kernels& k) { return kStripBytes / k.size; }
 
@@ -48,7 +51,8 @@ struct Layout {
   bool disjoint;        // window order: windows share no column
   bool bare;            // window order: that of the input's rows, but for their padding
   bool streams;         // the filters come from behind the second-level cache in every call
-  bool follows;         // pointwise: pixels follow each other, and are read by a panel or two
+  bool follows;         // columns follow each other in the input, and are read by a panel or two
+  int64_t next;         // then: floats from the next pixel's first column to one not yet read
   bool sparse;          // whole tiles read padding alone at some window positions along x
   int64_t strip_row;    // floats of A per output row of a block
   // Padded rows, columns of windows: input rows of one (image, z) in a block, floats of one of
@@ -101,6 +105,11 @@ bool is_buffered(const Problem& p, const Kernels& k) {
   return p.y.k != 1 || !is_word(k, p.out_dtype);
 }
 
+// Whether rows in window order, of windows that overlap, are rows of the input with their padding.
+bool is_bare(const Problem& p) {
+  return p.win[0] * p.win[1] == 1 && p.plain() && (p.x.c == 1 || p.c == 1) && p.x.sp[2] == p.c;
+}
+
 Problem words_of(const Problem& problem, const Kernels& k) {
   Problem p = collapse(problem);
   p.c = ceil_div(p.c, k.channels);
@@ -146,8 +155,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.unit = p.win[0] * p.win[1] * p.c;
   const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
   l.disjoint = p.stride[2] >= span;
-  l.bare = lowering == Lowering::kWindow && l.full == 0 && !l.disjoint &&
-           p.win[0] * p.win[1] == 1 && p.plain() && (p.x.c == 1 || p.c == 1) && p.x.sp[2] == p.c;
+  l.bare = lowering == Lowering::kWindow && l.full == 0 && !l.disjoint && is_bare(p);
   l.a_step = lowering == Lowering::kDirect ? p.x.c : 1;
   l.strip_row = 0;
   if (lowering == Lowering::kDirect) {
@@ -178,8 +186,10 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
                                                       1, ceil_div(l.panels, l.panel_split));
   l.streams = l.pack != kLocal && p.k * l.reduction * t.kernels->size > caches().l2 / 2;
-  l.follows =
-      lowering == Lowering::kDirect && p.window() == 1 && l.pixel_stride == p.c && l.panels <= 2;
+  l.follows = (lowering == Lowering::kDirect || l.bare) && p.window() == p.win[2] && p.x.c == 1 &&
+              p.x.sp[2] == p.c && l.pixel_stride <= l.reduction && l.panels <= 2 &&
+              (p.window() == 1 || l.mr * l.pixel_stride * t.kernels->size >= kManyAhead);
+  l.next = (span - p.stride[2]) * p.c;
   const int64_t right = (p.out[2] - 1) * p.stride[2] + span - p.pad[2] - p.in[2];
   l.sparse = (lowering == Lowering::kRows || (lowering == Lowering::kWindow && !l.disjoint)) &&
              std::max(p.pad[2], right) >= l.mr * p.stride[2];
@@ -627,8 +637,9 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         continue;
       }
       if (dense && l.follows && block.new_input && k.ahead[nv][mr] != nullptr) {
-        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
-        args.ahead_step = mr;  // one step of each of the next tile's pixels
+        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride + l.next;
+        args.ahead_step =
+            ceil_div(mr * l.pixel_stride, l.reduction);  // all that the next tile adds
         k.ahead[nv][mr](&args);
         continue;
       }
@@ -1171,7 +1182,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     row_floats = strip_columns(p, disjoint, p.out[2]) * unit;
     // What is not plain is copied even where the window is a single pixel, and its results are too:
     // both copies stay in a quarter of the second-level cache.
-    const int64_t limit = p.plain() ? strip_limit(k) : std::min(strip_limit(k), panel_floats(k));
+    int64_t limit = p.plain() ? strip_limit(k) : std::min(strip_limit(k), panel_floats(k));
+    // Blocks without padding are read in place: the less is copied, the better.
+    if (!disjoint && is_bare(p) && p.k * p.reduction() <= panel_floats(k)) {
+      limit = panel_floats(k) / 2;
+    }
     if (row_floats > limit) {
       const int64_t per_pixel =
           (disjoint ? p.win[2] : p.stride[2]) * unit + (p.plain() ? 0 : panel);
