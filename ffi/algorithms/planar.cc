@@ -43,6 +43,7 @@ enum PlanarParam {
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 constexpr int64_t kLine = 16;             // words, as many as a cache line has floats
 constexpr int64_t kMaxJoined = 16;        // rows of results
+constexpr int64_t kLeastAhead = 4096;     // words of input rows that are fetched before their copy
 
 // The outputs of one residue of the last dimension. Pixel j of the lanes is output t = j + shift,
 // from columns j * advance + i * dilation - pad, i < win: the same for every residue.
@@ -291,7 +292,8 @@ void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression
 struct Reduction {
   std::vector<Run> runs;
   std::vector<int64_t> begin;
-  std::vector<int64_t> rows;  // where the window's rows are in the strip
+  std::vector<int64_t> steps;  // before run begin[i]
+  std::vector<int64_t> rows;   // where the window's rows are in the strip
 };
 void make_reduction(const Layout& l, const Strip& strip, const Progression& z, const Progression& y,
                     Reduction* reduction) {
@@ -299,6 +301,7 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
   std::vector<Run>& runs = reduction->runs;
   runs.clear();
   reduction->begin.assign(1, 0);
+  reduction->steps.assign(1, 0);
   reduction->rows.resize(y.n);
   for (int64_t u = 0; u < y.n; ++u) {
     reduction->rows[u] = (y.at + u * y.at_step - strip.top) % strip.slots * strip.row;
@@ -322,6 +325,7 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
       }
     }
     reduction->begin.push_back(static_cast<int64_t>(runs.size()));
+    reduction->steps.push_back(reduction->steps.back() + y.n * z.n * p.c);
     for (set += l.dilation; set >= l.advance; set -= l.advance) ++column;
   }
 }
@@ -379,7 +383,7 @@ std::vector<Band> make_bands(const Layout& l, int64_t y0, int64_t y1) {
 // lanes [from, from + count). Rows of later classes have fewer window positions, the last of them:
 // one call takes positions [first, last), the next one goes on with the rows that have more.
 struct Call {
-  GemmFn kernel;
+  GemmFn kernel, ahead;  // the second may be null
   int64_t m0, m1, from, count;
   int64_t first, last;
   int64_t c_row;
@@ -413,6 +417,7 @@ void make_calls(const Layout& l, const Kernels& k, int64_t lanes, bool to_y,
         call.last = l.classes[(m0 + rows - 1) / l.p.k].win;
         // In place, nothing of the input may follow the last pixel.
         call.kernel = (l.in_place ? k.strided : k.packed)[nv][rows];
+        call.ahead = l.in_place ? nullptr : k.ahead[nv][rows];
         while (rows > 0 && l.classes[(m0 + rows - 1) / l.p.k].win == call.last) --rows;
         call.done = rows == 0;
         calls->push_back(call);
@@ -484,6 +489,24 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   if (o.residual != nullptr) e.residual = (o.residual + at).at;
   e.activation = o.activation;
   k.epilogue(&e);
+}
+
+// What the strip will hold next, fetched piece by piece in the steps of the product: copies that
+// wait for memory are slow. Spread over all steps, or what they load from the second-level cache
+// waits.
+struct Ahead {
+  ConstPtr at;
+  int64_t words;
+};
+// Input rows [y0, y1) of a plane.
+Ahead ahead_of(const Layout& l, ConstPtr plane, const Columns& cols, int64_t y0, int64_t y1) {
+  const Problem& p = l.p;
+  const int64_t bytes = p.c * p.in[1] * p.in[2] * plane.size;
+  if (y1 <= y0 || l.images > 1 || p.x.c != 1 || bytes <= caches().l2 / 2) return {plane, 0};
+  const int64_t first = std::clamp<int64_t>(cols.first, 0, p.in[2]);
+  const int64_t last = std::clamp(cols.first + cols.count, first, p.in[2]);
+  const int64_t words = (y1 - y0 - 1) * p.x.sp[1] + (last - first) * p.x.sp[2];
+  return {plane + y0 * p.x.sp[1] + first * p.x.sp[2], words >= kLeastAhead ? words : 0};
 }
 
 void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
@@ -565,7 +588,20 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
         make_calls(l, k, lanes, direct_store && band.count == 1, &calls);
         calls_lanes = lanes;
       }
+      Ahead ahead{};
+      if (!l.in_place && !l.flat && band.row + 1 < y1) {
+        const Progression next = window_positions(p, 1, band.row + 1);
+        const int64_t end = next.n == 0 ? 0 : next.at + (next.n - 1) * next.at_step + 1;
+        ahead = ahead_of(l, x + z.at * p.x.sp[0], cols, filled, end);
+      }
       GemmArgs args{};
+      if (ahead.words > 0) {
+        int64_t steps = 1;
+        for (const Call& call : calls) {
+          steps += reduction.steps[call.last] - reduction.steps[call.first];
+        }
+        args.ahead_step = std::min(kLine, ceil_div(ahead.words, steps));
+      }
       args.a_row = l.filter;
       args.a_step = 1;
       args.b_step = strip.channel;
@@ -581,7 +617,15 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
         args.runs = reduction.runs.data() + reduction.begin[call.first];
         args.n_runs = reduction.begin[call.last] - reduction.begin[call.first];
         args.load = call.first > 0 ? 1 : 0;
-        call.kernel(&args);
+        if (ahead.words > 0 && call.ahead != nullptr) {
+          args.ahead = ahead.at;
+          call.ahead(&args);
+          const int64_t words =
+              (reduction.steps[call.last] - reduction.steps[call.first]) * args.ahead_step;
+          ahead = {ahead.at + words, ahead.words - words};
+        } else {
+          call.kernel(&args);
+        }
         if (!call.done || l.joined > 0) continue;
         for (int64_t m = call.m0; m < call.m1;) {
           const Class& s = l.classes[m / p.k];

@@ -182,28 +182,34 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
         break;
     }
   }
+  // The last blocks overlap those before.
   constexpr int B = 32 / sizeof(T);
-  if (src_ld == 1 && n < count && n >= B) {
-    // Lines of the longer side are used up before the next ones are needed.
-    const int64_t whole = n / B * B;
-    int64_t c = 0;
-    for (; c + 2 * B <= count; c += 2 * B) {
-      for (j = 0; j < whole; j += B) {
-        transpose_block(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
-        transpose_block(dst + j * dst_ld + c + B, dst_ld, src + j + (c + B) * src_step, src_step);
+  if (src_ld == 1 && n >= B && count >= B) {
+    const auto block = [=](int64_t row, int64_t column) {
+      transpose_block(dst + row * dst_ld + column, dst_ld, src + row + column * src_step, src_step);
+    };
+    if (n < count) {
+      // Lines of the longer side are used up before the next ones are needed.
+      const int step = count >= 2 * B ? 2 * B : B;
+      for (int64_t c = 0; c < count; c += step) {
+        const int64_t column = c + step <= count ? c : count - step;
+        for (int64_t r = 0; r < n; r += B) {
+          const int64_t row = r + B <= n ? r : n - B;
+          block(row, column);
+          if (step > B) block(row, column + B);
+        }
       }
+      return;
     }
-    for (; c < count; ++c) {
-      for (j = 0; j < whole; ++j) dst[j * dst_ld + c] = src[j + c * src_step];
+    for (int64_t r = 0; r < n; r += B) {
+      const int64_t row = r + B <= n ? r : n - B;
+      for (int64_t c = 0; c < count; c += B) block(row, c + B <= count ? c : count - B);
     }
-    j = whole;
-  } else if (src_ld == 1) {
+    return;
+  }
+  if (src_ld == 1) {
     for (; j + B <= n; j += B) {
-      int64_t c = 0;
-      for (; c + B <= count; c += B) {
-        transpose_block(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
-      }
-      for (; c < count; ++c) {
+      for (int64_t c = 0; c < count; ++c) {
         for (int64_t q = 0; q < B; ++q) dst[(j + q) * dst_ld + c] = src[j + q + c * src_step];
       }
     }
