@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 constexpr int64_t kTableBytes = 8;        // of an entry of the indirection buffer
+constexpr int64_t kFewPixels = 48;        // that leave no time to wait for filters
 // Bytes that a tile adds to what the last one read, if windows overlap: fewer come without
 // prefetch.
 constexpr int64_t kManyAhead = 2048;
@@ -51,6 +52,7 @@ struct Layout {
   bool disjoint;        // window order: windows share no column
   bool bare;            // window order: that of the input's rows, but for their padding
   bool streams;         // the filters come from behind the second-level cache in every call
+  bool in_order;        // they are fetched ahead in the order of memory, kc rows of all features
   bool follows;         // columns follow each other in the input, and are read by a panel or two
   int64_t next;         // then: floats from the next pixel's first column to one not yet read
   bool sparse;          // whole tiles read padding alone at some window positions along x
@@ -108,6 +110,17 @@ bool is_buffered(const Problem& p, const Kernels& k) {
 // Whether rows in window order, of windows that overlap, are rows of the input with their padding.
 bool is_bare(const Problem& p) {
   return p.win[0] * p.win[1] == 1 && p.plain() && (p.x.c == 1 || p.c == 1) && p.x.sp[2] == p.c;
+}
+
+// The most reduction steps up to `most` that are one piece of the filters' memory, which leaves
+// room in the second-level cache for the next one; 0: there are none, or they are too few to pay.
+int64_t steps_in_order(const Problem& p, const Kernels& k, int64_t most) {
+  if (p.w.k != 1 || p.w.c != p.k || !p.plain() || p.n * p.pixels() > kFewPixels) return 0;
+  const int64_t fit = std::min(most, panel_floats(k) * 4 / 5 / p.w.c) / 8 * 8;
+  for (int64_t steps = fit; steps >= std::max<int64_t>(32, fit / 2); steps -= 8) {
+    if (p.c % steps == 0) return steps;
+  }
+  return 0;
 }
 
 Problem words_of(const Problem& problem, const Kernels& k) {
@@ -186,6 +199,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
                                                       1, ceil_div(l.panels, l.panel_split));
   l.streams = l.pack != kLocal && p.k * l.reduction * t.kernels->size > caches().l2 / 2;
+  l.in_order = l.streams && l.pack == kInPlace && l.panel_split == 1 && l.group >= l.panels &&
+               steps_in_order(p, *t.kernels, l.kc) == l.kc;
   l.follows = (lowering == Lowering::kDirect || l.bare) && p.window() == p.win[2] && p.x.c == 1 &&
               p.x.sp[2] == p.c && l.pixel_stride <= l.reduction && l.panels <= 2 &&
               (p.window() == 1 || l.mr * l.pixel_stride * t.kernels->size >= kManyAhead);
@@ -434,6 +449,7 @@ struct Real {
 struct Runs {
   std::vector<Run> all;
   std::vector<int64_t> begin;
+  int64_t steps = 0;  // of all
 };
 
 // The reduction over these positions as runs over A and B, cut at multiples of kc.
@@ -445,6 +461,7 @@ std::vector<Runs> make_runs(const Layout& l, const Real& real) {
     while (len > 0) {
       std::vector<Run>& block = blocks[r / l.kc].all;
       const int64_t piece = std::min(len, l.kc - r % l.kc);
+      blocks[r / l.kc].steps += piece;
       // What is packed locally begins with its block.
       const int64_t base = l.pack == kLocal ? r / l.kc * l.kc * l.panel : 0;
       const bool first =
@@ -570,11 +587,13 @@ struct Block {  // one block of A rows, ready for the micro-kernel
 };
 
 // What is read of the filters after the panel at hand, a matrix of kc rows with this stride. Its
-// columns of cache lines are prefetched one by one, by the first tiles of the panel.
+// columns of cache lines are prefetched one by one, by the first tiles of the panel. Or what all
+// panels read next, in the order of memory, so much per step.
 struct Ahead {
   ConstPtr at;  // may be null
   int64_t step;
-  int64_t columns;  // that are left
+  int64_t columns;    // that are left
+  int64_t words = 0;  // that are left, in the order of memory
 };
 
 // One panel of features against a block: rows x cols pixels, block kb of the reduction.
@@ -623,7 +642,14 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         args.table = block.table + j0 * l.pixel_stride;
       }
       args.c = c + c_rows[r] + j0 * c_pixel;
-      if (dense && ahead->columns > 0 && k.ahead[nv][mr] != nullptr) {
+      if (dense && args.n_runs > 0 && ahead->words > 0 && k.ahead[nv][mr] != nullptr) {
+        args.ahead = ahead->at;
+        ahead->at = ahead->at + runs.steps * ahead->step;
+        ahead->words -= runs.steps * ahead->step;
+        k.ahead[nv][mr](&args);
+        continue;
+      }
+      if (dense && args.n_runs > 0 && ahead->columns > 0 && k.ahead[nv][mr] != nullptr) {
         args.ahead = ahead->at;
         ahead->at = ahead->at + l.width;
         --ahead->columns;
@@ -1034,6 +1060,19 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
       return {packed + ((g * l.panels + next) * l.reduction + r) * l.panel, l.panel, columns};
     };
+    // The filters of block kb + 1, for which all panels of block kb have time.
+    const auto block_after = [&](int64_t kb) -> Ahead {
+      if (!l.in_order || kb + 1 == n_blocks) return {};
+      int64_t steps = 0;
+      for (int64_t r = r0; r < r1; ++r) {
+        steps += kinds.runs[kinds.of_row[r % l.out_rows]][kb].steps;
+      }
+      steps = std::max<int64_t>(1, steps * l.panels * ceil_div(block.cols, l.mr));
+      const int64_t words = l.kc * p.w.c;
+      return {o.w + g * p.w.g + filter_row(p, (kb + 1) * l.kc),
+              std::clamp<int64_t>(ceil_div(words, steps), l.width / 2, l.width), 0, words};
+    };
+    Ahead after{};
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       ConstPtr b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
@@ -1041,9 +1080,10 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
                                       : packed + (g * l.panels + panel) * l.panel * l.reduction;
       Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
-      Ahead ahead = ahead_of(panel, first, kb);
+      Ahead of_panel = l.in_order ? Ahead{} : ahead_of(panel, first, kb);
+      Ahead* ahead = l.in_order ? &after : &of_panel;
       if (!apart) {
-        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel, &ahead);
+        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel, ahead);
         return;
       }
       for (int64_t r = r0; r < r1; ++r) {
@@ -1056,7 +1096,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
           row.table = table + (r % l.out_rows * p.out[2] + j0) * l.pixel_stride;
           row.zeros = zeros;
         }
-        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, &ahead);
+        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, ahead);
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
@@ -1093,6 +1133,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         if (l.pack == kLocal) {
           pack_panels(l, k, o.w, g, first, last, k0, k1, local, l.panel * l.kc);
         }
+        after = block_after(kb);
         for (int64_t panel = first; panel < last; ++panel) one_panel(panel, first, kb);
       }
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
@@ -1233,12 +1274,16 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
                           (p.k > panel || (apart && p.panel == 0));
+  const int64_t in_order = steps_in_order(p, k, 512);
   if (lowering == Lowering::kIndirect) {
     params[kPack] = kShared;
-  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 && !far(128) &&
+  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
+             (!far(128) || (threads == 1 && in_order > 0)) &&
              pixels <= int64_t{p.w.c <= 8 * panel ? 16 : 8} * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
+    params[kKc] = threads == 1 && in_order > 0
+                      ? in_order
+                      : std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
   } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
