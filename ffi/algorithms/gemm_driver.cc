@@ -1224,14 +1224,14 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     // What is not plain is copied even where the window is a single pixel, and its results are too:
     // both copies stay in a quarter of the second-level cache.
     int64_t limit = p.plain() ? strip_limit(k) : std::min(strip_limit(k), panel_floats(k));
+    const int64_t fixed = strip_columns(p, disjoint, 1) * unit;
     // Blocks without padding are read in place: the less is copied, the better.
     if (!disjoint && is_bare(p) && p.k * p.reduction() <= panel_floats(k)) {
-      limit = panel_floats(k) / 2;
+      limit = std::min(limit, std::max(panel_floats(k) / 2, 4 * fixed));
     }
     if (row_floats > limit) {
       const int64_t per_pixel =
           (disjoint ? p.win[2] : p.stride[2]) * unit + (p.plain() ? 0 : panel);
-      const int64_t fixed = strip_columns(p, disjoint, 1) * unit;
       const int64_t pixels = 1 + std::max<int64_t>(0, (limit - fixed) / per_pixel);
       params[kCols] = std::max<int64_t>(1, pixels / tile.mr * tile.mr);
       if (pixels < tile.mr) params[kCols] = pixels;

@@ -257,15 +257,16 @@ void clear_edges(const Layout& l, const Columns& cols, Ptr strip) {
   }
 }
 
-// Input rows [y0, y1) of the planes that window_positions `z` names, columns from `cols.first` on,
-// each to its slot.
-void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
-                int64_t y1, const Columns& cols, const Strip& strip, Ptr data) {
+// Channels [c0, c1) of input rows [y0, y1) of the planes that window_positions `z` names, columns
+// from `cols.first` on, each row to its slot.
+void fill_channels(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
+                   int64_t y1, const Columns& cols, const Strip& strip, Ptr data, int64_t c0,
+                   int64_t c1) {
   const Problem& p = l.p;
   for (int64_t i = 0; i < z.n; ++i) {
     for (int64_t y = y0; y < y1; ++y) {
-      ConstPtr row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1];
-      Ptr to = data + i * l.plane + (y - strip.top) % strip.slots * l.row;
+      ConstPtr row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1] + c0 * p.x.c;
+      Ptr to = data + i * l.plane + (y - strip.top) % strip.slots * l.row + c0 * l.channel;
       for (int64_t s = 0; s < l.advance; ++s) {
         const Inside in = inside(l, cols, s);
         const int64_t columns = in.end - in.begin;
@@ -274,17 +275,26 @@ void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression
         const int64_t step = p.x.sp[2] * l.advance;
         ConstPtr from = row + (cols.first + s + in.begin * l.advance) * p.x.sp[2];
         if (l.images == 1) {
-          k.read[p.dtype](lane, l.channel, from, p.x.c, step, p.c, columns);
+          k.read[p.dtype](lane, l.channel, from, p.x.c, step, c1 - c0, columns);
         } else if (step == l.images) {
-          k.read[p.dtype](lane, l.channel, from, p.x.c, 1, p.c, columns * l.images);
+          k.read[p.dtype](lane, l.channel, from, p.x.c, 1, c1 - c0, columns * l.images);
         } else {
-          for (int64_t c = 0; c < p.c; ++c) {
-            k.read[p.dtype](lane + c * l.channel, l.images, from + c * p.x.c, step, 1, columns,
-                            l.images);
+          for (int64_t c = c0; c < c1; ++c, lane += l.channel) {
+            k.read[p.dtype](lane, l.images, from + (c - c0) * p.x.c, step, 1, columns, l.images);
           }
         }
       }
     }
+  }
+}
+
+void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
+                int64_t y1, const Columns& cols, const Strip& strip, Ptr data) {
+  // Rows that share cache lines in the strip: those of few channels at a time, which are a line of
+  // the input.
+  const int64_t most = l.flat && l.p.x.c == 1 ? kLine : l.p.c;
+  for (int64_t c = 0; c < l.p.c; c += most) {
+    fill_channels(l, k, x, z, y0, y1, cols, strip, data, c, std::min(c + most, l.p.c));
   }
 }
 
@@ -523,6 +533,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
 
   const Threads pool = useful_pool(problem, e);
   const int64_t tasks = p.g * p.n * p.out[0] * l.row_blocks * l.col_blocks;
+  std::vector<char> cleared(pool.count(), 0);
   pool.run(tasks, [&](int64_t task, int64_t worker) {
     const int64_t cb = task % l.col_blocks;
     const int64_t rb = task / l.col_blocks % l.row_blocks;
@@ -549,7 +560,9 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     int64_t filled = 0;  // input rows before this one are in their slots, or were
     if (!l.in_place) {
       strip_data = strip_data + first_pixel(l, cols);
-      clear_edges(l, cols, strip_data);
+      // Blocks of the same columns leave the edges as they are.
+      if (l.col_blocks > 1 || cleared[worker] == 0) clear_edges(l, cols, strip_data);
+      cleared[worker] = 1;
       strip = {strip_data, l.plane, l.row, l.channel, l.in_rows, 0};
     }
     if (l.flat) {
@@ -690,14 +703,16 @@ double step_cycles(const Layout& l, const Kernels& k, int64_t mr, int64_t nv) {
 
 // Of one step of all tiles of a band.
 double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64_t nv_limit) {
-  const int64_t row_lanes = std::min(l.cols, l.pixels()) * l.images;
-  const int64_t count = l.flat ? ceil_div(l.rows, l.row_period) : 1;
-  const int64_t vectors = ceil_div((count - 1) * l.row + row_lanes, l.width);
+  const int64_t vectors = ceil_div(l.band_lanes(), l.width);
   const int64_t tiles = ceil_div(vectors, nv_limit);
-  const int64_t nv = ceil_div(vectors, tiles);
-  const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
-  const int64_t mr = ceil_div(l.product_rows(), row_tiles);
-  return static_cast<double>(tiles * row_tiles) * step_cycles(l, k, mr, nv);
+  const auto tile_cycles = [&](int64_t nv) {
+    const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
+    const int64_t mr = ceil_div(l.product_rows(), row_tiles);
+    return static_cast<double>(row_tiles) * step_cycles(l, k, mr, nv);
+  };
+  const int64_t wide = vectors % tiles;  // tiles with a vector more than the others
+  return static_cast<double>(tiles - wide) * tile_cycles(vectors / tiles) +
+         (wide > 0 ? static_cast<double>(wide) * tile_cycles(vectors / tiles + 1) : 0.0);
 }
 
 // Sets the tile with the fewest cycles. The layout, but that its tile is the smallest.
