@@ -20,6 +20,7 @@
 // lie in the order of the reduction.
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <vector>
 
@@ -41,6 +42,8 @@ enum PlanarParam {
 
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 constexpr int64_t kLine = 16;             // words, as many as a cache line has floats
+constexpr int64_t kMaxJoined = 16;        // rows of results
+constexpr int64_t kLeastAhead = 4096;     // words of input rows that are fetched before their copy
 
 // The outputs of one residue of the last dimension. Pixel j of the lanes is output t = j + shift,
 // from columns j * advance + i * dilation - pad, i < win: the same for every residue.
@@ -62,6 +65,9 @@ struct Layout {
   bool in_place;       // the micro-kernel reads the input itself
   bool flat;           // the output rows of a block are lanes together
   int64_t row_period;  // residues of the output rows
+  // The results of a band lie in rows of so many floats until they are joined to rows of pixels;
+  // 0: each tile is written by itself.
+  int64_t joined;
   // Of the strip: input rows, floats of one set of columns, and how far apart these sets, rows,
   // channels and the planes of window z are.
   int64_t in_rows, lane, set, row, channel, plane;
@@ -70,6 +76,11 @@ struct Layout {
 
   int64_t pixels() const { return end - begin; }
   int64_t product_rows() const { return static_cast<int64_t>(classes.size()) * p.k; }
+  int64_t block_lanes() const { return std::min(cols, pixels()) * images; }
+  // Of the longest band.
+  int64_t band_lanes() const {
+    return flat ? (ceil_div(rows, row_period) - 1) * row + block_lanes() : block_lanes();
+  }
 };
 
 struct Columns {
@@ -104,6 +115,19 @@ int64_t odd_lines(int64_t words) {
 // Whether output rows of a residue can be lanes together.
 bool can_be_flat(const Problem& p, int64_t images) {
   return images == 1 && p.out[1] > 1 && residue(p, 1, 0).stride == 1;
+}
+
+// Floats of a row of results that are joined, or 0. All features of all residues of an output row
+// must lie one after another in y, and be so few that vectors of features do not pay.
+int64_t joined_row(const Layout& l, const Kernels& k) {
+  const Problem& p = l.p;
+  const int64_t rows = l.product_rows();
+  const bool follow = p.y.sp[2] == p.k && (p.y.k == 1 || p.k == 1) &&
+                      static_cast<int64_t>(l.classes.size()) == l.period;
+  const bool few = rows > 1 && p.k < 8 && (rows <= 8 || rows == 12 || rows == kMaxJoined);
+  if (l.images > 1 || !p.plain() || !follow || !few) return 0;
+  const int64_t row = odd_lines(l.band_lanes());
+  return rows * row * k.size <= caches().l2 / 4 ? row : 0;
 }
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params) {
@@ -173,7 +197,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
         round_up(std::min(p.win[0], p.in[0]) * l.plane + l.nv * l.width + kLine, kLine);
   }
   l.w_floats = round_up(p.g * l.product_rows() * l.filter, 16);
-  l.tile_floats = round_up(l.mr * l.nv * l.width, 16);
+  l.joined = joined_row(l, *t.kernels);
+  l.tile_floats = round_up(l.joined > 0 ? l.product_rows() * l.joined : l.mr * l.nv * l.width, 16);
   return l;
 }
 
@@ -232,15 +257,16 @@ void clear_edges(const Layout& l, const Columns& cols, Ptr strip) {
   }
 }
 
-// Input rows [y0, y1) of the planes that window_positions `z` names, columns from `cols.first` on,
-// each to its slot.
-void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
-                int64_t y1, const Columns& cols, const Strip& strip, Ptr data) {
+// Channels [c0, c1) of input rows [y0, y1) of the planes that window_positions `z` names, columns
+// from `cols.first` on, each row to its slot.
+void fill_channels(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
+                   int64_t y1, const Columns& cols, const Strip& strip, Ptr data, int64_t c0,
+                   int64_t c1) {
   const Problem& p = l.p;
   for (int64_t i = 0; i < z.n; ++i) {
     for (int64_t y = y0; y < y1; ++y) {
-      ConstPtr row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1];
-      Ptr to = data + i * l.plane + (y - strip.top) % strip.slots * l.row;
+      ConstPtr row = x + (z.at + i * z.at_step) * p.x.sp[0] + y * p.x.sp[1] + c0 * p.x.c;
+      Ptr to = data + i * l.plane + (y - strip.top) % strip.slots * l.row + c0 * l.channel;
       for (int64_t s = 0; s < l.advance; ++s) {
         const Inside in = inside(l, cols, s);
         const int64_t columns = in.end - in.begin;
@@ -249,13 +275,12 @@ void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression
         const int64_t step = p.x.sp[2] * l.advance;
         ConstPtr from = row + (cols.first + s + in.begin * l.advance) * p.x.sp[2];
         if (l.images == 1) {
-          k.read[p.dtype](lane, l.channel, from, p.x.c, step, p.c, columns);
+          k.read[p.dtype](lane, l.channel, from, p.x.c, step, c1 - c0, columns);
         } else if (step == l.images) {
-          k.read[p.dtype](lane, l.channel, from, p.x.c, 1, p.c, columns * l.images);
+          k.read[p.dtype](lane, l.channel, from, p.x.c, 1, c1 - c0, columns * l.images);
         } else {
-          for (int64_t c = 0; c < p.c; ++c) {
-            k.read[p.dtype](lane + c * l.channel, l.images, from + c * p.x.c, step, 1, columns,
-                            l.images);
+          for (int64_t c = c0; c < c1; ++c, lane += l.channel) {
+            k.read[p.dtype](lane, l.images, from + (c - c0) * p.x.c, step, 1, columns, l.images);
           }
         }
       }
@@ -263,10 +288,22 @@ void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression
   }
 }
 
+void fill_strip(const Layout& l, const Kernels& k, ConstPtr x, const Progression& z, int64_t y0,
+                int64_t y1, const Columns& cols, const Strip& strip, Ptr data) {
+  // Rows that share cache lines in the strip: those of few channels at a time, which are a line of
+  // the input.
+  const int64_t most = l.flat && l.p.x.c == 1 ? kLine : l.p.c;
+  for (int64_t c = 0; c < l.p.c; c += most) {
+    fill_channels(l, k, x, z, y0, y1, cols, strip, data, c, std::min(c + most, l.p.c));
+  }
+}
+
 // The reduction of one output row: runs [begin[i], begin[i + 1]) are window position i along x.
 struct Reduction {
   std::vector<Run> runs;
-  std::vector<size_t> begin;
+  std::vector<int64_t> begin;
+  std::vector<int64_t> steps;  // before run begin[i]
+  std::vector<int64_t> rows;   // where the window's rows are in the strip
 };
 void make_reduction(const Layout& l, const Strip& strip, const Progression& z, const Progression& y,
                     Reduction* reduction) {
@@ -274,17 +311,22 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
   std::vector<Run>& runs = reduction->runs;
   runs.clear();
   reduction->begin.assign(1, 0);
+  reduction->steps.assign(1, 0);
+  reduction->rows.resize(y.n);
+  for (int64_t u = 0; u < y.n; ++u) {
+    reduction->rows[u] = (y.at + u * y.at_step - strip.top) % strip.slots * strip.row;
+  }
+  int64_t set = 0;  // q % advance and q / advance for q = i * dilation
+  int64_t column = 0;
   for (int64_t i = 0; i < l.win; ++i) {
-    const int64_t q = i * l.dilation;
-    const int64_t column =
-        l.in_place ? q * l.images : q % l.advance * l.set + q / l.advance * l.images;
+    const int64_t at = set * l.set + column * l.images;
     for (int64_t u = 0; u < y.n; ++u) {
       for (int64_t d = 0; d < z.n; ++d) {
         const int64_t a =
             ((i * p.win[1] + y.first + u * y.step) * p.win[0] + z.first + d * z.step) * p.c;
-        const int64_t b =
-            d * strip.plane + (y.at + u * y.at_step - strip.top) % strip.slots * strip.row + column;
-        if (runs.size() > reduction->begin.back() && runs.back().a + runs.back().len == a &&
+        const int64_t b = d * strip.plane + reduction->rows[u] + at;
+        if (static_cast<int64_t>(runs.size()) > reduction->begin.back() &&
+            runs.back().a + runs.back().len == a &&
             runs.back().b + runs.back().len * strip.channel == b) {
           runs.back().len += p.c;
         } else {
@@ -292,7 +334,9 @@ void make_reduction(const Layout& l, const Strip& strip, const Progression& z, c
         }
       }
     }
-    reduction->begin.push_back(runs.size());
+    reduction->begin.push_back(static_cast<int64_t>(runs.size()));
+    reduction->steps.push_back(reduction->steps.back() + y.n * z.n * p.c);
+    for (set += l.dilation; set >= l.advance; set -= l.advance) ++column;
   }
 }
 
@@ -345,6 +389,136 @@ std::vector<Band> make_bands(const Layout& l, int64_t y0, int64_t y1) {
   return bands;
 }
 
+// One call of the micro-kernel, the same for all bands with as many lanes: product rows [m0, m1),
+// lanes [from, from + count). Rows of later classes have fewer window positions, the last of them:
+// one call takes positions [first, last), the next one goes on with the rows that have more.
+struct Call {
+  GemmFn kernel, ahead;  // the second may be null
+  int64_t m0, m1, from, count;
+  int64_t first, last;
+  int64_t c_row;
+  bool to_y;  // else to the buffer
+  bool done;  // nothing is left of these rows
+};
+// to_y: the outputs of a class are neighbours in y, and all lanes of the band are such.
+void make_calls(const Layout& l, const Kernels& k, int64_t lanes, bool to_y,
+                std::vector<Call>* calls) {
+  const int64_t product_rows = l.product_rows();
+  const int64_t vectors = ceil_div(lanes, l.width);
+  const int64_t tiles = ceil_div(vectors, l.nv);
+  calls->clear();
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t from = vectors * i / tiles * l.width;
+    const int64_t count = std::min(vectors * (i + 1) / tiles * l.width, lanes) - from;
+    const int64_t nv = ceil_div(count, l.width);
+    const int64_t row_tiles = ceil_div(product_rows, std::min<int64_t>(l.mr, k.max_mr[nv]));
+    for (int64_t f = 0; f < row_tiles; ++f) {
+      const int64_t m0 = product_rows * f / row_tiles;
+      const int64_t m1 = product_rows * (f + 1) / row_tiles;
+      Call call{};
+      call.m0 = m0;
+      call.m1 = m1;
+      call.from = from;
+      call.count = count;
+      // To y itself where all lanes of the tile are outputs.
+      call.to_y = to_y && l.pixels() == l.classes[m0 / l.p.k].out;
+      call.c_row = call.to_y ? l.p.y.k : l.joined > 0 ? l.joined : nv * l.width;
+      for (int64_t rows = m1 - m0; rows > 0;) {
+        call.last = l.classes[(m0 + rows - 1) / l.p.k].win;
+        // In place, nothing of the input may follow the last pixel.
+        call.kernel = (l.in_place ? k.strided : k.packed)[nv][rows];
+        call.ahead = l.in_place ? nullptr : k.ahead[nv][rows];
+        while (rows > 0 && l.classes[(m0 + rows - 1) / l.p.k].win == call.last) --rows;
+        call.done = rows == 0;
+        calls->push_back(call);
+        call.first = call.last;
+      }
+    }
+  }
+}
+
+// The outputs of a class among `count` lanes of an output row, from pixel `pixel` on.
+struct Outputs {
+  int64_t begin, end;
+};
+Outputs outputs(const Class& s, int64_t pixel, int64_t count) {
+  const int64_t begin = std::max<int64_t>(0, pixel + s.shift);
+  return {begin, std::max(begin, std::min(s.out, pixel + s.shift + count))};
+}
+
+// Writes an output row, `count` pixels of every residue from lane 0 of c on, whose rows are those
+// of the product. Without bias and activation where c has them already (`finished`).
+void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, const Operands& o,
+                   bool finished, Ptr c, int64_t pixel, int64_t count, int64_t g,
+                   int64_t y_offset) {
+  const Problem& p = l.p;
+  int64_t begin = 0;  // outputs t that all classes have here
+  int64_t end = std::numeric_limits<int64_t>::max();
+  for (const Class& s : l.classes) {
+    const Outputs of = outputs(s, pixel, count);
+    begin = std::max(begin, of.begin);
+    end = std::min(end, of.end);
+  }
+  end = std::max(begin, end);
+  const int64_t rows = l.product_rows();
+  Operands rest = o;
+  if (finished) {
+    rest.bias = {};
+    rest.activation = Activation::kNone;
+  }
+  std::array<const void*, kMaxJoined> row{};
+  for (size_t i = 0; i < l.classes.size(); ++i) {
+    const Class& s = l.classes[i];
+    const Ptr of_class = c + static_cast<int64_t>(i) * p.k * l.joined;
+    const int64_t lane0 = pixel + s.shift;  // output of lane 0
+    for (int64_t f = 0; f < p.k; ++f) {
+      row[s.residue * p.k + f] = (of_class + f * l.joined + (begin - lane0)).at;
+    }
+    const Outputs of = outputs(s, pixel, count);
+    for (const Outputs& part :
+         {Outputs{of.begin, std::min(begin, of.end)}, Outputs{std::max(end, of.begin), of.end}}) {
+      if (part.end <= part.begin) continue;
+      finish_planes(apart, k, rest, of_class + (part.begin - lane0), l.joined, p.k,
+                    part.end - part.begin, g, 0,
+                    y_offset + s.residue * p.y.sp[2] + part.begin * apart.y.sp[2]);
+    }
+  }
+  if (end == begin) return;
+  const int64_t at = y_offset + begin * rows;
+  k.interleave(o.y + at, rows, row.data(), rows, 1, end - begin, 1);
+  if (finished || !o.has_epilogue()) return;
+  EpilogueArgs e{};
+  e.c = (o.y + at).at;
+  // Pixels of one feature are one row.
+  const int64_t pixels = (end - begin) * l.period;
+  e.rows = p.k == 1 ? 1 : pixels;
+  e.cols = p.k == 1 ? pixels : p.k;
+  e.c_row = e.residual_row = p.k;
+  e.bias_col = p.k == 1 ? 0 : 1;
+  if (o.bias != nullptr) e.bias = (o.bias + g * p.k).at;
+  if (o.residual != nullptr) e.residual = (o.residual + at).at;
+  e.activation = o.activation;
+  k.epilogue(&e);
+}
+
+// What the strip will hold next, fetched piece by piece in the steps of the product: copies that
+// wait for memory are slow. Spread over all steps, or what they load from the second-level cache
+// waits.
+struct Ahead {
+  ConstPtr at;
+  int64_t words;
+};
+// Input rows [y0, y1) of a plane.
+Ahead ahead_of(const Layout& l, ConstPtr plane, const Columns& cols, int64_t y0, int64_t y1) {
+  const Problem& p = l.p;
+  const int64_t bytes = p.c * p.in[1] * p.in[2] * plane.size;
+  if (y1 <= y0 || l.images > 1 || p.x.c != 1 || bytes <= caches().l2 / 2) return {plane, 0};
+  const int64_t first = std::clamp<int64_t>(cols.first, 0, p.in[2]);
+  const int64_t last = std::clamp(cols.first + cols.count, first, p.in[2]);
+  const int64_t words = (y1 - y0 - 1) * p.x.sp[1] + (last - first) * p.x.sp[2];
+  return {plane + y0 * p.x.sp[1] + first * p.x.sp[2], words >= kLeastAhead ? words : 0};
+}
+
 void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
   const Layout l = make_layout(problem, e.target, params);
   const Problem& p = l.p;
@@ -359,6 +533,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
 
   const Threads pool = useful_pool(problem, e);
   const int64_t tasks = p.g * p.n * p.out[0] * l.row_blocks * l.col_blocks;
+  std::vector<char> cleared(pool.count(), 0);
   pool.run(tasks, [&](int64_t task, int64_t worker) {
     const int64_t cb = task % l.col_blocks;
     const int64_t rb = task / l.col_blocks % l.row_blocks;
@@ -371,7 +546,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     const int64_t pixel1 = std::min(pixel0 + l.cols, l.end);
     const int64_t row_lanes = (pixel1 - pixel0) * l.images;
     Ptr strip_data = scratch + worker * own;
-    Ptr tile = strip_data + l.strip_floats;
+    Ptr buffer = strip_data + l.strip_floats;
     ConstPtr x = o.x + n * p.x.n + g * p.x.g;
 
     const Progression z = window_positions(p, 0, oz);
@@ -385,7 +560,9 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     int64_t filled = 0;  // input rows before this one are in their slots, or were
     if (!l.in_place) {
       strip_data = strip_data + first_pixel(l, cols);
-      clear_edges(l, cols, strip_data);
+      // Blocks of the same columns leave the edges as they are.
+      if (l.col_blocks > 1 || cleared[worker] == 0) clear_edges(l, cols, strip_data);
+      cleared[worker] = 1;
       strip = {strip_data, l.plane, l.row, l.channel, l.in_rows, 0};
     }
     if (l.flat) {
@@ -400,8 +577,11 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       fill_strip(l, k, x, z, top, filled, cols, strip, strip_data);
     }
 
+    // Bias and activation before results are joined: features are few there, pixels many.
+    const bool early = l.joined > 0 && o.has_epilogue() && o.residual == nullptr;
     Reduction reduction;
-    const int64_t product_rows = l.product_rows();
+    std::vector<Call> calls;
+    int64_t calls_lanes = -1;
     for (const Band& band : make_bands(l, y0, y1)) {
       const Progression y = window_positions(p, 1, band.row);
       if (!l.in_place && !l.flat && y.n > 0) {
@@ -417,60 +597,77 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       const int64_t y_row = n * p.y.n + g * p.y.g + oz * p.y.sp[0] + band.row * p.y.sp[1];
       const int64_t pitch = band.count > 1 ? l.row : row_lanes;  // lanes from one row to the next
       const int64_t lanes = (band.count - 1) * pitch + row_lanes;
-      const int64_t vectors = ceil_div(lanes, l.width);
-      const int64_t tiles = ceil_div(vectors, l.nv);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t from = vectors * i / tiles * l.width;
-        const int64_t count = std::min(vectors * (i + 1) / tiles * l.width, lanes) - from;
-        const int64_t nv = ceil_div(count, l.width);
-        const int64_t row_tiles = ceil_div(product_rows, std::min<int64_t>(l.mr, k.max_mr[nv]));
-        for (int64_t f = 0; f < row_tiles; ++f) {
-          const int64_t m0 = product_rows * f / row_tiles;
-          const int64_t m1 = product_rows * (f + 1) / row_tiles;
-          // To y itself where all lanes of the tile are outputs next to each other there.
-          const Class& only = l.classes[m0 / p.k];
-          const bool to_y = direct_store && l.pixels() == only.out && band.count == 1;
-          const int64_t y_at = y_row + m0 * p.y.k + pixel0 * l.images + from;
-          GemmArgs args{};
-          args.a = w + (g * product_rows + m0) * l.filter;
-          args.a_row = l.filter;
-          args.a_step = 1;
-          args.b = strip.data + from;
-          args.b_step = strip.channel;
-          args.cols = count;
-          const Ptr c = to_y ? o.y + y_at : tile;
-          args.c = c;
-          args.c_row = to_y ? p.y.k : nv * l.width;
-          // Rows of later classes have fewer window positions, the last of them: the others go on.
-          int64_t done = 0;
-          for (int64_t rows = m1 - m0; rows > 0;) {
-            const int64_t win = l.classes[(m0 + rows - 1) / p.k].win;
-            args.runs = reduction.runs.data() + reduction.begin[done];
-            args.n_runs = static_cast<int64_t>(reduction.begin[win] - reduction.begin[done]);
-            args.load = rows < m1 - m0 ? 1 : 0;
-            // In place, nothing of the input may follow the last pixel.
-            (l.in_place ? k.strided : k.packed)[nv][rows](&args);
-            done = win;
-            while (rows > 0 && l.classes[(m0 + rows - 1) / p.k].win == win) --rows;
-          }
-          for (int64_t m = m0; m < m1;) {
-            const Class& s = l.classes[m / p.k];
-            const int64_t features = std::min(m1, (m / p.k + 1) * p.k) - m;
-            // The lanes of this tile that are outputs of this class, row by row.
-            const int64_t t = (pixel0 + s.shift) * l.images;
-            for (int64_t j = from / pitch; j * pitch < from + count; ++j) {
-              const int64_t begin = std::max({int64_t{0}, from - j * pitch, -t});
-              const int64_t end =
-                  std::min({row_lanes, from + count - j * pitch, s.out * l.images - t});
-              if (end <= begin) continue;
-              finish_lanes(
-                  l, apart, k, o, c + (m - m0) * args.c_row + (j * pitch + begin - from),
-                  args.c_row, features, t + begin, end - begin, g, m % p.k,
-                  y_row + j * l.row_period * p.y.sp[1] + s.residue * p.y.sp[2] + m % p.k * p.y.k);
-            }
-            m += features;
-          }
+      if (lanes != calls_lanes) {
+        make_calls(l, k, lanes, direct_store && band.count == 1, &calls);
+        calls_lanes = lanes;
+      }
+      Ahead ahead{};
+      if (!l.in_place && !l.flat && band.row + 1 < y1) {
+        const Progression next = window_positions(p, 1, band.row + 1);
+        const int64_t end = next.n == 0 ? 0 : next.at + (next.n - 1) * next.at_step + 1;
+        ahead = ahead_of(l, x + z.at * p.x.sp[0], cols, filled, end);
+      }
+      GemmArgs args{};
+      if (ahead.words > 0) {
+        int64_t steps = 1;
+        for (const Call& call : calls) {
+          steps += reduction.steps[call.last] - reduction.steps[call.first];
         }
+        args.ahead_step = std::min(kLine, ceil_div(ahead.words, steps));
+      }
+      args.a_row = l.filter;
+      args.a_step = 1;
+      args.b_step = strip.channel;
+      for (const Call& call : calls) {
+        const Ptr c = call.to_y ? o.y + (y_row + call.m0 * p.y.k + pixel0 * l.images + call.from)
+                      : l.joined > 0 ? buffer + (call.m0 * l.joined + call.from)
+                                     : buffer;
+        args.a = w + (g * l.product_rows() + call.m0) * l.filter;
+        args.b = strip.data + call.from;
+        args.c = c;
+        args.c_row = call.c_row;
+        args.cols = call.count;
+        args.runs = reduction.runs.data() + reduction.begin[call.first];
+        args.n_runs = reduction.begin[call.last] - reduction.begin[call.first];
+        args.load = call.first > 0 ? 1 : 0;
+        if (ahead.words > 0 && call.ahead != nullptr) {
+          args.ahead = ahead.at;
+          call.ahead(&args);
+          const int64_t words =
+              (reduction.steps[call.last] - reduction.steps[call.first]) * args.ahead_step;
+          ahead = {ahead.at + words, ahead.words - words};
+        } else {
+          call.kernel(&args);
+        }
+        if (!call.done || l.joined > 0) continue;
+        for (int64_t m = call.m0; m < call.m1;) {
+          const Class& s = l.classes[m / p.k];
+          const int64_t features = std::min(call.m1, (m / p.k + 1) * p.k) - m;
+          // The lanes of this tile that are outputs of this class, row by row.
+          const int64_t t = (pixel0 + s.shift) * l.images;
+          for (int64_t j = call.from / pitch; j * pitch < call.from + call.count; ++j) {
+            const int64_t begin = std::max({int64_t{0}, call.from - j * pitch, -t});
+            const int64_t end =
+                std::min({row_lanes, call.from + call.count - j * pitch, s.out * l.images - t});
+            if (end <= begin) continue;
+            finish_lanes(
+                l, apart, k, o, c + (m - call.m0) * call.c_row + (j * pitch + begin - call.from),
+                call.c_row, features, t + begin, end - begin, g, m % p.k,
+                y_row + j * l.row_period * p.y.sp[1] + s.residue * p.y.sp[2] + m % p.k * p.y.k);
+          }
+          m += features;
+        }
+      }
+      if (l.joined == 0) continue;
+      for (size_t i = 0; early && i < l.classes.size(); ++i) {
+        const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k;
+        const Ptr c = buffer + static_cast<int64_t>(i) * p.k * l.joined;
+        const EpilogueArgs of_class{c, l.joined, p.k, lanes, bias, 1, 0, nullptr, 0, o.activation};
+        k.epilogue(&of_class);
+      }
+      for (int64_t j = 0; j < band.count; ++j) {
+        finish_joined(l, apart, k, o, early, buffer + j * pitch, pixel0, row_lanes, g,
+                      y_row + j * l.row_period * p.y.sp[1]);
       }
     }
   });
@@ -506,14 +703,16 @@ double step_cycles(const Layout& l, const Kernels& k, int64_t mr, int64_t nv) {
 
 // Of one step of all tiles of a band.
 double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64_t nv_limit) {
-  const int64_t row_lanes = std::min(l.cols, l.pixels()) * l.images;
-  const int64_t count = l.flat ? ceil_div(l.rows, l.row_period) : 1;
-  const int64_t vectors = ceil_div((count - 1) * l.row + row_lanes, l.width);
+  const int64_t vectors = ceil_div(l.band_lanes(), l.width);
   const int64_t tiles = ceil_div(vectors, nv_limit);
-  const int64_t nv = ceil_div(vectors, tiles);
-  const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
-  const int64_t mr = ceil_div(l.product_rows(), row_tiles);
-  return static_cast<double>(tiles * row_tiles) * step_cycles(l, k, mr, nv);
+  const auto tile_cycles = [&](int64_t nv) {
+    const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
+    const int64_t mr = ceil_div(l.product_rows(), row_tiles);
+    return static_cast<double>(row_tiles) * step_cycles(l, k, mr, nv);
+  };
+  const int64_t wide = vectors % tiles;  // tiles with a vector more than the others
+  return static_cast<double>(tiles - wide) * tile_cycles(vectors / tiles) +
+         (wide > 0 ? static_cast<double>(wide) * tile_cycles(vectors / tiles + 1) : 0.0);
 }
 
 // Sets the tile with the fewest cycles. The layout, but that its tile is the smallest.
