@@ -6,7 +6,11 @@
 // of neighbouring pixels; the filter is broadcast. Pays where output features are too few to fill
 // vectors: the input gradients of first layers, the last layers of generators. With lhs_dilation
 // the outputs of all residues share their loads, as rows of one tile (residues as in the segregated
-// algorithm, arXiv 2209.03704). Input rows that are padding are skipped.
+// algorithm, arXiv 2209.03704), and where all features of all residues lie one after another in the
+// result, their rows are joined before they are written. Input rows that are padding are skipped.
+//
+// Few features leave the arithmetic waiting for loads: then the windows of output rows one below
+// the other share what they load of the input rows, as rows of one tile (`stack`).
 //
 // Rows that are short fill the last of their vectors badly. Where an output row of a residue reads
 // one input row more than the one before, the strip can hold the rows of a channel one after
@@ -984,7 +988,7 @@ const Algorithm& algorithm_planar() {
         "this project; residues after arXiv 2209.03704, layouts after arXiv 2408.00278",
         {kF32, kF64, kBF16, kF16, kS8, kU8},
         {{"mr",
-          "output features of the register tile",
+          "output features of the register tile, in as many output rows as it has room for",
           {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
          {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
          {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
