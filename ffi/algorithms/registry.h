@@ -30,7 +30,7 @@ struct Plan {
 
 // The defaults of the algorithm with the lowest modelled cost among those that do not reject the
 // problem and whose workspace fits `max_workspace` bytes (negative: any); of none if there is none.
-// Of the canonical family, unless any will do.
+// Of the canonical family, unless any will do; a last resort only where there is no other.
 Plan choose_plan(const Problem& p, const Targets& targets, int64_t max_workspace,
                  bool any_family = false);
 
