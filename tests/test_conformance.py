@@ -353,6 +353,40 @@ def test_few_features_of_all_residues_are_written_together(stride: int, epilogue
     assert tested > 15
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("isa", ISAS)
+def test_output_rows_of_few_features_share_loads(isa: str, k: int) -> None:
+    """planar's tiles of several output rows, in blocks of any rows, in place and not."""
+    names = [spec["name"] for spec in ALGORITHMS["planar"]["params"]]
+    rng = np.random.default_rng(k)
+    tiles = next(row["tiles"] for row in REGISTRY["isas"] if row["name"] == isa)
+    highest = max(mr for mr, _ in tiles)
+    tested = 0
+    for size, window, padding, layout in (
+        ((9, 35), (3, 3), ((1, 1), (1, 1)), ("NHWC", "HWIO")),
+        ((3, 20), (5, 2), ((3, 4), (0, 3)), ("NHWC", "OHWI")),
+        ((12, 18), (2, 3), ((-1, 0), (0, 0)), ("NCHW", "OIHW")),
+    ):
+        problem = problems.make(
+            2, 17, k, size, window, padding=padding, layout=layout, out_layout="NHWC"
+        )
+        x, w = problems.operands(problem, rng)
+        bias = problems.values(rng, (k,), "float32")
+        expected = np.maximum(reference.chain(problem, x, w) + bias, 0)
+        for mr, rows, cols, strip in itertools.product((k, highest), (0, 3), (0, 16), (0, 1)):
+            chosen = {"mr": mr, "nv": 1, "rows": rows, "cols": cols, "strip": strip, "flat": 0}
+            params = tuple(chosen[name] for name in names)
+            answer = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa, params=params)
+            if "plan" not in answer:
+                continue
+            tested += 1
+            result = problems.run(
+                problem, x, w, "planar", isa=isa, params=params, bias=bias, activation="relu"
+            )
+            np.testing.assert_array_equal(result, expected, f"{problem} {chosen}")
+    assert tested >= 24
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     ("size", "window", "padding", "c", "k"),

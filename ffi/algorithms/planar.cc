@@ -6,7 +6,11 @@
 // of neighbouring pixels; the filter is broadcast. Pays where output features are too few to fill
 // vectors: the input gradients of first layers, the last layers of generators. With lhs_dilation
 // the outputs of all residues share their loads, as rows of one tile (residues as in the segregated
-// algorithm, arXiv 2209.03704). Input rows that are padding are skipped.
+// algorithm, arXiv 2209.03704), and where all features of all residues lie one after another in the
+// result, their rows are joined before they are written. Input rows that are padding are skipped.
+//
+// Few features leave the arithmetic waiting for loads: then the windows of output rows one below
+// the other share what they load of the input rows, as rows of one tile (`stack`).
 //
 // Rows that are short fill the last of their vectors badly. Where an output row of a residue reads
 // one input row more than the one before, the strip can hold the rows of a channel one after
@@ -43,6 +47,8 @@ enum PlanarParam {
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 constexpr int64_t kLine = 16;             // words, as many as a cache line has floats
 constexpr int64_t kMaxJoined = 16;        // rows of results
+constexpr int64_t kMaxStack = 4;          // output rows that share what they load
+constexpr int64_t kLeastStacked = 16;     // channels
 constexpr int64_t kLeastAhead = 4096;     // words of input rows that are fetched before their copy
 
 // The outputs of one residue of the last dimension. Pixel j of the lanes is output t = j + shift,
@@ -60,6 +66,8 @@ struct Layout {
   std::vector<Class> classes;  // by decreasing `win`: these times p.k are the rows of the product
   int64_t advance, dilation, pad;
   int64_t win;         // window positions of the first class
+  int64_t stack;       // output rows that share what they load, see multiply_stack(); or 1
+  int64_t taps;        // window rows, and by how many the windows of these output rows differ
   int64_t filter;      // floats of one row of the gathered filter
   int64_t begin, end;  // pixels that the lanes are
   bool in_place;       // the micro-kernel reads the input itself
@@ -119,15 +127,28 @@ bool can_be_flat(const Problem& p, int64_t images) {
 
 // Floats of a row of results that are joined, or 0. All features of all residues of an output row
 // must lie one after another in y, and be so few that vectors of features do not pay.
-int64_t joined_row(const Layout& l, const Kernels& k) {
+int64_t joined_row(const Layout& l, const Kernels& k, int64_t stack) {
   const Problem& p = l.p;
   const int64_t rows = l.product_rows();
   const bool follow = p.y.sp[2] == p.k && (p.y.k == 1 || p.k == 1) &&
                       static_cast<int64_t>(l.classes.size()) == l.period;
-  const bool few = rows > 1 && p.k < 8 && (rows <= 8 || rows == 12 || rows == kMaxJoined);
+  const bool few =
+      (rows > 1 || stack > 1) && p.k < 8 && (rows <= 8 || rows == 12 || rows == kMaxJoined);
   if (l.images > 1 || !p.plain() || !follow || !few) return 0;
   const int64_t row = odd_lines(l.band_lanes());
-  return rows * row * k.size <= caches().l2 / 4 ? row : 0;
+  return stack * rows * row * k.size <= caches().l2 / 4 ? row : 0;
+}
+
+// As many output rows as a tile of `mr` rows has room for. Those of few features leave the
+// arithmetic waiting for loads; of fewer channels, the micro-kernel would be called for a few
+// steps.
+int64_t stack_of(const Layout& l, const Kernels& k, int64_t mr) {
+  const Problem& p = l.p;
+  const bool plane = p.in[0] == 1 && p.win[0] == 1 && p.out[0] == 1 && p.pad[0] == 0;
+  const bool dense = p.stride[1] == 1 && p.rhs_dilation[1] == 1 && p.lhs_dilation[1] == 1;
+  if (!plane || !dense || l.period > 1 || l.flat || p.win[1] == 1 || p.c < kLeastStacked) return 1;
+  const int64_t rows = std::clamp<int64_t>(mr / p.k, 1, std::min(kMaxStack, l.rows));
+  return joined_row(l, k, rows) > 0 ? rows : 1;
 }
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params) {
@@ -163,7 +184,6 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   std::stable_sort(l.classes.begin(), l.classes.end(),
                    [](const Class& a, const Class& b) { return a.win > b.win; });
   l.win = l.classes[0].win;
-  l.filter = l.win * p.win[1] * p.win[0] * p.c;
   l.rows = params[kPlanarRows] == 0 ? p.out[1] : std::min(params[kPlanarRows], p.out[1]);
   l.cols = params[kPlanarCols] == 0 ? l.pixels()
                                     : std::min(ceil_div(params[kPlanarCols], l.images), l.pixels());
@@ -174,9 +194,12 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.in_place = params[kPlanarStrip] == 0 && !l.flat && p.plain() && p.x.sp[2] == l.images &&
                l.advance == 1 && all.first >= 0 && all.first + all.count <= p.in[2];
   l.row_period = residue_period(p, 1);
+  l.stack = stack_of(l, *t.kernels, l.mr);
+  l.taps = p.win[1] + l.stack - 1;
+  l.filter = l.win * l.taps * p.win[0] * p.c;
   if (!l.in_place) {
     const Columns block = columns(l, 0, l.cols);
-    l.in_rows = strip_rows(p, l.flat ? l.rows : 1);
+    l.in_rows = strip_rows(p, l.flat ? l.rows : l.stack);
     // At least the pixels: a window without real positions reads no columns.
     l.lane = std::max(ceil_div(block.count, l.advance), l.cols) * l.images;
     // Vectors may read past the last column of a set, and what the strip holds may be moved by less
@@ -196,24 +219,28 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.strip_floats =
         round_up(std::min(p.win[0], p.in[0]) * l.plane + l.nv * l.width + kLine, kLine);
   }
-  l.w_floats = round_up(p.g * l.product_rows() * l.filter, 16);
-  l.joined = joined_row(l, *t.kernels);
-  l.tile_floats = round_up(l.joined > 0 ? l.product_rows() * l.joined : l.mr * l.nv * l.width, 16);
+  l.w_floats = round_up(p.g * l.stack * l.product_rows() * l.filter, 16);
+  l.joined = joined_row(l, *t.kernels, l.stack);
+  l.tile_floats =
+      round_up(l.joined > 0 ? l.stack * l.product_rows() * l.joined : l.mr * l.nv * l.width, 16);
   return l;
 }
 
-// The filters as [group][class][feature][window x of the class][window y][window z][channel].
+// The filters as [group][class][feature][window x of the class][window y][window z][channel]; once
+// for each output row of a stack, a window row further on than for the one before.
 void gather_filters(const Layout& l, const Kernels& k, ConstPtr w, Ptr dst) {
   const Problem& p = l.p;
   for (int64_t g = 0; g < p.g; ++g) {
-    for (const Class& s : l.classes) {
-      Ptr to = dst;
+    for (int64_t part = 0; part < l.stack * static_cast<int64_t>(l.classes.size()); ++part) {
+      const Class& s = l.classes[l.stack > 1 ? 0 : part];
+      const int64_t further = l.stack > 1 ? part : 0;
       for (int64_t i = 0; i < s.win; ++i) {
         for (int64_t y = 0; y < p.win[1]; ++y) {
-          for (int64_t z = 0; z < p.win[0]; ++z, to += p.c) {
+          for (int64_t z = 0; z < p.win[0]; ++z) {
             ConstPtr from =
                 w + g * p.w.g + z * p.w.sp[0] + y * p.w.sp[1] + (s.first + i * s.step) * p.w.sp[2];
-            k.pack[p.dtype](to, l.filter, from, p.w.k, p.w.c, p.k, p.c);
+            k.pack[p.dtype](dst + ((i * l.taps + y + further) * p.win[0] + z) * p.c, l.filter, from,
+                            p.w.k, p.w.c, p.k, p.c);
           }
         }
       }
@@ -369,7 +396,7 @@ std::vector<Band> make_bands(const Layout& l, int64_t y0, int64_t y1) {
   const Problem& p = l.p;
   std::vector<Band> bands;
   if (!l.flat) {
-    for (int64_t y = y0; y < y1; ++y) bands.push_back({y, 1});
+    for (int64_t y = y0; y < y1; y += l.stack) bands.push_back({y, std::min(l.stack, y1 - y)});
     return bands;
   }
   for (int64_t r = 0; r < l.row_period; ++r) {
@@ -447,10 +474,9 @@ Outputs outputs(const Class& s, int64_t pixel, int64_t count) {
 }
 
 // Writes an output row, `count` pixels of every residue from lane 0 of c on, whose rows are those
-// of the product. Without bias and activation where c has them already (`finished`).
+// of the product.
 void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, const Operands& o,
-                   bool finished, Ptr c, int64_t pixel, int64_t count, int64_t g,
-                   int64_t y_offset) {
+                   Ptr c, int64_t pixel, int64_t count, int64_t g, int64_t y_offset) {
   const Problem& p = l.p;
   int64_t begin = 0;  // outputs t that all classes have here
   int64_t end = std::numeric_limits<int64_t>::max();
@@ -461,10 +487,18 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   }
   end = std::max(begin, end);
   const int64_t rows = l.product_rows();
+  // Bias and activation before results are joined: features are few there, pixels many.
+  const bool finished = o.has_epilogue() && o.residual == nullptr;
   Operands rest = o;
   if (finished) {
     rest.bias = {};
     rest.activation = Activation::kNone;
+  }
+  const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k;
+  for (int64_t m = 0; finished && m < rows; m += p.k) {
+    const EpilogueArgs of_class{c + m * l.joined, l.joined, p.k,         count, bias, 1, 0,
+                                nullptr,          0,        o.activation};
+    k.epilogue(&of_class);
   }
   std::array<const void*, kMaxJoined> row{};
   for (size_t i = 0; i < l.classes.size(); ++i) {
@@ -485,7 +519,11 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   }
   if (end == begin) return;
   const int64_t at = y_offset + begin * rows;
-  k.interleave(o.y + at, rows, row.data(), rows, 1, end - begin, 1);
+  if (rows > 1) {
+    k.interleave(o.y + at, rows, row.data(), rows, 1, end - begin, 1);
+  } else {
+    k.copy(o.y + at, 0, row[0], 0, 1, 1, end - begin);
+  }
   if (finished || !o.has_epilogue()) return;
   EpilogueArgs e{};
   e.c = (o.y + at).at;
@@ -495,7 +533,7 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   e.cols = p.k == 1 ? pixels : p.k;
   e.c_row = e.residual_row = p.k;
   e.bias_col = p.k == 1 ? 0 : 1;
-  if (o.bias != nullptr) e.bias = (o.bias + g * p.k).at;
+  e.bias = bias.at;
   if (o.residual != nullptr) e.residual = (o.residual + at).at;
   e.activation = o.activation;
   k.epilogue(&e);
@@ -517,6 +555,76 @@ Ahead ahead_of(const Layout& l, ConstPtr plane, const Columns& cols, int64_t y0,
   const int64_t last = std::clamp(cols.first + cols.count, first, p.in[2]);
   const int64_t words = (y1 - y0 - 1) * p.x.sp[1] + (last - first) * p.x.sp[2];
   return {plane + y0 * p.x.sp[1] + first * p.x.sp[2], words >= kLeastAhead ? words : 0};
+}
+
+// A part of the reduction of a stack, in which these of its output rows take part.
+struct Piece {
+  int64_t row, rows;
+  int64_t begin, end;  // runs
+  int64_t steps;
+};
+
+// The products of a few output rows, one below the other, that begin an input row apart: for each
+// window position along x they pass over all input rows together, and each input row is loaded once
+// for all output rows whose windows it is in. Row after row of the results lies in `buffer`.
+void multiply_stack(const Layout& l, const Kernels& k, const Strip& strip, const Band& band,
+                    int64_t lanes, ConstPtr w, Ptr buffer, Ahead ahead, std::vector<Run>* runs,
+                    std::vector<Piece>* pieces) {
+  const Problem& p = l.p;
+  runs->clear();
+  pieces->clear();
+  const int64_t top = band.row - p.pad[1];
+  int64_t steps = 1;
+  for (int64_t i = 0; i < l.win; ++i) {
+    const int64_t q = i * l.dilation;
+    const int64_t column = l.in_place ? q : q % l.advance * l.set + q / l.advance;
+    const size_t first = pieces->size();
+    for (int64_t u = 0; u < p.win[1] + band.count - 1; ++u) {
+      const int64_t y = top + u;
+      if (y < 0 || y >= p.in[1]) continue;
+      const int64_t row = std::max<int64_t>(0, u - p.win[1] + 1);
+      const int64_t rows = std::min(band.count - 1, u) + 1 - row;
+      if (pieces->size() == first || pieces->back().row != row || pieces->back().rows != rows) {
+        const auto at = static_cast<int64_t>(runs->size());
+        pieces->push_back({row, rows, at, at, 0});
+      }
+      runs->push_back({(i * l.taps + u) * p.c, y % strip.slots * strip.row + column, p.c});
+      ++pieces->back().end;
+      pieces->back().steps += p.c;
+      steps += p.c;
+    }
+  }
+  buffer.zero(band.count * p.k * l.joined);
+  const int64_t vectors = ceil_div(lanes, l.width);
+  const int64_t tiles = ceil_div(vectors, l.nv);
+  GemmArgs args{};
+  args.ahead_step = std::min(kLine, ceil_div(ahead.words, steps * tiles));
+  args.a_row = l.filter;
+  args.a_step = 1;
+  args.b_step = strip.channel;
+  args.c_row = l.joined;
+  args.load = 1;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t from = vectors * i / tiles * l.width;
+    args.cols = std::min(vectors * (i + 1) / tiles * l.width, lanes) - from;
+    args.b = strip.data + from;
+    const int64_t nv = ceil_div(args.cols, l.width);
+    for (const Piece& piece : *pieces) {
+      const int64_t mr = piece.rows * p.k;
+      args.a = w + piece.row * p.k * l.filter;
+      args.c = buffer + (piece.row * p.k * l.joined + from);
+      args.runs = runs->data() + piece.begin;
+      args.n_runs = piece.end - piece.begin;
+      if (ahead.words > 0 && !l.in_place && k.ahead[nv][mr] != nullptr) {
+        args.ahead = ahead.at;
+        const int64_t words = piece.steps * args.ahead_step;
+        ahead = {ahead.at + words, ahead.words - words};
+        k.ahead[nv][mr](&args);
+      } else {
+        (l.in_place ? k.strided : k.packed)[nv][mr](&args);
+      }
+    }
+  }
 }
 
 void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
@@ -577,12 +685,29 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       fill_strip(l, k, x, z, top, filled, cols, strip, strip_data);
     }
 
-    // Bias and activation before results are joined: features are few there, pixels many.
-    const bool early = l.joined > 0 && o.has_epilogue() && o.residual == nullptr;
     Reduction reduction;
     std::vector<Call> calls;
     int64_t calls_lanes = -1;
+    std::vector<Piece> pieces;
     for (const Band& band : make_bands(l, y0, y1)) {
+      if (l.stack > 1) {
+        const auto end_of = [&](int64_t row) {
+          return std::clamp<int64_t>(row - p.pad[1] + p.win[1] - 1, 0, p.in[1]);
+        };
+        const int64_t next = band.row + band.count;
+        const int64_t begin = std::max<int64_t>(filled, band.row - p.pad[1]);
+        const int64_t end = end_of(next);
+        if (!l.in_place) fill_strip(l, k, x, z, begin, end, cols, strip, strip_data);
+        filled = std::max(filled, end);
+        const Ahead ahead = ahead_of(l, x, cols, filled, end_of(std::min(next + l.stack, y1)));
+        multiply_stack(l, k, strip, band, row_lanes, w + g * l.stack * p.k * l.filter, buffer,
+                       next < y1 ? ahead : Ahead{}, &reduction.runs, &pieces);
+        for (int64_t i = 0; i < band.count; ++i) {
+          finish_joined(l, apart, k, o, buffer + i * p.k * l.joined, pixel0, row_lanes, g,
+                        n * p.y.n + g * p.y.g + (band.row + i) * p.y.sp[1]);
+        }
+        continue;
+      }
       const Progression y = window_positions(p, 1, band.row);
       if (!l.in_place && !l.flat && y.n > 0) {
         // From where the window begins, not from its first row on real input: with rhs_dilation the
@@ -659,14 +784,8 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
         }
       }
       if (l.joined == 0) continue;
-      for (size_t i = 0; early && i < l.classes.size(); ++i) {
-        const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k;
-        const Ptr c = buffer + static_cast<int64_t>(i) * p.k * l.joined;
-        const EpilogueArgs of_class{c, l.joined, p.k, lanes, bias, 1, 0, nullptr, 0, o.activation};
-        k.epilogue(&of_class);
-      }
       for (int64_t j = 0; j < band.count; ++j) {
-        finish_joined(l, apart, k, o, early, buffer + j * pitch, pixel0, row_lanes, g,
+        finish_joined(l, apart, k, o, buffer + j * pitch, pixel0, row_lanes, g,
                       y_row + j * l.row_period * p.y.sp[1]);
       }
     }
@@ -701,11 +820,33 @@ double step_cycles(const Layout& l, const Kernels& k, int64_t mr, int64_t nv) {
   return std::max(arithmetic, from_l2) + 0.45 * as_double(mr) + 1.1 * as_double(nv);
 }
 
+// The same for a stack of so many output rows, for each of them.
+double stack_cycles(const Layout& l, int64_t stack, int64_t nv) {
+  const Problem& p = l.p;
+  const auto as_double = [](int64_t v) { return static_cast<double>(v); };
+  constexpr double kCallCycles = 40;
+  const double from_l2 = 1.9 * as_double(nv * l.width / 16 + 1);
+  double total = 0;
+  int64_t last = 0;
+  for (int64_t u = 0; u < p.win[1] + stack - 1; ++u) {
+    const int64_t row = std::max<int64_t>(0, u - p.win[1] + 1);
+    const int64_t rows = std::min(stack - 1, u) + 1 - row;
+    total += std::max(as_double(rows * p.k * nv) / 2.0, from_l2) + 0.45 * as_double(rows * p.k) +
+             1.1 * as_double(nv);
+    const int64_t active = row * kMaxStack + rows;
+    if (active != last) total += kCallCycles / as_double(p.c);
+    last = active;
+  }
+  return total / as_double(p.win[1] * stack);
+}
+
 // Of one step of all tiles of a band.
 double product_cycles(const Layout& l, const Kernels& k, int64_t mr_limit, int64_t nv_limit) {
   const int64_t vectors = ceil_div(l.band_lanes(), l.width);
   const int64_t tiles = ceil_div(vectors, nv_limit);
+  const int64_t stack = stack_of(l, k, mr_limit);
   const auto tile_cycles = [&](int64_t nv) {
+    if (stack > 1) return stack_cycles(l, stack, nv);
     const int64_t row_tiles = ceil_div(l.product_rows(), std::min<int64_t>(mr_limit, k.max_mr[nv]));
     const int64_t mr = ceil_div(l.product_rows(), row_tiles);
     return static_cast<double>(row_tiles) * step_cycles(l, k, mr, nv);
@@ -737,10 +878,9 @@ double cost(const Problem& problem, const Target& t, const Params& params);
 Params defaults(const Problem& problem, const Target& t) {
   const Kernels& k = *t.kernels;
   Params params{};
-  params[kPlanarRows] = 1;
   const Layout l = set_tile(problem, t, &params);
   const auto strip = [&](const Params& of) { return make_layout(problem, t, of).strip_floats; };
-  int64_t floats = l.strip_floats;
+  int64_t floats = stack_of(l, k, params[kPlanarMr]) > 1 ? strip(params) : l.strip_floats;
   // Rows of images are long: in place, channels of one pixel would be pages apart and share few
   // sets of the caches.
   if (l.images > 1) {
@@ -811,7 +951,8 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   const double rows = as_double(p.g * p.n * p.out[0] * p.out[1]);
   const double bands =
       l.flat ? as_double(p.g * p.n * p.out[0] * l.row_blocks * l.row_period) : rows;
-  const double taps = as_double(l.filter) / as_double(p.lhs_dilation[1] * p.lhs_dilation[0]);
+  const double taps = as_double(l.win * p.win[1] * p.win[0] * p.c) /
+                      as_double(p.lhs_dilation[1] * p.lhs_dilation[0]);
   double total = bands * as_double(l.col_blocks) * (taps + 4.0) *
                  product_cycles(l, *t.kernels, params[kPlanarMr], params[kPlanarNv]);
   if (!l.in_place) {
@@ -847,7 +988,7 @@ const Algorithm& algorithm_planar() {
         "this project; residues after arXiv 2209.03704, layouts after arXiv 2408.00278",
         {kF32, kF64, kBF16, kF16, kS8, kU8},
         {{"mr",
-          "output features of the register tile",
+          "output features of the register tile, in as many output rows as it has room for",
           {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16}},
          {"nv", "vectors of output pixels of the register tile", {1, 2, 3, 4}},
          {"rows", "output rows per task; 0: all", {0, 1, 2, 4, 8, 16, 32}},
