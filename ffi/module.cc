@@ -172,14 +172,37 @@ nb::dict make_plan_dict(const nb::dict& problem, const std::string& algorithm,
   return result;
 }
 
-// The same as dispatch wants it, which asks for every convolution that is compiled: the fields of
-// Python's Plan, or why there is none.
-nb::object plan(const nb::dict& problem, const std::string& algorithm, const std::string& isa,
+// A convolution as dispatch asks about it: what Python says of it is read once for all questions.
+struct Asked {
+  ConvParams conv;     // as the kernels compute it
+  std::string dtypes;  // of the operands and the result
+  bool epilogue = false;
+};
+
+// widened: float32 kernels compute it between conversions.
+Asked asked(const nb::dict& problem, bool widened) {
+  static const Name kDtypeNames[] = {Name("lhs_dtype"), Name("rhs_dtype"), Name("out_dtype")};
+  static const Name kEpilogue[] = {Name("bias"), Name("residual"), Name("activation")};
+  Asked result{conv_params(problem), {}, false};
+  if (widened) result.conv.dtype = result.conv.out_dtype = kF32;
+  for (const Name& name : kDtypeNames) {
+    result.dtypes += nb::cast<const char*>(nb::handle(field(problem, name)));
+    result.dtypes += ' ';
+  }
+  for (const Name& name : kEpilogue) {
+    result.epilogue = result.epilogue || PyObject_IsTrue(field(problem, name)) != 0;
+  }
+  return result;
+}
+
+// The same as make_plan_dict for dispatch, which asks for every convolution that is compiled: the
+// fields of Python's Plan, or why there is none.
+nb::object plan(const Asked& problem, const std::string& algorithm, const std::string& isa,
                 int64_t threads, int64_t max_workspace, const std::vector<int64_t>& params) {
   Problem p;
   Plan plan;
   const std::string wrong =
-      ask(conv_params(problem), {algorithm, isa, threads, max_workspace, params}, &p, &plan);
+      ask(problem.conv, {algorithm, isa, threads, max_workspace, params}, &p, &plan);
   if (!wrong.empty()) return nb::cast(wrong);
   return nb::make_tuple(plan.algorithm->name, plan.target.kernels->isa, threads,
                         nb::tuple(nb::cast(params_of(plan))), plan.workspace_bytes);
@@ -195,57 +218,34 @@ bool is_heuristic_plan(const nb::dict& problem, const std::string& algorithm,
 }
 
 // A problem's sizes as Neighbours compares them, with two that are not the problem's.
-std::vector<int64_t> all_sizes(const nb::dict& problem, const ConvParams& conv, int64_t threads,
-                               bool same_machine) {
-  static const Name kEpilogue[] = {Name("bias"), Name("residual"), Name("activation")};
-  bool epilogue = false;
-  for (const Name& name : kEpilogue) {
-    epilogue = epilogue || PyObject_IsTrue(field(problem, name)) != 0;
-  }
-  std::vector<int64_t> result = sizes(conv);
-  result.insert(result.end(), {threads, epilogue ? 2 : 1, same_machine ? 1 : 2});
+std::vector<int64_t> all_sizes(const Asked& problem, int64_t threads, bool same_machine) {
+  std::vector<int64_t> result = sizes(problem.conv);
+  result.insert(result.end(), {threads, problem.epilogue ? 2 : 1, same_machine ? 1 : 2});
   return result;
 }
 
-std::string whole_kind(const nb::dict& problem, const ConvParams& conv, const std::string& isa) {
-  static const Name kNames[] = {Name("lhs_dtype"), Name("rhs_dtype"), Name("out_dtype")};
-  std::string result = kind(conv);
-  for (const Name& name : kNames) {
-    result += ' ';
-    result += nb::cast<const char*>(nb::handle(field(problem, name)));
-  }
-  result += ' ';
-  result += isa;
-  return result;
+std::string whole_kind(const Asked& problem, const std::string& isa) {
+  return kind(problem.conv) + ' ' + problem.dtypes + isa;
 }
 
 void bind_neighbours(nb::module_& m) {
   m.def("direction", [](const nb::dict& problem) { return direction(conv_params(problem)); });
-  m.def(
-      "sizes",
-      [](const nb::dict& problem, int64_t threads, bool same_machine) {
-        return all_sizes(problem, conv_params(problem), threads, same_machine);
-      },
-      nb::arg("problem"), nb::arg("threads"), nb::arg("same_machine"));
+  m.def("sizes", &all_sizes, nb::arg("problem"), nb::arg("threads"), nb::arg("same_machine"));
   nb::class_<Neighbours>(m, "Neighbours")
       .def(nb::init<const std::vector<double>&, size_t, double>(), nb::arg("weights"),
            nb::arg("leading"), nb::arg("limit"))
       .def(
           "add",
-          [](Neighbours* self, const nb::dict& problem, const std::string& isa, int64_t threads,
+          [](Neighbours* self, const Asked& problem, const std::string& isa, int64_t threads,
              bool same_machine) {
-            const ConvParams conv = conv_params(problem);
-            self->add(whole_kind(problem, conv, isa),
-                      all_sizes(problem, conv, threads, same_machine));
+            self->add(whole_kind(problem, isa), all_sizes(problem, threads, same_machine));
           },
           nb::arg("problem"), nb::arg("isa"), nb::arg("threads"), nb::arg("same_machine"))
       .def(
           "nearest",
-          [](const Neighbours& self, const nb::dict& problem, const std::string& isa,
+          [](const Neighbours& self, const Asked& problem, const std::string& isa,
              int64_t threads) {
-            const ConvParams conv = conv_params(problem);
-            return self.nearest(whole_kind(problem, conv, isa),
-                                all_sizes(problem, conv, threads, true));
+            return self.nearest(whole_kind(problem, isa), all_sizes(problem, threads, true));
           },
           nb::arg("problem"), nb::arg("isa"), nb::arg("threads"));
 }
@@ -489,6 +489,13 @@ NB_MODULE(_ffi, m) {
   m.def("make_plan", &jaxwin::make_plan_dict, nb::arg("problem"), nb::arg("algorithm") = "auto",
         nb::arg("isa") = "", nb::arg("threads") = 1, nb::arg("max_workspace") = -1,
         nb::arg("params") = std::vector<int64_t>{});
+  nb::class_<jaxwin::Asked>(m, "Asked")
+      .def(
+          "__init__",
+          [](jaxwin::Asked* self, const nb::dict& problem, bool widened) {
+            new (self) jaxwin::Asked(jaxwin::asked(problem, widened));
+          },
+          nb::arg("problem"), nb::arg("widened"));
   m.def("plan", &jaxwin::plan, nb::arg("problem"), nb::arg("algorithm"), nb::arg("isa"),
         nb::arg("threads"), nb::arg("max_workspace"), nb::arg("params"));
   m.def("candidates", &jaxwin::candidates, nb::arg("problem"), nb::arg("isa") = "",

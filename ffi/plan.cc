@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "algorithms/registry.h"
 #include "isa.h"
 
 namespace jaxwin {
@@ -28,11 +27,11 @@ std::string make_plan(const Problem& p, const PlanRequest& request, Plan* plan) 
   if (!has_kernels(p.dtype, p.out_dtype)) return "no kernels for these dtypes";
   const Targets targets = targets_of(request);
   if (targets[0].kernels == nullptr) return "isa: this CPU does not run '" + request.isa + "'";
-  plan->target = targets[kDtypeRows[p.dtype].word];
   const bool any_family = request.algorithm == "any";
   if (request.algorithm == "auto" || any_family) {
-    plan->algorithm = choose_algorithm(p, targets, request.max_workspace, any_family);
+    *plan = choose_plan(p, targets, request.max_workspace, any_family);
     if (plan->algorithm == nullptr) return "no algorithm computes this problem";
+    if (request.params.empty()) return {};
   } else {
     plan->algorithm = find_algorithm(request.algorithm);
     if (plan->algorithm == nullptr) return "algorithm: unknown '" + request.algorithm + "'";
@@ -68,7 +67,7 @@ bool is_heuristic(const Problem& p, const PlanRequest& request) {
   }
   return request.params.size() == usual.algorithm->params.size() &&
          std::equal(request.params.begin(), request.params.end(), usual.params.begin()) &&
-         choose_algorithm(p, targets_of(request), -1) == usual.algorithm;
+         choose_plan(p, targets_of(request), -1).algorithm == usual.algorithm;
 }
 
 }  // namespace jaxwin

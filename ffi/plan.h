@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/algorithm.h"
+#include "algorithms/registry.h"
 
 namespace jaxwin {
 
@@ -18,13 +18,6 @@ struct PlanRequest {
   int64_t threads = 1;
   int64_t max_workspace = -1;   // bytes; negative: any
   std::vector<int64_t> params;  // empty: the algorithm's defaults
-};
-
-struct Plan {
-  const Algorithm* algorithm = nullptr;
-  Target target{};
-  Params params{};
-  int64_t workspace_bytes = 0;
 };
 
 // Empty, or why there is no such plan.

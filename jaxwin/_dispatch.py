@@ -12,8 +12,7 @@ import contextvars
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from jaxwin import _cuda, _ffi, _record, _registry, _settings, _tuning
 from jaxwin._plan import Decision, Plan
@@ -158,30 +157,29 @@ def _decide(
     choose = algorithm in ("auto", "any")
     reason = unsupported(problem)
     if not reason:
-        native = problem.native()
         if algorithm == "any":
-            other = _of_another_family(problem, native, isa, threads, max_workspace, table)
+            other = _of_another_family(problem, isa, threads, max_workspace, table)
             if other is not None:
                 return other
         if table is not None and choose:
             row = table.exact(problem, isa, threads)
             if row is not None:
-                plan = propose(native, row, isa, threads, max_workspace)
+                plan = propose(problem, row, isa, threads, max_workspace)
                 if isinstance(plan, Plan):
                     return Decision("tuned", plan, row=row)
             for row in table.nearest(problem, isa, threads):
                 if row.confirms_the_heuristic:
                     break
-                plan = propose(native, row, isa, threads, max_workspace)
+                plan = propose(problem, row, isa, threads, max_workspace)
                 if isinstance(plan, Plan):
                     return Decision("transferred", plan, row=row)
         if table is not None and not choose:
             row = table.named(problem, isa, threads, algorithm)
             if row is not None:
-                plan = propose(native, row, isa, threads, max_workspace)
+                plan = propose(problem, row, isa, threads, max_workspace)
                 if isinstance(plan, Plan):
                     return Decision("requested", plan, row=row)
-        plan = _make_plan(native, "auto" if choose else algorithm, (), isa, threads, max_workspace)
+        plan = _make_plan(problem, "auto" if choose else algorithm, (), isa, threads, max_workspace)
         if isinstance(plan, Plan):
             return Decision("heuristic" if choose else "requested", plan)
         reason = plan
@@ -192,7 +190,6 @@ def _decide(
 
 def _of_another_family(
     problem: Problem,
-    native: Mapping[str, Any],
     isa: str,
     threads: int,
     max_workspace: int | None,
@@ -204,12 +201,12 @@ def _of_another_family(
         if row is not None and row.algorithm == _registry.XLA:
             return Decision("tuned", None, "XLA was measured to be faster", row)
         if row is not None:
-            plan = propose(native, row, isa, threads, max_workspace)
+            plan = propose(problem, row, isa, threads, max_workspace)
             if isinstance(plan, Plan):
                 return Decision("tuned", plan, row=row)
         if table.exact(problem, isa, threads) is not None:
             return None
-    plan = _make_plan(native, "any", (), isa, threads, max_workspace)
+    plan = _make_plan(problem, "any", (), isa, threads, max_workspace)
     if isinstance(plan, str) or _registry.family(plan.algorithm) == _registry.CANONICAL:
         return None
     if table is not None and table.named(problem, isa, threads, plan.algorithm) is not None:
@@ -223,14 +220,14 @@ def _algorithms() -> tuple[str, ...]:
 
 
 def propose(
-    native: Mapping[str, Any], row: Row, isa: str, threads: int, max_workspace: int | None
+    problem: Problem, row: Row, isa: str, threads: int, max_workspace: int | None
 ) -> Plan | str:
     """The plan that a row's parameters give for a problem, or why the native core refuses them."""
-    return _make_plan(native, row.algorithm, row.params, isa, threads, max_workspace)
+    return _make_plan(problem, row.algorithm, row.params, isa, threads, max_workspace)
 
 
 def _make_plan(
-    native: Mapping[str, Any],
+    problem: Problem,
     algorithm: str,
     params: tuple[int, ...],
     isa: str,
@@ -238,7 +235,7 @@ def _make_plan(
     max_workspace: int | None,
 ) -> Plan | str:
     limit = -1 if max_workspace is None else max_workspace
-    answer = _ffi.plan(native, algorithm, isa, threads, limit, params)
+    answer = _ffi.plan(problem.asked(), algorithm, isa, threads, limit, params)
     return answer if isinstance(answer, str) else Plan(*answer)
 
 

@@ -284,7 +284,7 @@ def _row(problem: Problem, count: int, options: dict[str, Any]) -> ExplanationRo
             decision,
             plan.isa,
             plan.threads,
-            lambda row: _dispatch.propose(problem.native(), row, plan.isa, plan.threads, limit),
+            lambda row: _dispatch.propose(problem, row, plan.isa, plan.threads, limit),
         ),
         _registry.family(plan.algorithm),
     )

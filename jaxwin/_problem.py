@@ -62,7 +62,7 @@ class Problem:
 
     def __getstate__(self) -> dict[str, Any]:
         # Of strings another process has other hashes.
-        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_hash", "_asked")}
 
     @property
     def spatial_rank(self) -> int:
@@ -74,6 +74,13 @@ class Problem:
         if self.widened:
             return self.__dict__ | {"lhs_dtype": "float32", "out_dtype": "float32"}
         return self.__dict__
+
+    def asked(self) -> _ffi.Asked:
+        """The same as the native core has read it, for dispatch, which asks several questions."""
+        known: _ffi.Asked | None = self.__dict__.get("_asked")
+        if known is None:
+            known = self.__dict__["_asked"] = _ffi.Asked(self.__dict__, self.widened)
+        return known
 
     @property
     def widened(self) -> bool:

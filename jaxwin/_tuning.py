@@ -426,7 +426,7 @@ class Table:
                         self._exact.setdefault(key, row)
                     self._lenders.append(row)
                     _ = row.confirms_the_heuristic  # now, not when a program is compiled
-                    self._near.add(vars(row.problem), row.isa, row.threads, row.same_machine)
+                    self._near.add(row.problem.asked(), row.isa, row.threads, row.same_machine)
 
     def rows(self) -> int:
         """How many problems its files have a row for; one may be in several."""
@@ -449,14 +449,14 @@ class Table:
 
     def nearest(self, problem: Problem, isa: str, threads: int) -> list[Row]:
         """Some rows of the same class, the nearest first; of equals that of the first file."""
-        found = self._near.nearest(vars(problem), isa, threads)
+        found = self._near.nearest(problem.asked(), isa, threads)
         return [self._lenders[number] for number in found]
 
 
 def difference(row: Row, problem: Problem, threads: int) -> str:
     """In what a row's problem differs from another of its class."""
-    theirs = _ffi.sizes(vars(row.problem), row.threads, row.same_machine)
-    ours = _ffi.sizes(vars(problem), threads, True)
+    theirs = _ffi.sizes(row.problem.asked(), row.threads, row.same_machine)
+    ours = _ffi.sizes(problem.asked(), threads, True)
     words = []
     for name, there, here in zip(_WEIGHTS, theirs, ours, strict=True):
         if there == here:

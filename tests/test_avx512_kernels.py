@@ -613,16 +613,16 @@ def test_epilogue(kernels: Kernels, dtype: str, activation: str, bias: str) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("source", ["pixels", "planes", "neither"])
+@pytest.mark.parametrize("source", ["pixels", "planes", "neither", 2, 3, 4])
 @pytest.mark.parametrize("count", [1, 3, 8, 15, 16, 17, 37])
 def test_copy(kernels: Kernels, dtype: str, source: str, count: int) -> None:
     rng = np.random.default_rng(count)
-    for n in (1, 7, 8, 19):
+    for n in (1, 7, 8, 19) if isinstance(source, str) else range(1, source + 1):
         src_ld, src_step = {
             "pixels": (count + 2, 1),
             "planes": (1, n + 3),
             "neither": (2, 2 * n + 1),
-        }[source]
+        }.get(source, (1, source))  # a few channels of pixels that have as many or more
         dst_ld = count + 1
         src = _matrix(rng, dtype, (n - 1) * src_ld + (count - 1) * src_step + 1)
         expected = np.full((n - 1) * dst_ld + count, _CANARY, dtype)
@@ -663,6 +663,23 @@ def test_interleave(kernels: Kernels, dtype: str, n_rows: int, count: int) -> No
                     at = i * dst_ld + r * count
                     values = rows[r][i * src_ld : i * src_ld + count] if table[r] else 0.0
                     np.testing.assert_array_equal(dst[at : at + count], values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_rows", range(1, 18))
+def test_interleave_rows_of_single_elements(kernels: Kernels, dtype: str, n_rows: int) -> None:
+    rng = np.random.default_rng(n_rows)
+    for n, padding in ((1, False), (7, True), (16, False), (35, True)):
+        rows = [_matrix(rng, dtype, n) for _ in range(n_rows)]
+        table = np.array([row.ctypes.data for row in rows], np.uint64)
+        if padding:
+            table[n_rows // 2] = 0
+        dst = guarded(np.full(n * n_rows, _CANARY, dtype))
+        kernels.emulated(
+            "interleave", dtype, dst, n_rows, table, n_rows, 1, n, 1, buffers=tuple(rows)
+        )
+        expected = np.stack([row if at else 0 * row for row, at in zip(rows, table, strict=True)])
+        np.testing.assert_array_equal(dst, expected.T.ravel())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -304,6 +304,116 @@ def test_segregated_transposed_convolutions(stride: tuple[int, int]) -> None:
             np.testing.assert_array_equal(result, expected, f"{problem} {isa}")
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("epilogue", ["none", "bias", "residual"])
+def test_few_features_of_all_residues_are_written_together(stride: int, epilogue: str) -> None:
+    """Odd widths, windows from below the stride to above it, padding, cut in blocks and not."""
+    names = [spec["name"] for spec in ALGORITHMS["planar"]["params"]]
+    rng = np.random.default_rng(stride)
+    tested = 0
+    for window, (low, high), width in itertools.product(
+        (1, 3, 4), ((0, 0), (2, -1), (1, 3)), (1, 9, 35)
+    ):
+        features = int(rng.integers(1, 7))
+        problem = problems.make(
+            2,
+            int(rng.integers(1, 6)),
+            features,
+            (5, width),
+            (min(window, 2), window),
+            padding=((0, 1), (low, high)),
+            lhs_dilation=(min(stride, 2), stride),
+        )
+        if problem is None or "rejected" in _ffi.candidates(problem.native())["planar"]:
+            continue
+        tested += 1
+        x, w = problems.operands(problem, rng)
+        expected = reference.chain(problem, x, w)
+        arguments = {}
+        if epilogue != "none":
+            arguments |= {
+                "bias": problems.values(rng, (features,), "float32"),
+                "activation": "relu",
+            }
+            expected = expected + arguments["bias"]
+        if epilogue == "residual":
+            arguments["residual"] = problems.values(rng, problem.out_shape, "float32")
+            expected = expected + arguments["residual"]
+        if epilogue != "none":
+            expected = np.maximum(expected, 0)
+        for isa, cols, flat in itertools.product(ISAS, (0, 16), (0, 1)):
+            plan = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa)["plan"]
+            chosen = dict(zip(names, plan["params"], strict=True)) | {"cols": cols, "flat": flat}
+            params = tuple(chosen.values())
+            answer = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa, params=params)
+            if "plan" not in answer:
+                continue
+            result = problems.run(problem, x, w, "planar", isa=isa, params=params, **arguments)
+            np.testing.assert_array_equal(result, expected, f"{problem} {isa} {chosen}")
+    assert tested > 15
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("isa", ISAS)
+def test_output_rows_of_few_features_share_loads(isa: str, k: int) -> None:
+    """planar's tiles of several output rows, in blocks of any rows, in place and not."""
+    names = [spec["name"] for spec in ALGORITHMS["planar"]["params"]]
+    rng = np.random.default_rng(k)
+    tiles = next(row["tiles"] for row in REGISTRY["isas"] if row["name"] == isa)
+    highest = max(mr for mr, _ in tiles)
+    tested = 0
+    for size, window, padding, layout in (
+        ((9, 35), (3, 3), ((1, 1), (1, 1)), ("NHWC", "HWIO")),
+        ((3, 20), (5, 2), ((3, 4), (0, 3)), ("NHWC", "OHWI")),
+        ((12, 18), (2, 3), ((-1, 0), (0, 0)), ("NCHW", "OIHW")),
+    ):
+        problem = problems.make(
+            2, 17, k, size, window, padding=padding, layout=layout, out_layout="NHWC"
+        )
+        x, w = problems.operands(problem, rng)
+        bias = problems.values(rng, (k,), "float32")
+        expected = np.maximum(reference.chain(problem, x, w) + bias, 0)
+        for mr, rows, cols, strip in itertools.product((k, highest), (0, 3), (0, 16), (0, 1)):
+            chosen = {"mr": mr, "nv": 1, "rows": rows, "cols": cols, "strip": strip, "flat": 0}
+            params = tuple(chosen[name] for name in names)
+            answer = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa, params=params)
+            if "plan" not in answer:
+                continue
+            tested += 1
+            result = problems.run(
+                problem, x, w, "planar", isa=isa, params=params, bias=bias, activation="relu"
+            )
+            np.testing.assert_array_equal(result, expected, f"{problem} {chosen}")
+    assert tested >= 24
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("size", "window", "padding", "c", "k"),
+    [
+        ((301,), (5,), ((2, 2),), 3, 9),  # rows in place, but for blocks on padding
+        ((2, 90), (1, 4), ((0, 0), (5, 1)), 20, 40),
+        ((90,), (2,), ((1, -3),), 64, 32),
+        ((4, 4), (3, 3), ((1, 1), (1, 1)), 96, 256),  # filters in the order of memory
+        ((4, 4), (1, 3), ((0, 0), (1, 1)), 300, 640),
+        ((44, 64), (3, 3), ((1, 1), (1, 1)), 64, 3),  # the next rows during products
+    ],
+)
+def test_what_comes_next_is_read_ahead(isa: str, size, window, padding, c: int, k: int) -> None:
+    problem = problems.make(1, c, k, size, window, padding=padding)
+    x, w = problems.operands(problem, np.random.default_rng(k))
+    expected = reference.chain(problem, x, w)
+    for algorithm, cols in itertools.product(("im2win", "rows", "planar"), (0, 32)):
+        names = _registry.parameter_names(algorithm)
+        plan = _ffi.make_plan(problem.native(), algorithm=algorithm, isa=isa)["plan"]
+        chosen = dict(zip(names, plan["params"], strict=True))
+        chosen |= {"cols": cols} if cols > 0 else {}
+        params = tuple(chosen.values())
+        for threads in (1, 2):
+            result = problems.run(problem, x, w, algorithm, isa=isa, params=params, threads=threads)
+            np.testing.assert_array_equal(result, expected, f"{algorithm} {chosen}")
+
+
 def test_inserted_zeros_are_not_multiplied() -> None:
     """Products and memory of a stride of 4 by 2: an eighth, and no upsampled input."""
     for size, k in (((32, 32), 4), ((33, 31), 4)):

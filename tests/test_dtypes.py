@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -139,6 +140,30 @@ def test_integers_are_floats_where_these_are_exact(dtype: str, most: int) -> Non
         for algorithm in ("auto", "planar")[: 1 + (channels == most)]:
             y = problems.run(problem, x, w, algorithm)
             np.testing.assert_array_equal(y, np.full(y.shape, channels * int(extreme) ** 2))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize(
+    ("window", "stride", "expand"), [(5, 1, 1), (7, 2, 1), (3, 1, 1), (3, 2, 2)]
+)
+def test_depthwise_in_strips_and_groups_of_features(
+    dtype: str, window: int, stride: int, expand: int
+) -> None:
+    """Tiles of more features than a group, blocks of rows that end within a tile: the same bits."""
+    rng = np.random.default_rng(window)
+    result = "int32" if dtype == "int8" else dtype
+    sizes = {"stride": (stride, stride), "padding": ((2, 1), (1, 2)), "groups": 70}
+    made = functools.partial(problems.make, 2, 70, 70 * expand, (19, 61), (window, window), **sizes)
+    narrow, wide = made(dtype=dtype, out_dtype=result), made()
+    assert narrow is not None and wide is not None
+    x, w = (problems.values(rng, shape, dtype) for shape in (narrow.lhs_shape, narrow.rhs_shape))
+    expected = problems.run(wide, x.astype("float32"), w.astype("float32"), "depthwise")
+    for isa in (row["name"] for row in _registry.registry()["isas"] if row["runnable"]):
+        usual = _ffi.make_plan(narrow.native(), algorithm="depthwise", isa=isa)["plan"]["params"]
+        for rows, threads in ((usual[0], 1), (7, 2), (0, 1)):
+            params = (rows, *usual[1:])
+            got = problems.run(narrow, x, w, "depthwise", isa=isa, threads=threads, params=params)
+            np.testing.assert_array_equal(got, expected.astype(result))
 
 
 def test_integer_sums_wrap_around() -> None:

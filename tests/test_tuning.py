@@ -201,24 +201,24 @@ def test_the_search_for_neighbours_finds_the_nearest(path: Path) -> None:
         n, c, k, size = (int(rng.integers(1, most)) for most in (9, 4, 4, 50))
         problem = problems.make(n, 8 * c, 8 * k, (size, 8), (1, 3))
         rows.append(problem)
-        table._near.add(vars(problem), "isa", 2, True)
+        table._near.add(problem.asked(), "isa", 2, True)
 
     def distance(problem: Problem, other: Problem, first: int, last: int) -> float:
         sizes = zip(
             _tuning._WEIGHTS.values(),
-            _ffi.sizes(vars(problem), 2, True),
-            _ffi.sizes(vars(other), 2, True),
+            _ffi.sizes(problem.asked(), 2, True),
+            _ffi.sizes(other.asked(), 2, True),
             strict=True,
         )
         return sum(w * abs(np.log2(a / b)) for w, a, b in list(sizes)[first:last])
 
-    assert table._near.nearest(vars(rows[0]), "another", 2) == []
+    assert table._near.nearest(rows[0].asked(), "another", 2) == []
     for _ in range(100):
         n, size = int(rng.integers(1, 20)), int(rng.integers(1, 200))
         asked = problems.make(n, 16, 24, (size, 8), (1, 3))
         alike = [row for row in rows if distance(asked, row, 0, 3) == 0]
         within = sorted(d for row in alike if (d := distance(asked, row, 3, 8)) <= _tuning._LIMIT)
-        found = [rows[i] for i in table._near.nearest(vars(asked), "isa", 2)]
+        found = [rows[i] for i in table._near.nearest(asked.asked(), "isa", 2)]
         if within:
             assert {*map(id, found)} <= {*map(id, alike)}
             np.testing.assert_allclose(distance(asked, found[0], 3, 8), within[0], atol=1e-9)
@@ -235,7 +235,7 @@ def test_sizes_that_no_array_has_do_no_harm(path: Path) -> None:
     }.items():
         problem = dataclasses.replace(PROBLEM, **changes)
         _write(path, dataclasses.replace(usual, problem=problem, uid=uid * 32))
-        assert min(_ffi.sizes(vars(problem), 1, True)) > 0
+        assert min(_ffi.sizes(problem.asked(), 1, True)) > 0
         assert _decide(problem).tier == "xla"
     for changes in ({"feature_group_count": 0, "batch_group_count": 0}, {"rhs_spec": ()}):
         with contextlib.suppress(IndexError):  # nor do those that no file has
@@ -251,7 +251,7 @@ def test_dispatch_asks_the_core_for_the_same_plans(path: Path) -> None:
         usual = _ffi.make_plan(native, isa=isa)["plan"]
         for name in ("auto", *_registry.algorithm_names()):
             whole = _ffi.make_plan(native, name, isa)
-            short = _ffi.plan(native, name, isa, 1, -1, ())
+            short = _ffi.plan(problem.asked(), name, isa, 1, -1, ())
             if "error" in whole:
                 assert short == whole["error"]
                 continue

@@ -12,7 +12,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ from jaxwin.tuner.problems import (
     to_layout,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "onnxruntime", "ai-edge-litert")
 # Largest error that still is a right answer, relative to the largest value of the result.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-11, "float16": 1e-2, "bfloat16": 5e-2}
@@ -83,6 +83,19 @@ class Cell:
     plan: dict[str, Any] | None = None
 
 
+class Versus(NamedTuple):
+    """jaxwin against a peer, in one row.
+
+    ours: the form of jaxwin that met it. ratio: how many times faster that is. error: the ratio's
+    standard error, None where there were fewer than three rounds.
+    """
+
+    peer: str
+    ours: str
+    ratio: float
+    error: float | None
+
+
 @dataclasses.dataclass
 class Row:
     """One convolution in one direction, and what the peers did with it.
@@ -112,21 +125,41 @@ class Row:
             return None
         return measure.relative(self.cells[ours].samples_ns, self.cells[theirs].samples_ns)
 
-    def ratio(self, peer: str) -> float | None:
-        """How many times faster than a peer jaxwin is, both with or both without fresh output."""
-        ours = [name for name in self.cells if peers.is_ours(name)]
-        kept = peers.make(peer).reuses_output
-        like = [name for name in ours if peers.make(name).reuses_output == kept]
-        if kept:
-            like.reverse()  # the last has least of what a call from Python costs, as theirs have
-        mine = next((name for name in [*like, *ours] if self.time(name) is not None), None)
-        return None if mine is None else self.relative(mine, peer)
+    def against(self, peer: str, alike: bool = False) -> Versus | None:
+        """jaxwin against a peer, both with or both without fresh output.
 
-    def best(self) -> tuple[str, float] | None:
-        """The peer that does best against jaxwin, and how many times faster jaxwin is."""
-        ratios = {p: self.ratio(p) for p in self.cells if not peers.is_ours(p)}
-        known = {name: value for name, value in ratios.items() if value is not None}
-        return min(known.items(), key=lambda item: item[1]) if known else None
+        It is given its weights in each call; alike: or packed before, where the peer's are.
+        """
+        ours = self.form(peer, alike)
+        ratio = None if ours is None else self.relative(ours, peer)
+        if ours is None or ratio is None:
+            return None
+        samples = self.cells[ours].samples_ns, self.cells[peer].samples_ns
+        return Versus(peer, ours, ratio, measure.relative_error(*samples))
+
+    def form(self, peer: str, alike: bool) -> str | None:
+        """The form of jaxwin that meets a peer, of those that got it right."""
+        theirs = peers.make(peer)
+        forms = {name: peers.make(name) for name in self.cells if peers.is_ours(name)}
+        packed = [self.cells[name] for name, form in forms.items() if form.packs_ahead]
+        # What cannot be packed is for the form that there is.
+        unpackable = packed and all(cell.status == "unsupported" for cell in packed)
+        ahead = alike and theirs.packs_ahead and not unpackable
+        ours = [
+            name
+            for name, form in forms.items()
+            if form.packs_ahead == ahead and self.time(name) is not None
+        ]
+        like = [name for name in ours if forms[name].reuses_output == theirs.reuses_output]
+        if theirs.reuses_output:
+            like.reverse()  # the last has least of what a call from Python costs, as theirs have
+        return next(iter([*like, *ours]), None)
+
+    def best(self, alike: bool = False) -> Versus | None:
+        """jaxwin against the peer that does best against it; alike: as for `against`."""
+        found = (self.against(name, alike) for name in self.cells if not peers.is_ours(name))
+        known = [versus for versus in found if versus is not None]
+        return min(known, key=lambda versus: versus.ratio) if known else None
 
 
 @dataclasses.dataclass
@@ -157,7 +190,7 @@ class Result:
 
     def mean_ratio(self) -> float | None:
         """Geometric mean over all rows of jaxwin's speed relative to the best peer's."""
-        values = [best[1] for row in self.rows if (best := row.best()) is not None]
+        values = [best.ratio for row in self.rows if (best := row.best()) is not None]
         return measure.geomean(values) if values else None
 
     def wrong(self) -> list[tuple[Row, str]]:
@@ -203,15 +236,16 @@ class Result:
         fields = dataclasses.asdict(self)
         fields["cpus"] = list(self.cpus)
         for data, row in zip(fields["rows"], self.rows, strict=True):
-            best = row.best()
-            data["best_peer"] = best and best[0]
-            data["ratio_to_best"] = best and best[1]
-            data["ratios"] = {p: row.ratio(p) for p in row.cells if not peers.is_ours(p)}
+            data |= _ratios(row, alike=False)
+            data["like_for_like"] = _ratios(row, alike=True)
         means = {}
         for direction in self.directions():
             gflops = {name: self._mean_or_none(direction, name) for name in self.peers}
-            ratio, count = self.mean(direction, lambda row: (row.best() or ("", None))[1])
-            means[direction] = {"gflops": gflops, "ratio_to_best": ratio if count else None}
+            means[direction] = {
+                "gflops": gflops,
+                "ratio_to_best": self._mean_best(direction, alike=False),
+                "like_for_like": {"ratio_to_best": self._mean_best(direction, alike=True)},
+            }
         return {
             "schema_version": SCHEMA_VERSION,
             **fields,
@@ -219,9 +253,30 @@ class Result:
             "warnings": self.warnings(),
         }
 
+    def _mean_best(self, direction: str, alike: bool) -> float | None:
+        ratio, count = self.mean(direction, lambda row: _value(row.best(alike)))
+        return ratio if count else None
+
     def _mean_or_none(self, direction: str, peer: str) -> dict[str, Any] | None:
         value, count = self.mean(direction, functools.partial(gflops, peer))
         return {"geomean": value, "rows": count} if count else None
+
+
+def _ratios(row: Row, alike: bool) -> dict[str, Any]:
+    """jaxwin against each peer and the best of them, for `json.dumps`."""
+    best = row.best(alike)
+    met = {name: row.against(name, alike) for name in row.cells if not peers.is_ours(name)}
+    return {
+        "best_peer": best and best.peer,
+        "best_of_ours": best and best.ours,
+        "ratio_to_best": best and best.ratio,
+        "ratio_to_best_error": best and best.error,
+        "ratios": {name: _value(versus) for name, versus in met.items()},
+    }
+
+
+def _value(versus: Versus | None) -> float | None:
+    return versus and versus.ratio
 
 
 def gflops(peer: str, row: Row) -> float | None:
@@ -434,7 +489,8 @@ def reference(task: peers.Task) -> NDArray[Any]:
 
 Grid = list[list[str]]
 WORDS = (
-    *("layer", "model", "convolution", "jaxwin's plan", "best peer"),  # columns without numbers
+    # columns without numbers
+    *("layer", "model", "convolution", "jaxwin's plan", "best peer", "best alike"),
     *("figure", "in the paper", "here", "met", "source"),
 )
 
@@ -454,29 +510,20 @@ def grids(result: Result) -> dict[str, Grid]:
 
 def _speeds(result: Result, direction: str, rows: Sequence[Row]) -> Grid:
     having = [n for n in result.peers if any(row.cells[n].status != "unsupported" for row in rows)]
-    with_xla = "xla" in having
-    ours = any(peers.is_ours(name) for name in having)
-    header = ["layer", *having]
-    if ours:
-        header += ["best peer", "jaxwin / best"] + ["jaxwin / xla"] * with_xla
+    compared = comparisons(having)
+    header = ["layer", *having, *(name for column in compared for name in column.header)]
     grid = [header]
     for row in rows:
-        best = row.best()
         line = [row.name, *(_speed(row.cells[name]) for name in having)]
-        if ours:
-            line += [best[0] if best else "-", ratio_text(best and best[1])]
-            line += [ratio_text(row.ratio("xla"))] * with_xla
-        grid.append(line)
+        grid.append(line + [text for column in compared for text in column.texts(row)])
     if len(rows) > 1:
         line = ["geomean"]
         for name in having:
             value, count = result.mean(direction, functools.partial(gflops, name))
             line.append(_mean(value, count, len(rows)))
-        if ours:
-            line.append("")
-            means = [result.mean(direction, lambda r: (r.best() or ("", None))[1])]
-            means += [result.mean(direction, lambda r: r.ratio("xla"))] * with_xla
-            line += [_mean(value, count, len(rows), ".2f") for value, count in means]
+        for column in compared:
+            value, count = result.mean(direction, column.value)
+            line += [""] * (len(column.header) - 1) + [_mean(value, count, len(rows), ".2f")]
         grid.append(line)
     if any(row.count > 1 for row in rows):
         line = ["network, ms"]
@@ -486,6 +533,41 @@ def _speeds(result: Result, direction: str, rows: Sequence[Row]) -> Grid:
             line.append(f"{sum(known) / 1e6:.2f}" if len(known) == len(rows) else "-")
         grid.append(line + [""] * (len(header) - len(line)))
     return grid
+
+
+class Comparison(NamedTuple):
+    """One or two columns of a table: the peer, if the header has two names, and the ratio."""
+
+    header: tuple[str, ...]
+    versus: Callable[[Row], Versus | None]
+
+    def value(self, row: Row) -> float | None:
+        """A row's ratio."""
+        return _value(self.versus(row))
+
+    def texts(self, row: Row) -> list[str]:
+        """A row's cells, such as "xla" and "1.25 ±0.02"."""
+        found = self.versus(row)
+        ratio = "-" if found is None else f"{found.ratio:.2f}"
+        if found is not None and found.error is not None:
+            ratio += f" ±{found.error:.2f}"
+        return [found.peer if found else "-", ratio][-len(self.header) :]
+
+
+def comparisons(
+    having: Sequence[str], make: Callable[[str], peers.Peer] = peers.make
+) -> list[Comparison]:
+    """How a table compares jaxwin with the peers that it has. make: a peer by name."""
+    ours = [name for name in having if peers.is_ours(name)]
+    found = []
+    if ours:
+        found.append(Comparison(("best peer", "jaxwin / best"), lambda row: row.best()))
+    if any(make(name).packs_ahead for name in ours):
+        header = ("best alike", "jaxwin / best alike")
+        found.append(Comparison(header, lambda row: row.best(alike=True)))
+    if ours and "xla" in having:
+        found.append(Comparison(("jaxwin / xla",), lambda row: row.against("xla")))
+    return found
 
 
 def _memory(result: Result, rows: Sequence[Row]) -> Grid:
@@ -543,10 +625,6 @@ def _speed(cell: Cell) -> str:
     return text
 
 
-def ratio_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _mean(value: float, count: int, rows: int, spec: str = ".1f") -> str:
     if not count:
         return "-"
@@ -557,12 +635,19 @@ BEST = (
     "best peer: the one that does best against jaxwin; ratios are times jaxwin is faster, "
     "against jaxwin-loop where the peer keeps its output too"
 )
+ERROR = "±: standard error of a ratio, from how the rounds differ"
+ALIKE = (
+    "alike: peers that have their weights before the clock starts ({}) against jaxwin with weights "
+    "from jaxwin.pack where it can have them, the others against jaxwin without"
+)
 
 
-def notes(result: Result, best: str = BEST) -> list[str]:
+def notes(
+    result: Result, best: str = BEST, make: Callable[[str], peers.Peer] = peers.make
+) -> list[str]:
     """Lines below the tables: how it was measured, what is missing, what to doubt.
 
-    best: what the best peer and the ratios are.
+    best: what the best peer and the ratios are; empty where there are none. make: a peer by name.
     """
     options = result.options
     clock = "CPU time of the process" if options.threads == 1 else "wall-clock time"
@@ -583,8 +668,12 @@ def notes(result: Result, best: str = BEST) -> list[str]:
         lines.append(
             f"measured FMA peak {peaks[0]:.0f} to {peaks[-1]:.0f} GFLOP/s; (%) of the row's"
         )
-    if any(peers.is_ours(name) for name in result.peers):
-        lines.append(best)
+    if best and any(peers.is_ours(name) for name in result.peers):
+        lines += [best, ERROR]
+        ahead = [name for name in result.peers if make(name).packs_ahead]
+        if any(map(peers.is_ours, ahead)):
+            theirs = [name for name in ahead if not peers.is_ours(name)]
+            lines.append(ALIKE.format(", ".join(theirs) or "none here"))
     lines += [f"missing peer {name}: {reason}" for name, reason in result.missing.items()]
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in result.rows:

@@ -414,7 +414,8 @@ class _Batches(_Sizes):
 
 def _catalogue() -> str:
     def listed(title: str, what: dict[str, str]) -> list[str]:
-        return ["\b", title, *(f"  {name:<15} {text}" for name, text in what.items()), ""]
+        width = max(map(len, what))
+        return ["\b", title, *(f"  {name:<{width}} {text}" for name, text in what.items()), ""]
 
     return "\n".join(
         [
@@ -447,6 +448,13 @@ adds up the threads. Peers marked "output kept" write into memory that they keep
 fresh memory in each call, whose page faults are part of their time. The former are compared with
 jaxwin-loop, many convolutions in one program that uses one result's memory, the latter with jaxwin.
 jaxwin-donated, single calls that get their result's memory back, shows what fresh memory costs.
+
+"jaxwin / best" is of jaxwin that is given plain weights in each call. "jaxwin / best alike"
+compares the peers marked "weights packed before" with jaxwin-packed or jaxwin-packed-loop,
+whose weights come from jaxwin.pack, and the others with jaxwin as it is; where no kernel of jaxwin
+reads packed weights, all of them. ± is the standard error of a ratio, from how the rounds differ.
+What differs from one process to the next is not in it, and the best of several peers is one
+that luck favoured.
 
 Exits with 1 where jaxwin's result is wrong or --fail-under says so, and with 130 after Ctrl-C,
 which prints what was measured so far.

@@ -21,7 +21,7 @@ from jaxwin.tuner import bench, measure, peers, report, svg
 from jaxwin.tuner.problems import Conv, preset
 from jaxwin.tuner.search import duration
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MIB = 2**20
 # How much is measured: a first look, what shows the papers' figures, or every layer in every way.
 EXTENTS = ("quick", "usual", "full")

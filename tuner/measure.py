@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 SLOW_SECONDS = 1.0  # a call as long as this needs no loop, and no second warm-up
+_FEW = 3  # fewer rounds than these say nothing about how they differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +83,29 @@ def relative(one: Sequence[float], other: Sequence[float]) -> float:
     Raises:
         statistics.StatisticsError: one has no samples.
     """
-    if min(len(one), len(other)) < 3:
+    taken = _ratios(one, other)
+    if len(taken) < _FEW:
         return statistics.median(other) / statistics.median(one)
-    return statistics.median(b / a for a, b in zip(one, other, strict=False))
+    return statistics.median(taken)
+
+
+def relative_error(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """The standard error of `relative`; None where there are fewer than three rounds."""
+    taken = _ratios(one, other)
+    return None if len(taken) < _FEW else error(taken)
+
+
+def _ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [b / a for a, b in zip(one, other, strict=False)]
+
+
+def error(values: Sequence[float]) -> float:
+    """The standard error of the median of values, from their median absolute deviation.
+
+    Raises:
+        statistics.StatisticsError: there are no values.
+    """
+    return 1.2533 * 1.4826 * mad(values) / math.sqrt(len(values))
 
 
 def geomean(values: Iterable[float]) -> float:

@@ -96,7 +96,6 @@ class _ModelPeer(Peer):
 class _JaxModel(_ModelPeer):
     options: ClassVar[dict[str, Any]] = {}
     folds: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
     net: ClassVar[type[models.JaxNet]] = models.JaxNet
 
     def function(self, model: Model) -> Callable[..., Any]:
@@ -114,7 +113,7 @@ class _JaxModel(_ModelPeer):
             for name, of in task.layers.items()
         }
         data = [jnp.asarray(x) for x in task.inputs]
-        if self.packs:
+        if self.packs_ahead:
             layers = {name: models.packed(model, of, data[0]) for name, of in layers.items()}
         args: tuple[Any, ...]
         if model.training:
@@ -200,7 +199,7 @@ class JaxwinPacked(JaxwinFused):
 
     name = "jaxwin-packed"
     summary = "as jaxwin-fused, weights packed before; inference only"
-    packs = True
+    packs_ahead = True
 
 
 class _TorchModel(_ModelPeer):
@@ -288,6 +287,7 @@ class TorchFrozen(_TorchModel):
     name = "torch-frozen"
     summary = "torch.jit.trace, freeze and optimize_for_inference, channels last; inference only"
     training = False
+    packs_ahead = True
 
     def infer(self, network: Any, layers: models.Layers, x: Any) -> Callable[[], Any]:
         import torch
@@ -352,16 +352,16 @@ class Row(bench.Row):
 
     batch: int = 1
 
-    def ratio(self, peer: str) -> float | None:
-        """How many times faster than a peer jaxwin is, in the faster of its forms."""
-        ours = {n: t for n in self.cells if is_ours(n) if (t := self.time(n)) is not None}
-        return self.relative(min(ours, key=lambda name: ours[name]), peer) if ours else None
-
-    def best(self) -> tuple[str, float] | None:
-        """The fastest other peer, and how many times faster jaxwin is."""
-        ratios = {name: self.ratio(name) for name in self.cells if not is_ours(name)}
-        known = {name: value for name, value in ratios.items() if value is not None}
-        return min(known.items(), key=lambda item: item[1]) if known else None
+    def form(self, peer: str, alike: bool) -> str | None:
+        """The fastest form of jaxwin; alike: of those that pack weights when the peer does."""
+        ahead = make(peer).packs_ahead
+        ours = {
+            name: time
+            for name in self.cells
+            if is_ours(name) and (not alike or make(name).packs_ahead == ahead)
+            if (time := self.time(name)) is not None
+        }
+        return min(ours, key=lambda name: ours[name]) if ours else None
 
 
 def run(
@@ -490,20 +490,15 @@ def grids(result: bench.Result) -> dict[str, bench.Grid]:
     having = [
         n for n in result.peers if any(row.cells[n].status != "unsupported" for row in result.rows)
     ]
-    ours = any(map(is_ours, having))
-    speeds: bench.Grid = [["model", "batch", *having]]
+    compared = bench.comparisons(having, make)
+    ratios = [name for column in compared for name in column.header]
+    speeds: bench.Grid = [["model", "batch", *having, *ratios]]
     memory: bench.Grid = [["model", "batch", *having]]
     faults: bench.Grid = [["model", "batch", *having]]
-    if ours:
-        speeds[0] += ["best peer", "jaxwin / best"] + ["jaxwin / xla"] * ("xla" in having)
     for row in result.rows:
         assert isinstance(row, Row)
-        best = row.best()
         line = [row.name, str(row.batch), *(_time(row.cells[name]) for name in having)]
-        if ours:
-            line += [best[0] if best else "-", bench.ratio_text(best and best[1])]
-            line += [bench.ratio_text(row.ratio("xla"))] * ("xla" in having)
-        speeds.append(line)
+        speeds.append(line + [text for column in compared for text in column.texts(row)])
         known = (row.cells[name].workspace_bytes for name in having)
         memory.append([row.name, str(row.batch), *map(bench.mib, known)])
         counts = (row.cells[name].faults for name in having)
@@ -533,7 +528,7 @@ BEST = (
 
 def notes(result: bench.Result) -> list[str]:
     """Lines below the tables."""
-    return bench.notes(result, BEST)
+    return bench.notes(result, BEST, make)
 
 
 def prepare(chosen: Sequence[str], options: bench.Options) -> bench.Result:

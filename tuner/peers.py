@@ -38,6 +38,7 @@ from jaxwin.tuner.problems import (
     computation,
     friendly,
     from_layout,
+    pack,
     result_operand,
     to_layout,
 )
@@ -92,13 +93,16 @@ class Peer:
 
     name: on the command line and in tables. summary: one line. modules: what must be importable.
     reuses_output: whether each call writes into the same memory; else each call's result is
-    fresh memory, whose page faults are then part of the time.
+    fresh memory, whose page faults are then part of the time. packs_ahead: whether the weights are
+    known before the clock starts, in the library's own order where that helps; else each call is
+    given them as an array.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     modules: ClassVar[tuple[str, ...]] = ()
     reuses_output: ClassVar[bool] = False
+    packs_ahead: ClassVar[bool] = False
 
     def missing(self) -> str:
         """Why the peer cannot be used in this process; empty if it can."""
@@ -185,11 +189,7 @@ class _Jax(Peer):
         return fn
 
     def prepare(self, task: Task) -> Prepared:
-        fn = self.function(task)
-        _, operands = computation(task.conv, task.direction, task.layout, lax.conv_general_dilated)
-        arrays = [
-            jax.device_put(to_layout(task.operand(name), name, task.layout)) for name in operands
-        ]
+        fn, arrays = self.function(task), self.arrays(task)
         kind = result_operand(task.direction)
         like = abstract(task.conv, kind, task.layout)
         compiled, timed = self.program(fn, arrays, like)
@@ -202,11 +202,18 @@ class _Jax(Peer):
 
         return Prepared(timed, result, facts)
 
-    def facts(self, fn: Callable[..., jax.Array], arrays: list[jax.Array]) -> dict[str, Any]:
+    def arrays(self, task: Task) -> list[Any]:
+        """The arguments of `function`, arrays or trees of them."""
+        _, operands = computation(task.conv, task.direction, task.layout, lax.conv_general_dilated)
+        return [
+            jax.device_put(to_layout(task.operand(name), name, task.layout)) for name in operands
+        ]
+
+    def facts(self, fn: Callable[..., jax.Array], arrays: list[Any]) -> dict[str, Any]:
         return {}
 
     def program(
-        self, fn: Callable[..., jax.Array], arrays: list[jax.Array], like: Any
+        self, fn: Callable[..., jax.Array], arrays: list[Any], like: Any
     ) -> tuple[Any, Timed]:
         """What is compiled, and what is timed of it; calls return a result that is like `like`."""
         compiled = jax.jit(fn).lower(*arrays).compile(compiler_options=self.options)
@@ -450,6 +457,7 @@ class OneDnnPacked(_Torch):
     name = "onednn-packed"
     summary = "PyTorch with oneDNN, channels last, weights packed before; forward only"
     channels_last = True
+    packs_ahead = True
 
     def operation(
         self, task: Task, geometry: _Geometry, x: Any, w: Any, y: Any
@@ -505,9 +513,13 @@ class OnnxRuntime(Peer):
     """ONNX Runtime; input and output are bound to memory that is kept."""
 
     name = "ort"
-    summary = "ONNX Runtime, channels first, output kept; forward only; integers by ConvInteger"
+    summary = (
+        "ONNX Runtime, channels first, weights packed before, output kept; forward only; integers "
+        "by ConvInteger"
+    )
     modules = ("onnxruntime", "onnx")
     reuses_output = True
+    packs_ahead = True
 
     def prepare(self, task: Task) -> Prepared:
         import onnx
@@ -575,9 +587,12 @@ class Xnnpack(Peer):
     """XNNPACK as LiteRT (TensorFlow Lite) calls it, from a model of one convolution."""
 
     name = "xnnpack"
-    summary = "XNNPACK through LiteRT, channels last, output kept; forward only"
+    summary = (
+        "XNNPACK through LiteRT, channels last, weights packed before, output kept; forward only"
+    )
     modules = ("ai_edge_litert.interpreter", "flatbuffers")
     reuses_output = True
+    packs_ahead = True
 
     def prepare(self, task: Task) -> Prepared:
         from ai_edge_litert.interpreter import Interpreter
@@ -638,7 +653,7 @@ class Jaxwin(_Jax):
         fn, _ = computation(task.conv, task.direction, task.layout, jaxwin.conv_general_dilated)
         return fn
 
-    def facts(self, fn: Callable[..., jax.Array], arrays: list[jax.Array]) -> dict[str, Any]:
+    def facts(self, fn: Callable[..., jax.Array], arrays: list[Any]) -> dict[str, Any]:
         (row,) = jaxwin.explain(fn, *arrays)
         return {
             "plan": {
@@ -660,7 +675,7 @@ class JaxwinDonated(Jaxwin):
     reuses_output = True
 
     def program(
-        self, fn: Callable[..., jax.Array], arrays: list[jax.Array], like: Any
+        self, fn: Callable[..., jax.Array], arrays: list[Any], like: Any
     ) -> tuple[Any, Timed]:
         def into(first: jax.Array, second: jax.Array, out: jax.Array) -> jax.Array:
             return fn(first, second)
@@ -689,7 +704,7 @@ class JaxwinLoop(Jaxwin):
     reuses_output = True
 
     def program(
-        self, fn: Callable[..., jax.Array], arrays: list[jax.Array], like: Any
+        self, fn: Callable[..., jax.Array], arrays: list[Any], like: Any
     ) -> tuple[Any, Timed]:
         def repeated(count: jax.Array, out: jax.Array, *operands: jax.Array) -> jax.Array:
             def once(_: jax.Array, carry: Any) -> Any:
@@ -716,6 +731,48 @@ class JaxwinLoop(Jaxwin):
 
         calls = calls_per_sample(times(1), _LOOP_SECONDS)
         return compiled, Timed(times(calls), calls=calls)
+
+
+@register
+class JaxwinPacked(Jaxwin):
+    """jaxwin with the filters from `jaxwin.pack`, an argument of each call."""
+
+    name = "jaxwin-packed"
+    summary = "jaxwin with weights packed before; forward only"
+    packs_ahead = True
+
+    def function(self, task: Task) -> Callable[..., jax.Array]:
+        _check_friendly(task)
+        return friendly(task.conv, task.layout.upper())
+
+    def arrays(self, task: Task) -> list[Any]:
+        x = jax.device_put(to_layout(task.x, "x", task.layout))
+        w = pack(task.conv, task.layout.upper(), x, jax.device_put(task.w))
+        if w.packing is None:
+            raise Unsupported("no kernel that dispatch chooses here reads packed weights")
+        (row,) = jaxwin.explain(self.function(task), x, w)
+        if row.algorithm == _registry.XLA:
+            raise Unsupported(f"the program would unpack the weights: {row.reason}")
+        return [x, w]
+
+
+@register
+class JaxwinPackedLoop(JaxwinPacked, JaxwinLoop):
+    """Both."""
+
+    name = "jaxwin-packed-loop"
+    summary = "jaxwin-loop with weights packed before; forward only"
+
+
+def _check_friendly(task: Task) -> None:
+    """Raises Unsupported where `jaxwin.conv` does not have the task's convolution."""
+    conv = task.conv
+    if task.direction != "fwd":
+        raise Unsupported("forward only")
+    if max(conv.lhs_dilation) > 1 or conv.reversed or conv.batch_groups > 1:
+        raise Unsupported("jaxwin.conv has no such convolution")
+    if conv.dtype in INTEGERS:
+        raise Unsupported("jaxwin.conv gives the dtype of its operands")
 
 
 class JaxwinWith(Jaxwin):
@@ -752,7 +809,7 @@ class JaxwinWith(Jaxwin):
         result: jax.Array = call(x, w, **_lowering.attributes(problem, made))[0]
         return result
 
-    def facts(self, fn: Callable[..., jax.Array], arrays: list[jax.Array]) -> dict[str, Any]:
+    def facts(self, fn: Callable[..., jax.Array], arrays: list[Any]) -> dict[str, Any]:
         if not self.changes:
             return super().facts(fn, arrays)
         return {"plan": {"tier": "requested", "algorithm": self.algorithm, "isa": _registry.isa(),
@@ -813,14 +870,8 @@ class JaxwinIn(Jaxwin):
         self.name = f"jaxwin:{algorithm}@{layout}"  # type: ignore[misc]
 
     def prepare(self, task: Task) -> Prepared:
+        _check_friendly(task)
         conv = task.conv
-        if task.direction != "fwd":
-            raise Unsupported("forward only")
-        if max(conv.lhs_dilation) > 1 or conv.reversed or conv.batch_groups > 1:
-            raise Unsupported("jaxwin.conv has no such convolution")
-
-        if conv.dtype in INTEGERS:
-            raise Unsupported("jaxwin.conv gives the dtype of its operands")
         fn = friendly(conv, self.layout, self.algorithm)
         arrays = [jaxwin.to_layout(task.x, self.layout), jax.device_put(task.w)]
         try:

@@ -222,19 +222,25 @@ def computation(
 def friendly(conv: Conv, layout: str, algorithm: str = "auto") -> Callable[..., jax.Array]:
     """`jaxwin.conv` of x in one of its layouts and w, which cannot say all that a `Conv` can."""
 
-    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jaxwin.conv(
-            x,
-            w,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.rhs_dilation,
-            groups=conv.groups,
-            layout=layout,
-            algorithm=algorithm,
-        )
+    def convolve(x: jax.Array, w: jax.Array | jaxwin.PackedWeights) -> jax.Array:
+        return jaxwin.conv(x, w, algorithm=algorithm, **_arguments(conv, layout))
 
     return convolve
+
+
+def pack(conv: Conv, layout: str, x: jax.Array, w: jax.Array) -> jaxwin.PackedWeights:
+    """The weights of `friendly`'s convolution, (window..., C / groups, K), packed for it."""
+    return jaxwin.pack(w, x, **_arguments(conv, layout))
+
+
+def _arguments(conv: Conv, layout: str) -> dict[str, Any]:
+    return {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.rhs_dilation,
+        "groups": conv.groups,
+        "layout": layout,
+    }
 
 
 def result_operand(direction: str) -> str:

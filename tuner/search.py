@@ -640,8 +640,7 @@ class Paired:
     def of(cls, one: Finding, other: Finding) -> Paired:
         """How much time `one` takes relative to `other`."""
         ratios = one.ratios(other)
-        spread = 1.4826 * measure.mad(ratios)
-        error = 1.2533 * spread / len(ratios) ** 0.5
+        error = measure.error(ratios)
         return cls(
             statistics.median(ratios),
             error if len(ratios) > 2 else max(error, _FEW_ERROR),

@@ -132,6 +132,8 @@ struct Algorithm {
 
   // Whether it reads neighbouring images as vectors (CHWN), or `cost` knows what they are to it.
   bool knows_images = false;
+  // There to be compared with: where another one computes a problem, it is not asked what it costs.
+  bool last_resort = false;
   // Whether 8-bit integers become floats instead of pairs of channels, where no sum of theirs is
   // beyond what a float holds exactly.
   bool integers_as_floats = false;

@@ -13,6 +13,10 @@ namespace {
 
 constexpr int64_t kStripBytes = 1 << 20;  // per thread
 constexpr int64_t kTableBytes = 8;        // of an entry of the indirection buffer
+constexpr int64_t kFewPixels = 48;        // that leave no time to wait for filters
+// Bytes that a tile adds to what the last one read, if windows overlap: fewer come without
+// prefetch.
+constexpr int64_t kManyAhead = 2048;
 
 int64_t strip_limit(const Kernels& k) { return kStripBytes / k.size; }
 
@@ -46,8 +50,11 @@ struct Layout {
   int64_t group;        // panels that are passed over together, kc steps of the reduction at a time
   int64_t unit;         // window order: floats per input column, Kd * Kh * C
   bool disjoint;        // window order: windows share no column
+  bool bare;            // window order: that of the input's rows, but for their padding
   bool streams;         // the filters come from behind the second-level cache in every call
-  bool follows;         // pointwise: pixels follow each other, and are read by a panel or two
+  bool in_order;        // they are fetched ahead in the order of memory, kc rows of all features
+  bool follows;         // columns follow each other in the input, and are read by a panel or two
+  int64_t next;         // then: floats from the next pixel's first column to one not yet read
   bool sparse;          // whole tiles read padding alone at some window positions along x
   int64_t strip_row;    // floats of A per output row of a block
   // Padded rows, columns of windows: input rows of one (image, z) in a block, floats of one of
@@ -100,6 +107,22 @@ bool is_buffered(const Problem& p, const Kernels& k) {
   return p.y.k != 1 || !is_word(k, p.out_dtype);
 }
 
+// Whether rows in window order, of windows that overlap, are rows of the input with their padding.
+bool is_bare(const Problem& p) {
+  return p.win[0] * p.win[1] == 1 && p.plain() && (p.x.c == 1 || p.c == 1) && p.x.sp[2] == p.c;
+}
+
+// The most reduction steps up to `most` that are one piece of the filters' memory, which leaves
+// room in the second-level cache for the next one; 0: there are none, or they are too few to pay.
+int64_t steps_in_order(const Problem& p, const Kernels& k, int64_t most) {
+  if (p.w.k != 1 || p.w.c != p.k || !p.plain() || p.n * p.pixels() > kFewPixels) return 0;
+  const int64_t fit = std::min(most, panel_floats(k) * 4 / 5 / p.w.c) / 8 * 8;
+  for (int64_t steps = fit; steps >= std::max<int64_t>(32, fit / 2); steps -= 8) {
+    if (p.c % steps == 0) return steps;
+  }
+  return 0;
+}
+
 Problem words_of(const Problem& problem, const Kernels& k) {
   Problem p = collapse(problem);
   p.c = ceil_div(p.c, k.channels);
@@ -145,6 +168,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.unit = p.win[0] * p.win[1] * p.c;
   const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
   l.disjoint = p.stride[2] >= span;
+  l.bare = lowering == Lowering::kWindow && l.full == 0 && !l.disjoint && is_bare(p);
   l.a_step = lowering == Lowering::kDirect ? p.x.c : 1;
   l.strip_row = 0;
   if (lowering == Lowering::kDirect) {
@@ -175,8 +199,12 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
                                                       1, ceil_div(l.panels, l.panel_split));
   l.streams = l.pack != kLocal && p.k * l.reduction * t.kernels->size > caches().l2 / 2;
-  l.follows =
-      lowering == Lowering::kDirect && p.window() == 1 && l.pixel_stride == p.c && l.panels <= 2;
+  l.in_order = l.streams && l.pack == kInPlace && l.panel_split == 1 && l.group >= l.panels &&
+               steps_in_order(p, *t.kernels, l.kc) == l.kc;
+  l.follows = (lowering == Lowering::kDirect || l.bare) && p.window() == p.win[2] && p.x.c == 1 &&
+              p.x.sp[2] == p.c && l.pixel_stride <= l.reduction && l.panels <= 2 &&
+              (p.window() == 1 || l.mr * l.pixel_stride * t.kernels->size >= kManyAhead);
+  l.next = (span - p.stride[2]) * p.c;
   const int64_t right = (p.out[2] - 1) * p.stride[2] + span - p.pad[2] - p.in[2];
   l.sparse = (lowering == Lowering::kRows || (lowering == Lowering::kWindow && !l.disjoint)) &&
              std::max(p.pad[2], right) >= l.mr * p.stride[2];
@@ -421,6 +449,7 @@ struct Real {
 struct Runs {
   std::vector<Run> all;
   std::vector<int64_t> begin;
+  int64_t steps = 0;  // of all
 };
 
 // The reduction over these positions as runs over A and B, cut at multiples of kc.
@@ -432,6 +461,7 @@ std::vector<Runs> make_runs(const Layout& l, const Real& real) {
     while (len > 0) {
       std::vector<Run>& block = blocks[r / l.kc].all;
       const int64_t piece = std::min(len, l.kc - r % l.kc);
+      blocks[r / l.kc].steps += piece;
       // What is packed locally begins with its block.
       const int64_t base = l.pack == kLocal ? r / l.kc * l.kc * l.panel : 0;
       const bool first =
@@ -557,11 +587,13 @@ struct Block {  // one block of A rows, ready for the micro-kernel
 };
 
 // What is read of the filters after the panel at hand, a matrix of kc rows with this stride. Its
-// columns of cache lines are prefetched one by one, by the first tiles of the panel.
+// columns of cache lines are prefetched one by one, by the first tiles of the panel. Or what all
+// panels read next, in the order of memory, so much per step.
 struct Ahead {
   ConstPtr at;  // may be null
   int64_t step;
-  int64_t columns;  // that are left
+  int64_t columns;    // that are left
+  int64_t words = 0;  // that are left, in the order of memory
 };
 
 // One panel of features against a block: rows x cols pixels, block kb of the reduction.
@@ -610,7 +642,14 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         args.table = block.table + j0 * l.pixel_stride;
       }
       args.c = c + c_rows[r] + j0 * c_pixel;
-      if (dense && ahead->columns > 0 && k.ahead[nv][mr] != nullptr) {
+      if (dense && args.n_runs > 0 && ahead->words > 0 && k.ahead[nv][mr] != nullptr) {
+        args.ahead = ahead->at;
+        ahead->at = ahead->at + runs.steps * ahead->step;
+        ahead->words -= runs.steps * ahead->step;
+        k.ahead[nv][mr](&args);
+        continue;
+      }
+      if (dense && args.n_runs > 0 && ahead->columns > 0 && k.ahead[nv][mr] != nullptr) {
         args.ahead = ahead->at;
         ahead->at = ahead->at + l.width;
         --ahead->columns;
@@ -624,8 +663,9 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
         continue;
       }
       if (dense && l.follows && block.new_input && k.ahead[nv][mr] != nullptr) {
-        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
-        args.ahead_step = mr;  // one step of each of the next tile's pixels
+        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride + l.next;
+        args.ahead_step =
+            ceil_div(mr * l.pixel_stride, l.reduction);  // all that the next tile adds
         k.ahead[nv][mr](&args);
         continue;
       }
@@ -949,23 +989,29 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     block.first_col = j0;
     block.stream = stream;
     block.a = l.full != 0 ? full + (g * l.all_rows + r0) * l.strip_row : strip;
-    if (lowering == Lowering::kWindow && l.full == 0) {
-      for (int64_t r = r0; r < r1; ++r) {
-        fill_window_order(l, k, input(g, r), r % l.out_rows, j0, j1,
-                          strip + (r - r0) * l.strip_row);
-      }
-    }
-
     // Where each output row begins in A, if not at equal distances.
     Room<ConstPtr> a_rows_room(block.rows);
     ConstPtr* a_rows = a_rows_room.data();
-    const bool apart =
-        lowering == Lowering::kDirect || lowering == Lowering::kIndirect || shares_rows(lowering);
+    const bool apart = lowering == Lowering::kDirect || lowering == Lowering::kIndirect ||
+                       shares_rows(lowering) || l.bare;
+    for (int64_t r = r0; r < r1 && lowering == Lowering::kWindow && l.full == 0; ++r) {
+      const Ptr to = strip + (r - r0) * l.strip_row;
+      a_rows[r - r0] = to;
+      if (l.bare) {
+        const int64_t first = j0 * p.stride[2] - p.pad[2];
+        const ConstPtr row = input_row(p, input(g, r), r % l.out_rows, 0, 0);
+        if (row != nullptr && first >= 0 && first + strip_columns(p, false, j1 - j0) <= p.in[2]) {
+          a_rows[r - r0] = row + first * p.x.sp[2];
+          continue;
+        }
+      }
+      fill_window_order(l, k, input(g, r), r % l.out_rows, j0, j1, to);
+    }
     if (lowering == Lowering::kRows) fill_rows(l, k, p, input(g, 0), r0, r1, j0, j1, strip);
     if (lowering == Lowering::kWidth && l.full == 0) {
       fill_width(l, k, input(g, 0), r0, r1, j0, j1, 0, p.win[2], strip);
     }
-    for (int64_t r = r0; r < r1 && apart; ++r) {
+    for (int64_t r = r0; r < r1 && apart && !l.bare; ++r) {
       const int64_t y = r % p.out[1] * p.stride[1] - p.pad[1];
       if (lowering == Lowering::kIndirect) {
         a_rows[r - r0] = input(g, r);
@@ -1014,6 +1060,19 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
       return {packed + ((g * l.panels + next) * l.reduction + r) * l.panel, l.panel, columns};
     };
+    // The filters of block kb + 1, for which all panels of block kb have time.
+    const auto block_after = [&](int64_t kb) -> Ahead {
+      if (!l.in_order || kb + 1 == n_blocks) return {};
+      int64_t steps = 0;
+      for (int64_t r = r0; r < r1; ++r) {
+        steps += kinds.runs[kinds.of_row[r % l.out_rows]][kb].steps;
+      }
+      steps = std::max<int64_t>(1, steps * l.panels * ceil_div(block.cols, l.mr));
+      const int64_t words = l.kc * p.w.c;
+      return {o.w + g * p.w.g + filter_row(p, (kb + 1) * l.kc),
+              std::clamp<int64_t>(ceil_div(words, steps), l.width / 2, l.width), 0, words};
+    };
+    Ahead after{};
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       ConstPtr b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
@@ -1021,9 +1080,10 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
                                       : packed + (g * l.panels + panel) * l.panel * l.reduction;
       Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
-      Ahead ahead = ahead_of(panel, first, kb);
+      Ahead of_panel = l.in_order ? Ahead{} : ahead_of(panel, first, kb);
+      Ahead* ahead = l.in_order ? &after : &of_panel;
       if (!apart) {
-        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel, &ahead);
+        multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel, ahead);
         return;
       }
       for (int64_t r = r0; r < r1; ++r) {
@@ -1036,7 +1096,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
           row.table = table + (r % l.out_rows * p.out[2] + j0) * l.pixel_stride;
           row.zeros = zeros;
         }
-        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, &ahead);
+        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, ahead);
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
@@ -1073,6 +1133,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         if (l.pack == kLocal) {
           pack_panels(l, k, o.w, g, first, last, k0, k1, local, l.panel * l.kc);
         }
+        after = block_after(kb);
         for (int64_t panel = first; panel < last; ++panel) one_panel(panel, first, kb);
       }
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
@@ -1162,11 +1223,15 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     row_floats = strip_columns(p, disjoint, p.out[2]) * unit;
     // What is not plain is copied even where the window is a single pixel, and its results are too:
     // both copies stay in a quarter of the second-level cache.
-    const int64_t limit = p.plain() ? strip_limit(k) : std::min(strip_limit(k), panel_floats(k));
+    int64_t limit = p.plain() ? strip_limit(k) : std::min(strip_limit(k), panel_floats(k));
+    const int64_t fixed = strip_columns(p, disjoint, 1) * unit;
+    // Blocks without padding are read in place: the less is copied, the better.
+    if (!disjoint && is_bare(p) && p.k * p.reduction() <= panel_floats(k)) {
+      limit = std::min(limit, std::max(panel_floats(k) / 2, 4 * fixed));
+    }
     if (row_floats > limit) {
       const int64_t per_pixel =
           (disjoint ? p.win[2] : p.stride[2]) * unit + (p.plain() ? 0 : panel);
-      const int64_t fixed = strip_columns(p, disjoint, 1) * unit;
       const int64_t pixels = 1 + std::max<int64_t>(0, (limit - fixed) / per_pixel);
       params[kCols] = std::max<int64_t>(1, pixels / tile.mr * tile.mr);
       if (pixels < tile.mr) params[kCols] = pixels;
@@ -1209,12 +1274,16 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   const bool few_blocks = (p.w.k == 1 || p.w.c == 1 || p.panel > 0) &&
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
                           (p.k > panel || (apart && p.panel == 0));
+  const int64_t in_order = steps_in_order(p, k, 512);
   if (lowering == Lowering::kIndirect) {
     params[kPack] = kShared;
-  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 && !far(128) &&
+  } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
+             (!far(128) || (threads == 1 && in_order > 0)) &&
              pixels <= int64_t{p.w.c <= 8 * panel ? 16 : 8} * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
+    params[kKc] = threads == 1 && in_order > 0
+                      ? in_order
+                      : std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
   } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);

@@ -12,9 +12,13 @@
 namespace jaxwin {
 
 const Algorithm& algorithm_im2col() {
-  static const Algorithm a =
-      gemm_algorithm<Lowering::kColumns>("im2col", "explicit patch matrix, whole or in blocks",
-                                         "Chellapilla, Puri, Simard 2006, section 3");
+  static const Algorithm a = [] {
+    Algorithm row =
+        gemm_algorithm<Lowering::kColumns>("im2col", "explicit patch matrix, whole or in blocks",
+                                           "Chellapilla, Puri, Simard 2006, section 3");
+    row.last_resort = true;
+    return row;
+  }();
   return a;
 }
 

@@ -13,9 +13,13 @@
 namespace jaxwin {
 
 const Algorithm& algorithm_indirect() {
-  static const Algorithm a = gemm_algorithm<Lowering::kIndirect>(
-      "indirect", "no copy of the input: a buffer of offsets says where each window's pixels lie",
-      "arXiv 1907.02129, section 3");
+  static const Algorithm a = [] {
+    Algorithm row = gemm_algorithm<Lowering::kIndirect>(
+        "indirect", "no copy of the input: a buffer of offsets says where each window's pixels lie",
+        "arXiv 1907.02129, section 3");
+    row.last_resort = true;
+    return row;
+  }();
   return a;
 }
 

@@ -81,6 +81,7 @@ int64_t temporary_floats(const Problem& p, int64_t width, int64_t multiples, int
 
 struct Forward {
   int64_t width, blocks, rows, cols, pixels;
+  int64_t group;  // vectors of features that a sweep writes to the buffer before they are finished
   bool strip;
   int64_t row_blocks, col_blocks;
   int64_t in_rows, in_cols;  // of a strip
@@ -115,11 +116,18 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
   } else if (params[kLanesSweep] > 0 && !is_word(*t.kernels, p.dtype)) {
+    f.in_rows = std::min(f.in_rows, p.in[1]);
     f.strip_floats = round_up(p.win[0] * f.in_rows * p.in[2] * p.g * p.c, 16);
   }
   if (!writes_in_place(p, *t.kernels)) {
     int64_t vectors = f.strip ? std::max(f.rows, f.cols) : f.pixels;
-    if (params[kLanesSweep] > 0) vectors = params[kLanesSweep] * p.out[2];
+    if (params[kLanesSweep] > 0) {
+      // Whole cache lines of the result, but a part of the cache.
+      const int64_t one = params[kLanesSweep] * p.out[2];
+      const int64_t limit = caches().l2 / 8 / t.kernels->size;
+      f.group = std::clamp<int64_t>(limit / (one * f.width), 1, f.blocks);
+      vectors = one * f.group;
+    }
     if (params[kLanesWindow] > 0) vectors = params[kLanesWindow] * f.pixels * f.blocks;
     f.buffer_floats = round_up(vectors * f.width, 16);
   }
@@ -375,20 +383,21 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
           sweep(&args);
           continue;
         }
-        // A vector of features at a time, by way of the buffer.
+        // Some vectors of features at a time, by way of the buffer.
+        const int64_t ld = f.group * f.width;
         args.y = buffer;
-        args.y_col = f.width;
-        args.y_row = args.n * f.width;
-        for (int64_t block = 0; block < f.blocks; ++block) {
+        args.y_col = ld;
+        args.y_row = args.n * ld;
+        for (int64_t block = 0; block < f.blocks; block += f.group) {
           const int64_t k0 = block * f.width;
           SweepArgs one = args;
           one.x = from + block * shared.span;
           one.w = packed + block * shared.w_block;
-          one.cols = std::min(f.width, flat.k - k0);
+          one.cols = std::min(ld, flat.k - k0);
           one.in_cols = shared.in_cols - block * shared.span;
           sweep(&one);
           for (int64_t i = 0; i < rows; ++i) {
-            finish_rows(line, k, o, buffer + i * args.y_row, f.width, args.n, one.cols, 0, k0,
+            finish_rows(line, k, o, buffer + i * args.y_row, ld, args.n, one.cols, 0, k0,
                         at + i * p.y.sp[1] + j * p.y.sp[2] + k0 * p.y.k);
           }
         }
@@ -734,15 +743,19 @@ int64_t rows_of_tasks(const Problem& p, int64_t threads) {
 }
 
 // Output rows of a task, at most as asked, whose input rows fit a quarter of the second-level
-// cache.
-int64_t rows_of_strip(const Problem& p, const Target& t, Params params) {
-  int64_t rows = params[kLanesRows] == 0 ? p.out[1] : params[kLanesRows];
+// cache: whole tiles of them, all of about the same size.
+int64_t rows_of_strip(const Problem& p, const Target& t, const Params& params) {
   const int64_t limit = caches().l2 / 4 / t.kernels->size;
-  for (; rows > 1; rows = ceil_div(rows, 2)) {
-    params[kLanesRows] = rows;
-    if (make_forward(p, t, params).strip_floats <= limit) break;
+  const int64_t tile = params[kLanesSweep];
+  const int64_t most = params[kLanesRows] == 0 ? p.out[1] : params[kLanesRows];
+  const int64_t in_rows = limit / (p.win[0] * p.in[2] * p.g * p.c);
+  int64_t fitting = p.out[1];
+  if (in_rows < p.in[1]) {
+    const int64_t tiles = (in_rows - (p.win[1] - 1) * p.rhs_dilation[1] - 1) / p.stride[1] / tile;
+    fitting = std::max<int64_t>(1, tiles) * tile;
   }
-  return rows;
+  const int64_t tasks = ceil_div(p.out[1], std::min(most, fitting));
+  return round_up(ceil_div(p.out[1], tasks), tile);
 }
 
 Params lanes_defaults(const Problem& p, const Target& t) {
@@ -777,7 +790,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
     params[kLanesRows] = rows_of_tasks(p, threads);
     if (params[kLanesSweep] > 0 && !is_word(*t.kernels, p.dtype)) {
-      params[kLanesRows] = std::max(params[kLanesSweep], rows_of_strip(p, t, params));
+      params[kLanesRows] = rows_of_strip(p, t, params);
     }
     return params;
   }

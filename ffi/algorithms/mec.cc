@@ -16,9 +16,13 @@
 namespace jaxwin {
 
 const Algorithm& algorithm_mec() {
-  static const Algorithm a = gemm_algorithm<Lowering::kWidth>(
-      "mec", "lowering along the width only; rows of windows overlap in the matrix product",
-      "arXiv 1706.06873, section 3");
+  static const Algorithm a = [] {
+    Algorithm row = gemm_algorithm<Lowering::kWidth>(
+        "mec", "lowering along the width only; rows of windows overlap in the matrix product",
+        "arXiv 1706.06873, section 3");
+    row.last_resort = true;
+    return row;
+  }();
   return a;
 }
 

@@ -48,24 +48,24 @@ bool exact_in_floats(const Problem& p) {
   return static_cast<double>(p.reduction()) * most <= 0x1p24;
 }
 
-const Algorithm* choose_algorithm(const Problem& p, const Targets& targets, int64_t max_workspace,
-                                  bool any_family) {
-  const Algorithm* best = nullptr;
+Plan choose_plan(const Problem& p, const Targets& targets, int64_t max_workspace, bool any_family) {
+  Plan best;
   double best_cost = std::numeric_limits<double>::infinity();
-  for (const Algorithm* a : algorithms()) {
-    if (!any_family && !a->canonical()) continue;
-    if (!a->refuses(p).empty()) continue;
-    const Target& t = targets[a->word(p.dtype)];
-    if (t.kernels == nullptr) continue;
-    const Params params = a->defaults(p, t);
-    if (!a->check(p, t, params).empty()) continue;
-    if (max_workspace >= 0 && a->workspace(p, t, params) * t.kernels->size > max_workspace) {
-      continue;
-    }
-    const double cost = a->cycles(p, t, params);
-    if (cost < best_cost) {
+  for (const bool last_resort : {false, true}) {
+    if (best.algorithm != nullptr) break;
+    for (const Algorithm* a : algorithms()) {
+      if (a->last_resort != last_resort || (!any_family && !a->canonical())) continue;
+      if (!a->refuses(p).empty()) continue;
+      const Target& t = targets[a->word(p.dtype)];
+      if (t.kernels == nullptr) continue;
+      const Params params = a->defaults(p, t);
+      if (!a->check(p, t, params).empty()) continue;
+      const double cost = a->cycles(p, t, params);
+      if (!(cost < best_cost)) continue;
+      const int64_t bytes = a->workspace(p, t, params) * t.kernels->size;
+      if (max_workspace >= 0 && bytes > max_workspace) continue;
+      best = {a, t, params, bytes};
       best_cost = cost;
-      best = a;
     }
   }
   return best;

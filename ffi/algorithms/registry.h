@@ -20,10 +20,18 @@ const Algorithm* find_algorithm(const std::string& name);
 
 using Targets = std::array<Target, kWords>;  // by the words of their kernels, which may be null
 
-// The algorithm with the lowest modelled cost among those that do not reject the problem and
-// whose workspace fits `max_workspace` bytes (negative: any); null if there is none. Of the
-// canonical family, unless any will do.
-const Algorithm* choose_algorithm(const Problem& p, const Targets& targets, int64_t max_workspace,
-                                  bool any_family = false);
+// An algorithm with its parameters, and what they were made for.
+struct Plan {
+  const Algorithm* algorithm = nullptr;
+  Target target{};
+  Params params{};
+  int64_t workspace_bytes = 0;
+};
+
+// The defaults of the algorithm with the lowest modelled cost among those that do not reject the
+// problem and whose workspace fits `max_workspace` bytes (negative: any); of none if there is none.
+// Of the canonical family, unless any will do; a last resort only where there is no other.
+Plan choose_plan(const Problem& p, const Targets& targets, int64_t max_workspace,
+                 bool any_family = false);
 
 }  // namespace jaxwin

@@ -53,16 +53,10 @@ void for_each_part(const Problem& p, const Visit& visit) {
   }
 }
 
-struct Choice {
-  const Algorithm* algorithm;
-  Params params;
-};
-
-Choice choose(const Problem& q, const Target& t) {
+Plan choose(const Problem& q, const Target& t) {
   Targets targets{};  // parts have the words of the whole
   targets[kDtypeRows[q.dtype].word] = t;
-  const Algorithm* a = choose_algorithm(q, targets, -1);
-  return {a, a->defaults(q, t)};
+  return choose_plan(q, targets, -1);
 }
 
 std::string rejects(const Problem& p) {
@@ -78,7 +72,7 @@ int64_t workspace(const Problem& p, const Target& t, const Params&) {
   int64_t most = 0;
   for_each_part(p, [&](const Part& part) {
     if (part.empty) return;
-    const Choice c = choose(part.problem, t);
+    const Plan c = choose(part.problem, t);
     most = std::max(most, c.algorithm->workspace(part.problem, t, c.params));
   });
   return most;
@@ -107,7 +101,7 @@ void run(const Problem& p, const Params&, const Operands& o, const Execution& e)
       write_zeros(part.problem, q, e);
       return;
     }
-    const Choice c = choose(part.problem, e.target);
+    const Plan c = choose(part.problem, e.target);
     c.algorithm->run(part.problem, c.params, q, e);
   });
   add_skipped_nonfinite(p, o, e);
@@ -117,7 +111,7 @@ double cost(const Problem& p, const Target& t, const Params&) {
   double total = 0;
   for_each_part(p, [&](const Part& part) {
     if (part.empty) return;
-    const Choice c = choose(part.problem, t);
+    const Plan c = choose(part.problem, t);
     total += c.algorithm->cycles(part.problem, t, c.params);
   });
   return total;

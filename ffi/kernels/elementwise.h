@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "kernels/kernels.h"
+#include "kernels/moves.h"
 #include "kernels/vec.h"
 
 namespace jaxwin::JAXWIN_TARGET {
@@ -169,28 +170,46 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
   }
   int64_t j = 0;
 #if defined(__AVX2__)
+  if ((src_ld == 1 || n == 1) && n <= src_step && 2 * count >= W) {  // few channels apart
+    switch (src_step) {
+      case 2:
+        return split_rows<T, 2>(dst, dst_ld, src, n, count);
+      case 3:
+        return split_rows<T, 3>(dst, dst_ld, src, n, count);
+      case 4:
+        return split_rows<T, 4>(dst, dst_ld, src, n, count);
+      default:
+        break;
+    }
+  }
+  // The last blocks overlap those before.
   constexpr int B = 32 / sizeof(T);
-  if (src_ld == 1 && n < count && n >= B) {
-    // Lines of the longer side are used up before the next ones are needed.
-    const int64_t whole = n / B * B;
-    int64_t c = 0;
-    for (; c + 2 * B <= count; c += 2 * B) {
-      for (j = 0; j < whole; j += B) {
-        transpose_block(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
-        transpose_block(dst + j * dst_ld + c + B, dst_ld, src + j + (c + B) * src_step, src_step);
+  if (src_ld == 1 && n >= B && count >= B) {
+    const auto block = [=](int64_t row, int64_t column) {
+      transpose_block(dst + row * dst_ld + column, dst_ld, src + row + column * src_step, src_step);
+    };
+    if (n < count) {
+      // Lines of the longer side are used up before the next ones are needed.
+      const int step = count >= 2 * B ? 2 * B : B;
+      for (int64_t c = 0; c < count; c += step) {
+        const int64_t column = c + step <= count ? c : count - step;
+        for (int64_t r = 0; r < n; r += B) {
+          const int64_t row = r + B <= n ? r : n - B;
+          block(row, column);
+          if (step > B) block(row, column + B);
+        }
       }
+      return;
     }
-    for (; c < count; ++c) {
-      for (j = 0; j < whole; ++j) dst[j * dst_ld + c] = src[j + c * src_step];
+    for (int64_t r = 0; r < n; r += B) {
+      const int64_t row = r + B <= n ? r : n - B;
+      for (int64_t c = 0; c < count; c += B) block(row, c + B <= count ? c : count - B);
     }
-    j = whole;
-  } else if (src_ld == 1) {
+    return;
+  }
+  if (src_ld == 1) {
     for (; j + B <= n; j += B) {
-      int64_t c = 0;
-      for (; c + B <= count; c += B) {
-        transpose_block(dst + j * dst_ld + c, dst_ld, src + j + c * src_step, src_step);
-      }
-      for (; c < count; ++c) {
+      for (int64_t c = 0; c < count; ++c) {
         for (int64_t q = 0; q < B; ++q) dst[(j + q) * dst_ld + c] = src[j + q + c * src_step];
       }
     }
@@ -204,6 +223,33 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
 template <typename T>
 inline void interleave(void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows,
                        int64_t src_ld, int64_t n, int64_t count) {
+#if defined(__AVX2__)
+  if (count == 1 && src_ld == 1 && dst_ld == n_rows) {
+    T* d = static_cast<T*>(dst);
+    switch (n_rows) {
+      case 2:
+        return join_rows<T, 2>(d, rows, n);
+      case 3:
+        return join_rows<T, 3>(d, rows, n);
+      case 4:
+        return join_rows<T, 4>(d, rows, n);
+      case 5:
+        return join_rows<T, 5>(d, rows, n);
+      case 6:
+        return join_rows<T, 6>(d, rows, n);
+      case 7:
+        return join_rows<T, 7>(d, rows, n);
+      case 8:
+        return join_rows<T, 8>(d, rows, n);
+      case 12:
+        return join_rows<T, 12>(d, rows, n);
+      case 16:
+        return join_rows<T, 16>(d, rows, n);
+      default:
+        break;
+    }
+  }
+#endif
   for (int64_t i = 0; i < n; ++i) {
     T* d = static_cast<T*>(dst) + i * dst_ld;
     const int64_t at = i * src_ld;

@@ -148,6 +148,10 @@ inline V power_of_two(V a, V b, bool low_half) {
 inline V permute(V a, const int32_t* index) {
   return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), a.v)};
 }
+// The same where lanes kWidth, kWidth + 1, ... are those of b. (The baseline has none.)
+inline V merge(V a, V b, const int32_t* index) {
+  return {_mm512_permutex2var_ps(a.v, _mm512_loadu_si512(index), b.v)};
+}
 // Four floats in every quarter of a vector, and the one of number I in every lane.
 inline V quad(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
 template <int I>
@@ -167,6 +171,10 @@ inline D min(D a, D b) { return {_mm512_min_pd(a.v, b.v)}; }
 inline D permute(D a, const int32_t* index) {
   const __m256i i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
   return {_mm512_permutexvar_pd(_mm512_cvtepi32_epi64(i), a.v)};
+}
+inline D merge(D a, D b, const int32_t* index) {
+  const __m256i i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+  return {_mm512_permutex2var_pd(a.v, _mm512_cvtepi32_epi64(i), b.v)};
 }
 
 #elif defined(__AVX2__)
@@ -265,6 +273,11 @@ inline V permute(V a, const int32_t* index) {
   return {
       _mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)))};
 }
+inline V merge(V a, V b, const int32_t* index) {
+  const __m256i i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+  return {_mm256_blendv_ps(permute(a, index).v, permute(b, index).v,
+                           _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)))};
+}
 inline V quad(const float* p) { return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))}; }
 template <int I>
 inline V of_quad(V a) {
@@ -287,6 +300,11 @@ inline D permute(D a, const int32_t* index) {
   const __m256i odd = _mm256_slli_epi64(_mm256_add_epi64(i, _mm256_set1_epi64x(1)), 32);
   return {
       _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(a.v), _mm256_or_si256(i, odd)))};
+}
+inline D merge(D a, D b, const int32_t* index) {
+  const __m256i i = _mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+  return {_mm256_blendv_pd(permute(a, index).v, permute(b, index).v,
+                           _mm256_castsi256_pd(_mm256_slli_epi64(i, 61)))};
 }
 
 #else  // baseline x86-64: SSE2, no FMA unit

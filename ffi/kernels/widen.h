@@ -112,15 +112,21 @@ inline V widen_vector(const S* p, Mask<float> m) {
   }
 }
 
+// The low halves of the vector are the high ones of its lanes.
+inline __m512i high_halves() {
+  alignas(64) static constexpr uint16_t kIndex[32] = {1,  3,  5,  7,  9,  11, 13, 15,
+                                                      17, 19, 21, 23, 25, 27, 29, 31};
+  return _mm512_load_si512(kIndex);
+}
 inline void narrow_store(BFloat16* p, V a) {
   const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), even);
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i result = _mm512_mask_blend_epi32(nan, rounded, quiet);
+  __m512i result = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+  result = _mm512_mask_add_epi32(result, odd, bits, _mm512_set1_epi32(0x8000));
+  result = _mm512_mask_or_epi32(result, nan, bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+                      _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves(), result)));
 }
 inline void narrow_store(Float16* p, V a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),

@@ -6,6 +6,8 @@
 // jumps (XNNPACK's microkernels for depthwise convolution are unrolled in the same way).
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/kernels.h"
 #include "kernels/widen.h"
 
@@ -18,6 +20,7 @@ constexpr int kTaps = kWindow * kWindow;
 template <int SX, int R, int P, bool kInside, bool kWhole, typename T, typename S>
 JAXWIN_INLINE void window_block(const WindowArgs* g, const S* x, const T* w, T* y, Mask<T> tail) {
   constexpr int kRows = (R - 1) * SX + kWindow;
+  constexpr int kCols = (P - 1) * SX + kWindow;
   const int64_t col = g->x_col;
   const S* row[kRows];
   JAXWIN_UNROLL
@@ -28,24 +31,52 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, const S* x, const T* w, T* 
     JAXWIN_UNROLL
     for (int p = 0; p < P; ++p) acc[r][p] = zero<T>();
   }
-  // The compiler keeps the inputs that neighbouring windows share until it comes to them.
-  JAXWIN_UNROLL
-  for (int kx = 0; kx < kWindow; ++kx) {
+  if constexpr (std::is_same_v<S, T>) {
+    // All results are under way at once. Inputs that windows share are loaded again: that is free
+    // where they are an operand of the product.
     JAXWIN_UNROLL
-    for (int ky = 0; ky < kWindow; ++ky) {
-      const Vec<T> filter = load(w + (kx * kWindow + ky) * kWidth<T>);
+    for (int kx = 0; kx < kWindow; ++kx) {
       JAXWIN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        if (!kInside && (g->rows >> (r * SX + ky) & 1) == 0) continue;
+      for (int ky = 0; ky < kWindow; ++ky) {
+        const Vec<T> filter = load(w + (kx * kWindow + ky) * kWidth<T>);
         JAXWIN_UNROLL
-        for (int p = 0; p < P; ++p) {
-          if (!kInside && kx == 0 && p == 0 && (g->edges & kWindowLeft) != 0) continue;
-          if (!kInside && kx == kWindow - 1 && p == P - 1 && (g->edges & kWindowRight) != 0) {
-            continue;
+        for (int r = 0; r < R; ++r) {
+          if (!kInside && (g->rows >> (r * SX + ky) & 1) == 0) continue;
+          JAXWIN_UNROLL
+          for (int p = 0; p < P; ++p) {
+            if (!kInside && kx == 0 && p == 0 && (g->edges & kWindowLeft) != 0) continue;
+            if (!kInside && kx == kWindow - 1 && p == P - 1 && (g->edges & kWindowRight) != 0) {
+              continue;
+            }
+            const S* at = row[r * SX + ky] + (p * SX + kx) * col;
+            const Vec<T> in = kWhole ? widen_load<T>(at) : widen_load<T>(at, tail);
+            acc[r][p] = fma(in, filter, acc[r][p]);
           }
-          const S* at = row[r * SX + ky] + (p * SX + kx) * col;
-          const Vec<T> in = kWhole ? widen_load<T>(at) : widen_load<T>(at, tail);
-          acc[r][p] = fma(in, filter, acc[r][p]);
+        }
+      }
+    }
+  } else {
+    // Column after column of the input, so that each input is made a float once: a result meets the
+    // positions of its window in the same order.
+    JAXWIN_UNROLL
+    for (int q = 0; q < kCols; ++q) {
+      if (!kInside && q == 0 && (g->edges & kWindowLeft) != 0) continue;
+      if (!kInside && q == kCols - 1 && (g->edges & kWindowRight) != 0) continue;
+      JAXWIN_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (!kInside && (g->rows >> i & 1) == 0) continue;
+        const S* at = row[i] + q * col;
+        const Vec<T> in = kWhole ? widen_load<T>(at) : widen_load<T>(at, tail);
+        JAXWIN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const int ky = i - r * SX;
+          if (ky < 0 || ky >= kWindow) continue;
+          JAXWIN_UNROLL
+          for (int p = 0; p < P; ++p) {
+            const int kx = q - p * SX;
+            if (kx < 0 || kx >= kWindow) continue;
+            acc[r][p] = fma(in, load(w + (kx * kWindow + ky) * kWidth<T>), acc[r][p]);
+          }
         }
       }
     }

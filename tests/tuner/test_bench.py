@@ -54,6 +54,13 @@ CELL = {
     "workspace_bytes": OPTIONAL_NUMBER,
     "plan": (dict, type(None)),
 }
+RATIOS = {
+    "best_peer": (str, type(None)),
+    "best_of_ours": (str, type(None)),
+    "ratio_to_best": OPTIONAL_NUMBER,
+    "ratio_to_best_error": OPTIONAL_NUMBER,
+    "ratios": {"*": OPTIONAL_NUMBER},
+}
 ROW = {
     "name": str,
     "problem": str,
@@ -65,9 +72,8 @@ ROW = {
     "result_bytes": int,
     "peak_gflops": NUMBER,
     "cells": {"*": CELL},
-    "best_peer": (str, type(None)),
-    "ratio_to_best": OPTIONAL_NUMBER,
-    "ratios": {"*": OPTIONAL_NUMBER},
+    **RATIOS,
+    "like_for_like": RATIOS,
 }
 SCHEMA = {
     "schema_version": int,
@@ -109,6 +115,7 @@ SCHEMA = {
         "*": {
             "gflops": {"*": ({"geomean": NUMBER, "rows": int}, type(None))},
             "ratio_to_best": OPTIONAL_NUMBER,
+            "like_for_like": {"ratio_to_best": OPTIONAL_NUMBER},
         }
     },
     "warnings": [str],
@@ -148,6 +155,9 @@ def test_json(not_pinned: None) -> None:
     for row in data["rows"]:
         assert row["problem"] == "n2 6x7 c4 k8 w3x3"
         assert row["best_peer"] == "xla"
+        assert row["best_of_ours"] == "jaxwin"
+        assert row["ratio_to_best_error"] is None  # of two rounds
+        assert row["like_for_like"] == {name: row[name] for name in RATIOS}  # nothing is packed
         for name in ("xla", "jaxwin"):
             cell = row["cells"][name]
             assert cell["status"] == "ok"
@@ -284,17 +294,72 @@ def test_peers_that_keep_their_output_meet_what_keeps_its_own() -> None:
             "jaxwin-loop": _cell(5.0),
         }
     )
-    assert row.ratio("onednn") == 30 / 40
-    assert row.ratio("ort") == 20 / 5
-    assert row.best() == ("onednn", 0.75)
+    assert row.against("onednn").ratio == 30 / 40
+    assert row.against("ort").ratio == 20 / 5
+    assert row.best() == ("onednn", "jaxwin", 0.75, None)
     row.cells["onednn"].status = "wrong"
-    assert row.best() == ("ort", 4.0)
+    assert row.best() == ("ort", "jaxwin-loop", 4.0, None)
     del row.cells["jaxwin-loop"]
-    assert row.best() == ("ort", 2.0)
+    assert row.best() == ("ort", "jaxwin-donated", 2.0, None)
     del row.cells["jaxwin-donated"]
-    assert row.best() == ("ort", 0.5)
+    assert row.best() == ("ort", "jaxwin", 0.5, None)
     del row.cells["jaxwin"]
     assert row.best() is None
+
+
+def test_peers_that_pack_ahead_meet_what_is_packed() -> None:
+    row = _row(
+        {
+            "onednn": _cell(30.0),
+            "onednn-packed": _cell(16.0),
+            "ort": _cell(18.0),
+            "jaxwin": _cell(40.0),
+            "jaxwin-loop": _cell(36.0),
+            "jaxwin-packed": _cell(10.0),
+            "jaxwin-packed-loop": _cell(9.0),
+        }
+    )
+    assert row.best() == ("onednn-packed", "jaxwin", 0.4, None)  # whatever was packed
+    assert row.against("ort") == ("ort", "jaxwin-loop", 0.5, None)
+    assert row.best(alike=True) == ("onednn", "jaxwin", 0.75, None)
+    assert row.against("onednn-packed", True) == ("onednn-packed", "jaxwin-packed", 1.6, None)
+    assert row.against("ort", True) == ("ort", "jaxwin-packed-loop", 2.0, None)
+    del row.cells["jaxwin-packed-loop"]
+    assert row.against("ort", True) == ("ort", "jaxwin-packed", 1.8, None)
+    row.cells["jaxwin-packed"] = bench.Cell("unsupported")  # there is nothing to pack
+    assert row.best(alike=True) == row.best()
+    row.cells["jaxwin-packed"] = bench.Cell("wrong")
+    assert row.against("onednn-packed", True) is None
+    del row.cells["jaxwin-packed"]
+    assert row.against("onednn-packed", True) is None
+    assert row.best(alike=True) == ("onednn", "jaxwin", 0.75, None)
+
+
+def test_packed_weights_in_the_tables(not_pinned: None, tmp_path: Path) -> None:
+    depthwise = "n2 6x7 c4 k4 w3 g4"
+    arguments = (TINY, depthwise, *FAST[:-1], "xla,jaxwin,jaxwin-packed,jaxwin-packed-loop")
+    numbers = tmp_path / "out.json"
+    rounds = ("--rounds", "3")
+    done = _run(*arguments, *rounds, "--json", str(numbers), "--markdown", "-")
+    assert done.exit_code == 0, done.output
+    ends = "| best peer | jaxwin / best | best alike | jaxwin / best alike | jaxwin / xla |"
+    header = next(line for line in done.stdout.splitlines() if line.startswith("| layer | xla"))
+    assert header.endswith(ends)
+    data = json.loads(numbers.read_text())
+    _conforms(data, SCHEMA)
+    first, second = data["rows"]
+    cells = first["cells"]
+    assert [cells[name]["status"] for name in data["peers"]] == ["ok"] * 4
+    assert {cells[name]["plan"]["algorithm"] for name in data["peers"][1:]} != {"xla"}
+    samples = [cells[name]["samples_ns"] for name in ("jaxwin", "xla")]
+    assert first["ratio_to_best_error"] == measure.relative_error(*samples)
+    best = f"| xla | {first['ratio_to_best']:.2f} ±{first['ratio_to_best_error']:.2f} "
+    (line,) = (line for line in done.stdout.splitlines() if f"{best}| xla | " in line)
+    assert line.startswith("| n2 6x7 c4 k8 w3x3 |")
+    assert second["cells"]["jaxwin-packed"]["status"] == "unsupported"
+    assert "reads packed weights" in done.stdout
+    mean = measure.geomean(row["like_for_like"]["ratio_to_best"] for row in data["rows"])
+    assert data["means"]["fwd"]["like_for_like"]["ratio_to_best"] == pytest.approx(mean)
 
 
 def test_ratios_are_of_the_samples_of_a_round() -> None:
@@ -305,7 +370,8 @@ def test_ratios_are_of_the_samples_of_a_round() -> None:
     assert measure.relative(fast[1:], slow[1:]) == 1.5
     cells = {"xla": _cell(30.0), "jaxwin": _cell(20.0)}
     cells["xla"].samples_ns, cells["jaxwin"].samples_ns = slow, fast
-    assert _row(cells).ratio("xla") == 1.5
+    assert _row(cells).against("xla").ratio == 1.5
+    assert _row(cells).against("xla").error == measure.relative_error(fast, slow)
 
 
 def test_shares_are_of_the_peak_that_the_core_measures(

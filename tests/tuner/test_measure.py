@@ -7,6 +7,7 @@ import contextlib
 import random
 import statistics
 
+import numpy as np
 import pytest
 
 from jaxwin.tuner import measure
@@ -21,6 +22,20 @@ def test_statistics() -> None:
     for empty in (measure.mad, measure.geomean):
         with pytest.raises(statistics.StatisticsError):
             empty([])
+
+
+def test_the_error_of_a_ratio_shrinks_with_the_rounds() -> None:
+    """It is about as large as medians of normal values scatter."""
+    rng = np.random.default_rng(0)
+    for count in (11, 44):
+        drawn = rng.normal(1.0, 0.1, (2000, count))
+        scatter = np.median(drawn, 1).std()
+        assert np.mean([measure.error(list(row)) for row in drawn]) == pytest.approx(scatter, 0.1)
+    assert measure.relative_error([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == 0
+    assert measure.relative_error([1.0, 1.0, 1.0, 1.0], [2.0, 2.5, 3.0]) == (
+        pytest.approx(0.5 * 1.4826 * 1.2533 / 3**0.5)
+    )
+    assert measure.relative_error([1.0, 2.0], [2.0, 4.0, 8.0]) is None
 
 
 def _interleave(computations, **kwargs):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxwin import _lowering, _registry
+from jaxwin import _lowering, _pack, _registry
 from jaxwin.tuner import bench, peers, problems
 from jaxwin.tuner.measure import Timed
 
@@ -30,8 +30,21 @@ SHAPES = (
     "n4 9x10 c6 k12 w3 p1 bg2",
     "n2 9x10 c6 k8 w3 p1:2x-1:2",
 )
-JAX = [name for name in peers.names() if name.startswith("xla") or peers.is_ours(name)]
-OTHERS = [name for name in peers.names() if name not in JAX]
+PACKED = ["jaxwin-packed", "jaxwin-packed-loop"]
+# Of so many features that kernels read them in panels.
+WIDE = (
+    "n2 9x10 c6 k32 w3x2 s2 p1",
+    "n2 12 c6 k32 w3 rd2",
+    "n2 5x6x7 c8 k32 w3 p1",
+    "n2 9x10 c6 k96 w3 p1 g3",
+    "n2 9x10 c6 k32 w3 p1:2x-1:2",
+)
+JAX = [
+    name
+    for name in peers.names()
+    if name.startswith("xla") or (peers.is_ours(name) and name not in PACKED)
+]
+OTHERS = [name for name in peers.names() if name not in (*JAX, *PACKED)]
 FORWARD_ONLY = ("onednn-packed", "ort", "xnnpack")
 # What a peer has no forward convolution for, by shape.
 NOT_THERE = {
@@ -83,6 +96,33 @@ def test_jax_peers(name: str, text: str, direction: str) -> None:
 def test_layouts(layout: str) -> None:
     for direction in problems.DIRECTIONS:
         _check("jaxwin", SHAPES[0], direction, layout)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packings = []
+    pack = _pack.pack_array
+    monkeypatch.setattr(_pack, "pack_array", lambda *args: packings.append(args) or pack(*args))
+    for text, layout in [*((text, "nhwc") for text in WIDE), (WIDE[0], "nchw")]:
+        before = len(packings)
+        prepared = _check(name, text, "fwd", layout)
+        assert len(packings) == before + 1  # before the clock starts
+        assert prepared.facts["plan"]["algorithm"] in _registry.algorithm_names()
+    absent = {
+        SHAPES[1]: "jaxwin.conv",
+        SHAPES[5]: "reads packed weights",
+        SHAPES[6]: "jaxwin.conv",
+        SHAPES[9]: "jaxwin.conv",
+    }
+    for text, reason in absent.items():
+        with pytest.raises(peers.Unsupported, match=reason):
+            peers.make(name).prepare(_task(text, "fwd"))
+    for direction in problems.DIRECTIONS[1:]:
+        with pytest.raises(peers.Unsupported, match="forward only"):
+            peers.make(name).prepare(_task(SHAPES[0], direction))
+    monkeypatch.setattr(_pack, "_panel", lambda *_: 7)  # as from another machine
+    with pytest.raises(peers.Unsupported, match="unpack"):
+        peers.make(name).prepare(_task(WIDE[0], "fwd"))
 
 
 @pytest.mark.parametrize("dtype", problems.INTEGERS)
@@ -192,6 +232,11 @@ def test_names() -> None:
         "jaxwin",
         "jaxwin-donated",
         "jaxwin-loop",
+        *PACKED,
     ]
+    ahead = [name for name in peers.names() if peers.make(name).packs_ahead]
+    assert ahead == ["onednn-packed", "ort", "xnnpack", *PACKED]
+    assert ahead == [name for name, text in peers.summaries().items() if "packed before" in text]
+    assert peers.make(PACKED[1]).reuses_output and not peers.make(PACKED[0]).reuses_output
     with pytest.raises(KeyError):
         peers.make("nonsense")
