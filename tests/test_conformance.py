@@ -259,6 +259,20 @@ def test_weight_gradients_of_pointwise_layers(isa: str, size, window, dilation, 
     assert {(0, 0, 0), (1, 1, 0), (0, 0, 1)} <= taken
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_filters_that_vectors_do_not_fill_are_packed(isa: str) -> None:
+    (width,) = (row["width"] for row in REGISTRY["isas"] if row["name"] == isa)
+    names = [spec["name"] for spec in ALGORITHMS["direct"]["params"]]
+
+    def pack(features: int) -> int:
+        problem = problems.make(1, 96, features, (56, 56), (1, 1))
+        plan = _ffi.make_plan(problem.native(), algorithm="direct", isa=isa, threads=1)["plan"]
+        return dict(zip(names, plan["params"], strict=True))["pack"]
+
+    assert pack(2 * width) == 0
+    assert pack(width + width // 2) == 1
+
+
 def test_the_fewer_channels_of_a_pointwise_layer_are_rows() -> None:
     def swap(c: int, k: int, stride: int = 1) -> int:
         problem = problems.make(

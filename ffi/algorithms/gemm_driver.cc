@@ -1290,8 +1290,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   } else {
     // In place, features that do not fill a vector would not reach the narrow form.
     const bool narrow = p.k < k.width && p.c >= 8 && k.narrow[tile.mr] != nullptr;
-    params[kPack] =
-        p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart && !narrow ? kInPlace : kShared;
+    // Nor would their vectors begin on cache lines.
+    const bool split = p.w.c % k.width != 0 && pixels >= 8 * tile.mr;
+    params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart && !narrow && !split
+                        ? kInPlace
+                        : kShared;
     // One row of many pixels: as many of them at a time as the first-level cache holds, for all
     // features.
     if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {

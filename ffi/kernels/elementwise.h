@@ -155,6 +155,16 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
   T* dst = static_cast<T*>(to);
   const T* src = static_cast<const T*>(from);
   constexpr int W = kWidth<T>;
+#if defined(__AVX512VL__)
+  // A masked access of 64 bytes crosses a cache line nearly always, whatever its mask says.
+  if (sizeof(T) == 4 && src_step == 1 && count > 0 && count <= 8) {
+    const auto m = static_cast<__mmask8>((1U << count) - 1);
+    for (int64_t j = 0; j < n; ++j) {
+      _mm256_mask_storeu_epi32(dst + j * dst_ld, m, _mm256_maskz_loadu_epi32(m, src + j * src_ld));
+    }
+    return;
+  }
+#endif
   if (src_step == 1) {
     for (int64_t j = 0; j < n; ++j) {
       T* d = dst + j * dst_ld;
