@@ -17,6 +17,7 @@
 
 #include "algorithms/registry.h"
 #include "attributes.h"
+#include "pages.h"
 #include "plan.h"
 #include "problem.h"
 #include "threads.h"
@@ -230,6 +231,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
     workspace = static_cast<char*>(own.get());
   }
 
+  advise_huge_pages((*out)->untyped_data(), static_cast<int64_t>((*out)->size_bytes()));
   const int64_t threads = std::min<int64_t>(plan.target.threads, thread_pool.num_threads() + 1);
   const Threads pool(
       [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },

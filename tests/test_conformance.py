@@ -212,6 +212,74 @@ def test_weight_gradients_of_cropped_inputs(isa: str) -> None:
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("size", "window", "dilation", "padding"),
+    [
+        ((6, 7), (6, 7), (1, 1), ((0, 0), (0, 0))),
+        ((7, 9), (4, 5), (2, 2), ((0, 0), (0, 0))),  # stride 2: every other row and column is read
+        ((8, 9), (4, 3), (2, 3), ((0, -1), (-1, -1))),
+        ((9, 9), (4, 5), (3, 2), ((1, 0), (1, -1))),  # the first is padding
+    ],
+)
+def test_weight_gradients_of_pointwise_layers(isa: str, size, window, dilation, padding) -> None:
+    """Products of two matrices, in chunks of several images; either may be the tiles' rows."""
+    images = 1 + 2048 // (window[0] * window[1])
+    problem = problems.make(
+        19,
+        images,
+        7,
+        size,
+        window,
+        rhs_dilation=dilation,
+        padding=padding,
+        layout=("CHWN", "IHWO"),
+        out_layout="HWNC",
+    )
+    assert problem.out_shape[:2] == (1, 1)
+    x, w = problems.operands(problem, np.random.default_rng(9))
+    expected = reference.chain(problem, x, w)
+    names = [spec["name"] for spec in ALGORITHMS["weight_grad"]["params"]]
+    plan = _ffi.make_plan(problem.native(), algorithm="weight_grad", isa=isa)["plan"]
+    usual = dict(zip(names, plan["params"], strict=True))
+    taken = set()
+    for pack, tile, swap in itertools.product((0, 1), repeat=3):
+        params = tuple((usual | {"pack": pack, "tile": tile, "swap": swap}).values())
+        answer = _ffi.make_plan(problem.native(), algorithm="weight_grad", isa=isa, params=params)
+        if "plan" not in answer:
+            continue
+        taken.add((pack, tile, swap))
+        for threads in (1, 3):
+            result = problems.run(
+                problem, x, w, "weight_grad", isa=isa, threads=threads, params=params
+            )
+            np.testing.assert_array_equal(result, expected, f"{pack=} {tile=} {swap=}")
+    product = padding[0][0] <= 0 and padding[1][0] <= 0
+    assert ((1, 1, 1) in taken) == product
+    assert {(0, 0, 0), (1, 1, 0), (0, 0, 1)} <= taken
+
+
+def test_the_fewer_channels_of_a_pointwise_layer_are_rows() -> None:
+    def swap(c: int, k: int, stride: int = 1) -> int:
+        problem = problems.make(
+            c,
+            8,
+            k,
+            (28 * stride,) * 2,
+            (28, 28),
+            rhs_dilation=(stride,) * 2,
+            padding=((0, 1 - stride),) * 2,
+            layout=("CHWN", "IHWO"),
+            out_layout="HWNC",
+        )
+        plan = _ffi.make_plan(problem.native(), algorithm="weight_grad", isa=ISAS[-1], threads=1)
+        names = [spec["name"] for spec in ALGORITHMS["weight_grad"]["params"]]
+        return dict(zip(names, plan["plan"]["params"], strict=True))["swap"]
+
+    assert swap(512, 128) == swap(512, 128, 2) == 1
+    assert swap(128, 512) == swap(128, 512, 2) == 0
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2), (4, 4), (1, 4)])
 def test_segregated_transposed_convolutions(stride: tuple[int, int]) -> None:
     """All windows from below the stride to above it, odd sizes, and results cut off anywhere."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -179,3 +181,26 @@ def test_calls_of_a_program_share_their_workspace() -> None:
 
     activations = 2 * x.nbytes
     assert chain(6) <= chain(1) + activations
+
+
+def _advised(address: int) -> bool:
+    """Whether the system was asked for huge pages at an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages"
+)
+def test_large_results_ask_for_huge_pages() -> None:
+    f = jax.jit(lambda x, w: jaxwin.conv(x, w))
+    w = jnp.ones((1, 1, 1, 64))
+    large = f(jnp.ones((1, 384, 384, 1)), w)  # 36 MiB: more than the C library ever keeps
+    address = large.unsafe_buffer_pointer()
+    assert _advised(address)
+    assert _advised(address + large.nbytes - 1)

@@ -8,8 +8,9 @@
 // takes MR images (input channels: neighbours in memory) by NR features, and walks along window
 // rows: those of the input in place, those of the gradient in place or packed, a chunk and a panel
 // of features at a time. Where the features would not fill a vector, the two change places: images
-// become lanes, features rows. Inserted zeros (lhs_dilation: the gradient of a transposed
-// convolution) and padding are skipped, not multiplied.
+// become lanes, features rows. Of pointwise layers, where both operands are matrices, the fewer
+// channels are rows: they are what is packed in small pieces. Inserted zeros (lhs_dilation: the
+// gradient of a transposed convolution) and padding are skipped, not multiplied.
 //
 // The reduction follows Problem::chunk_rows: either the canonical chain or chunks of whole rows. A
 // row that is a chunk for itself, as in wide one-dimensional layers, is walked in pieces that stay
@@ -44,9 +45,52 @@ Params without_copy(const Params& params) {
   return rest;
 }
 
+// The same sums, where only some rows or columns of the input are read (1x1 with a stride): those
+// alone, as if they were next to each other. x_first: where the first one lies.
+Problem thinned(const Problem& problem, int64_t* x_first = nullptr) {
+  Problem p = problem;
+  int64_t first = 0;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t step = p.rhs_dilation[d];
+    if (p.out[d] != 1 || p.lhs_dilation[d] != 1 || step == 1) continue;
+    const int64_t pad = p.pad[d] > 0 ? ceil_div(p.pad[d], step) : -(-p.pad[d] / step);
+    const int64_t begin = pad * step - p.pad[d];
+    if (begin >= p.in[d]) continue;
+    first += begin * p.x.sp[d];
+    p.pad[d] = pad;
+    p.in[d] = ceil_div(p.in[d] - begin, step);
+    p.x.sp[d] *= step;
+    p.rhs_dilation[d] = 1;
+  }
+  if (x_first != nullptr) *x_first = first;
+  return p;
+}
+
+// A product of two matrices: pixels by images and pixels by features.
+bool is_product(const Problem& p) {
+  for (int d = 0; d < 3; ++d) {
+    if (p.out[d] != 1 || p.pad[d] != 0 || p.in[d] != p.win[d] || p.lhs_dilation[d] != 1 ||
+        p.rhs_dilation[d] != 1) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// The two factors of a product in each other's place; the sums are the same.
+Problem exchanged(const Problem& p) {
+  Problem q = p;
+  q.n = p.k;
+  q.k = p.n;
+  q.x = {p.w.k, p.w.g, p.w.c, p.w.sp};
+  q.w = {p.x.g, p.x.n, p.x.c, p.x.sp};
+  return q;
+}
+
 struct Layout {
   int64_t mr, nv, panel, panels;
-  bool swap;  // rows are features, columns images
+  bool swap;      // rows are features, columns images
+  bool exchange;  // by exchanging the operands
   int64_t columns;
   bool chunked;
   int64_t window_rows;  // c * z * y rows of the window, if chunked
@@ -93,6 +137,7 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
   l.nv = params[kGradNv];
   l.panel = l.nv * t.kernels->width;
   l.swap = params[kGradSwap] != 0;
+  l.exchange = l.swap && is_product(p);
   l.columns = l.swap ? p.n : p.k;
   l.panels = ceil_div(l.columns, l.panel);
   l.chunked = p.chunk_rows > 0;
@@ -117,9 +162,8 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
         std::min(p.in[2], (p.out[2] - 1) * p.stride[2] + (l.cols - 1) * p.rhs_dilation[2] + 1);
     l.sum_floats = l.chunks > 1 ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
   }
-  l.pack_floats = l.pack   ? round_up(l.chunk_rows * l.cols * l.panel, 16)
-                  : l.swap ? round_up(p.n * p.k, 16)
-                           : 0;
+  l.pack_floats = l.pack ? round_up(l.chunk_rows * l.cols * l.panel, 16) : 0;
+  if (l.swap) l.pack_floats = std::max(l.pack_floats, round_up(p.n * p.k, 16));
   l.row_tiles = ceil_div(l.rows, l.mr);
   l.tile_rows = ceil_div(l.rows, l.row_tiles);
   l.tiled = params[kGradTile] != 0;
@@ -233,13 +277,21 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
       if (tz < 0 || tz % in[0].step != 0 || tz / in[0].step >= in[0].n) continue;
       const int64_t iy = in[1].at + ty / in[1].step * in[1].at_step;
       const int64_t iz = in[0].at + tz / in[0].step * in[0].at_step;
-      runs->push_back(
-          {l.tiled
-               ? (tile_slot(p, l, first, c, iy) * l.tile_cols + in[2].at - piece.q0) * l.tile_rows
-               : c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + in[2].at * p.x.sp[2],
-           l.pack ? ((row - first) * (piece.x1 - piece.x0) + in[2].first - piece.x0) * l.panel
-                  : c * w.c + z * w.sp[0] + y * w.sp[1] + in[2].first * w.sp[2],
-           in[2].n});
+      const Run run{
+          l.tiled
+              ? (tile_slot(p, l, first, c, iy) * l.tile_cols + in[2].at - piece.q0) * l.tile_rows
+              : c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + in[2].at * p.x.sp[2],
+          l.pack ? ((row - first) * (piece.x1 - piece.x0) + in[2].first - piece.x0) * l.panel
+                 : c * w.c + z * w.sp[0] + y * w.sp[1] + in[2].first * w.sp[2],
+          in[2].n};
+      if (!runs->empty()) {  // rows that follow without a gap are one run
+        Run& before = runs->back();
+        if (before.a + before.len * *a_step == run.a && before.b + before.len * *b_step == run.b) {
+          before.len += run.len;
+          continue;
+        }
+      }
+      runs->push_back(run);
     }
     return;
   }
@@ -260,11 +312,12 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
   }
 }
 
-double cost(const Problem& p, const Target& t, const Params& params) {
+double cost(const Problem& problem, const Target& t, const Params& params) {
   if (params[kGradCopy] != 0) {
-    return static_cast<double>(channels_last_floats(p)) +
-           cost(channels_last(p), t, without_copy(params));
+    return static_cast<double>(channels_last_floats(problem)) +
+           cost(channels_last(problem), t, without_copy(params));
   }
+  const Problem p = thinned(problem);
   const Layout l = make_layout(p, t, params);
   const double mr = static_cast<double>(l.mr);
   const double nv = static_cast<double>(l.nv);
@@ -282,13 +335,44 @@ double cost(const Problem& p, const Target& t, const Params& params) {
 
 std::string rejects(const Problem&) { return {}; }
 
-Params defaults(const Problem& p, const Target& t) {
+std::string check(const Problem& problem, const Target& t, const Params& params) {
+  if (params[kGradCopy] != 0) {
+    if (params[kGradCopy] != 1) return "copy: 0 or 1";
+    return check(channels_last(problem), t, without_copy(params));
+  }
+  const Problem p = thinned(problem);
+  const int64_t nv = params[kGradNv];
+  if (nv < 1 || nv > kMaxNv || t.kernels->max_mr[nv] == 0) return "nv: no such tile";
+  if (params[kGradMr] < 1 || params[kGradMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
+  if (params[kGradPack] != 0 && params[kGradPack] != 1) return "pack: 0 or 1";
+  if (params[kGradPack] == 1 && p.chunk_rows == 0) return "pack: the reduction is not chunked";
+  if (params[kGradStream] != 0 && params[kGradStream] != 1) return "stream: 0 or 1";
+  if (params[kGradTile] != 0 && params[kGradTile] != 1) return "tile: 0 or 1";
+  if (params[kGradTile] == 1 && (!can_tile(p) || make_layout(p, t, params).merged)) {
+    return "tile: needs two dimensions, and images next to each other";
+  }
+  if (params[kGradCols] < 0) return "cols: negative";
+  if (params[kGradCols] > 0 && params[kGradCols] < p.win[2] &&
+      (p.chunk_rows == 0 || make_layout(p, t, params).chunk_rows > 1)) {
+    return "cols: a chunk of the reduction is more than a row";
+  }
+  if (params[kGradSwap] != 0 && params[kGradSwap] != 1) return "swap: 0 or 1";
+  if (params[kGradSwap] == 1 && p.x.n != 1) return "swap: needs images next to each other";
+  if (params[kGradSwap] == 1 && (params[kGradPack] != 0 || params[kGradTile] != 0) &&
+      (!is_product(p) || p.w.k != 1)) {
+    return "swap: with pack or tile needs a product of two matrices with contiguous rows";
+  }
+  return {};
+}
+
+Params defaults(const Problem& problem, const Target& t) {
   Params params{};
-  if (p.chunk_rows > 0 && images_innermost(p)) {
-    params = defaults(channels_last(p), t);
+  if (problem.chunk_rows > 0 && images_innermost(problem)) {
+    params = defaults(channels_last(problem), t);
     params[kGradCopy] = 1;
     return params;
   }
+  const Problem p = thinned(problem);
   const Tile tile = best_tile(*t.kernels, std::max<int64_t>(p.n, 1), p.k);
   params[kGradMr] = tile.mr;
   params[kGradNv] = tile.nv;
@@ -324,6 +408,21 @@ Params defaults(const Problem& p, const Target& t) {
   // gradient reads them.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * t.kernels->size;
   params[kGradStream] = 2 * bytes >= caches().l2 ? 1 : 0;
+  // Rows are packed a tile at a time, a few words each, columns by whole vectors: the rows had
+  // better be the fewer ones, where what that saves for every pixel outweighs turning the result.
+  if (p.chunk_rows > 0 && is_product(p) && p.x.n == 1 && p.w.k == 1 && p.n > p.k &&
+      p.reduction() * (p.n - p.k) >= 2 * p.n * p.k) {
+    Params other{};
+    const Tile swapped = best_tile(*t.kernels, p.k, p.n);
+    other[kGradMr] = swapped.mr;
+    other[kGradNv] = swapped.nv;
+    other[kGradSwap] = other[kGradPack] = other[kGradTile] = 1;
+    other[kGradCols] = params[kGradCols];
+    if (check(problem, t, other).empty() &&
+        make_layout(p, t, other).panels >= 4 * useful_threads(p, t.threads)) {
+      return other;
+    }
+  }
   // Half empty vectors of features against full ones of images.
   const int64_t width = t.kernels->width;
   if (p.x.n == 1 && 2 * p.k <= width && p.n >= 2 * p.k) {
@@ -338,57 +437,38 @@ Params defaults(const Problem& p, const Target& t) {
   return params;
 }
 
-std::string check(const Problem& p, const Target& t, const Params& params) {
+int64_t workspace(const Problem& problem, const Target& t, const Params& params) {
   if (params[kGradCopy] != 0) {
-    if (params[kGradCopy] != 1) return "copy: 0 or 1";
-    return check(channels_last(p), t, without_copy(params));
+    return channels_last_floats(problem) +
+           workspace(channels_last(problem), t, without_copy(params));
   }
-  const int64_t nv = params[kGradNv];
-  if (nv < 1 || nv > kMaxNv || t.kernels->max_mr[nv] == 0) return "nv: no such tile";
-  if (params[kGradMr] < 1 || params[kGradMr] > t.kernels->max_mr[nv]) return "mr: no such tile";
-  if (params[kGradPack] != 0 && params[kGradPack] != 1) return "pack: 0 or 1";
-  if (params[kGradPack] == 1 && p.chunk_rows == 0) return "pack: the reduction is not chunked";
-  if (params[kGradStream] != 0 && params[kGradStream] != 1) return "stream: 0 or 1";
-  if (params[kGradTile] != 0 && params[kGradTile] != 1) return "tile: 0 or 1";
-  if (params[kGradTile] == 1 &&
-      (!can_tile(p) || params[kGradSwap] != 0 || make_layout(p, t, params).merged)) {
-    return "tile: needs two dimensions, images next to each other, and rows that are images";
-  }
-  if (params[kGradCols] < 0) return "cols: negative";
-  if (params[kGradCols] > 0 && params[kGradCols] < p.win[2] &&
-      (p.chunk_rows == 0 || make_layout(p, t, params).chunk_rows > 1)) {
-    return "cols: a chunk of the reduction is more than a row";
-  }
-  if (params[kGradSwap] != 0 && params[kGradSwap] != 1) return "swap: 0 or 1";
-  if (params[kGradSwap] == 1 && (p.x.n != 1 || params[kGradPack] != 0)) {
-    return "swap: needs images next to each other, and no packing";
-  }
-  return {};
-}
-
-int64_t workspace(const Problem& p, const Target& t, const Params& params) {
-  if (params[kGradCopy] != 0) {
-    return channels_last_floats(p) + workspace(channels_last(p), t, without_copy(params));
-  }
+  const Problem p = thinned(problem);
   const Layout l = make_layout(p, t, params);
   return l.w_floats + l.y_floats + l.sum_floats +
          (l.pack_floats + l.tile_floats) * useful_threads(p, t.threads);
 }
 
-void run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
   if (params[kGradCopy] != 0) {
-    const Threads pool = useful_pool(p, e);
-    const Operands copies = copy_channels_last(p, o, *e.target.kernels, pool, e.workspace);
+    const Threads pool = useful_pool(problem, e);
+    const Operands copies = copy_channels_last(problem, o, *e.target.kernels, pool, e.workspace);
     Execution rest = e;
-    rest.workspace += channels_last_floats(p);
-    run(channels_last(p), without_copy(params), copies, rest);
+    rest.workspace += channels_last_floats(problem);
+    run(channels_last(problem), without_copy(params), copies, rest);
     return;
   }
+  int64_t x_first = 0;
+  const Problem p = thinned(problem, &x_first);
   const Layout l = make_layout(p, e.target, params);
   const Kernels& k = *e.target.kernels;
   const Threads pool = useful_pool(p, e);
 
-  Filter w{o.w, p.w.g, p.w.c, p.w.sp};
+  // What the tiles' rows and columns come from.
+  const Problem q = l.exchange ? exchanged(p) : p;
+  const ConstPtr x = l.exchange ? o.w : o.x + x_first;
+  const ConstPtr w_in_place = l.exchange ? o.x + x_first : o.w;
+  const bool swap = l.swap && !l.exchange;
+  Filter w{w_in_place, q.w.g, q.w.c, q.w.sp};
   if (l.copy_w) {  // [g][c][z][y][x][k]
     Ptr packed = e.workspace;
     const int64_t window = p.window();
@@ -451,32 +531,32 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
           const int64_t columns = std::min(l.panel, l.columns - panel * l.panel);
           if (l.tiled && g != at_group) {
             at_group = g;
-            pack_tiles(p, l, k, o.x + g * p.x.g, first, last, piece, tiles);
+            pack_tiles(q, l, k, x + g * q.x.g, first, last, piece, tiles);
           }
           if (l.pack && g * l.panels + panel != at_panel) {
             at_panel = g * l.panels + panel;
-            pack_rows(p, l, k, o.w + g * p.w.g + panel * l.panel * p.w.k, first, last, piece,
+            pack_rows(q, l, k, w_in_place + g * q.w.g + panel * l.panel * q.w.k, first, last, piece,
                       columns, packed);
           }
           if (g * positions + u != at_position) {
             at_position = g * positions + u;
             at = {u / l.positions[2] / l.positions[1], u / l.positions[2] % l.positions[1],
                   u % l.positions[2]};
-            make_runs(p, l, w, at, chunk, piece, &runs, &args.a_step, &args.b_step);
-            if (l.swap) {
+            make_runs(q, l, w, at, chunk, piece, &runs, &args.a_step, &args.b_step);
+            if (swap) {
               std::swap(args.a_step, args.b_step);
               for (Run& run : runs) std::swap(run.a, run.b);
             }
           }
           const int64_t i0 = l.rows * t / row_tiles;
           const int64_t mr = l.rows * (t + 1) / row_tiles - i0;
-          args.a = l.swap    ? o.w + g * p.w.g + i0 * p.w.k
+          args.a = swap      ? o.w + g * p.w.g + i0 * p.w.k
                    : l.tiled ? tiles + t * l.slots * l.tile_cols * l.tile_rows
-                             : o.x + g * p.x.g + i0 * p.x.n;
-          args.a_row = l.swap ? p.w.k : p.x.n;
-          args.b = l.pack   ? packed
-                   : l.swap ? o.x + g * p.x.g + panel * l.panel
-                            : w.data + g * w.g + panel * l.panel;
+                             : x + g * q.x.g + i0 * q.x.n;
+          args.a_row = swap ? p.w.k : q.x.n;
+          args.b = l.pack ? packed
+                   : swap ? x + g * p.x.g + panel * l.panel
+                          : w.data + g * w.g + panel * l.panel;
           args.runs = runs.data();
           args.n_runs = static_cast<int64_t>(runs.size());
           args.c = y + g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2] + i0 * y_n +
@@ -524,7 +604,7 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
       finish_rows(rows, k, o, turned, p.k, p.n, p.k, g, 0, to);
     });
   }
-  add_skipped_nonfinite(p, o, e);
+  add_skipped_nonfinite(problem, o, e);
 }
 
 }  // namespace
