@@ -213,7 +213,9 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
     }
     for (int64_t r = 0; r < n; r += B) {
       const int64_t row = r + B <= n ? r : n - B;
-      for (int64_t c = 0; c < count; c += B) block(row, c + B <= count ? c : count - B);
+      int64_t c = 0;
+      for (; c + B <= count; c += B) block(row, c);
+      if (c < count) block(row, count - B);
     }
     return;
   }
