@@ -384,12 +384,14 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
 # Who lends: of the rows of a problem's class those with the closest channels and groups, of these
 # the one that is closest in its other sizes. What counts is the sum of |log2 ratio| times these
 # ("image": its pixels); it must not be more than the limit, else the heuristic is the better guess.
-# Image size moves the best tile little, channels much: chosen by reasoning. Batch was measured with
+# Image size moves the best tile little, channels much: those of a row may differ by a factor of two
+# in all. (A row of 320 to 1280 channels took twice the heuristic's time at 512 to 2048, where
+# filters that are read in place fall upon the same cache sets.) Batch was measured with
 # the packaged rows of one image, as time of the heuristic's plan by time of theirs: 1.02 with 2
 # images, 1.03 with 4, 1.00 with 8 (five of eight rows below), 0.90 with 32. So 8 is too far.
 _WEIGHTS = {
-    "input channels per group": 1.0,
-    "output features per group": 1.0,
+    "input channels per group": 2.0,
+    "output features per group": 2.0,
     "groups": 0.5,
     "image": 0.5,
     "batch": 0.75,
