@@ -39,7 +39,6 @@ def _execute(text: str, operands: list[jax.Array]) -> np.ndarray:
 EDITS = [
     (r"algorithm = \"\w+\"", 'algorithm = "nonsense"', "algorithm: unknown"),
     (r"algorithm = \"\w+\"", 'algorithm = "segregated"', "no lhs_dilation"),
-    (r"algorithm = \"\w+\"", 'algorithm = "direct"', "reads padding"),
     (r"params = dense<[^>]*> : tensor<\d+xi64>", "params = dense<1> : tensor<3xi64>", "params"),
     (r"params = dense<\[\d+, ", "params = dense<[1000000, ", "mr: no such tile"),
     (r"params = dense<\[\d+, ", "params = dense<[-1, ", "mr: no such tile"),

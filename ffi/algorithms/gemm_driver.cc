@@ -28,6 +28,13 @@ enum Pack {
   kBefore,   // the filters are panels already (Problem::panel)
 };
 
+// What becomes of padding along x. (Along y and z, output rows leave it out: RowKinds.)
+enum class Edges {
+  kPadded,    // A holds it: it is multiplied
+  kByTile,    // a tile that meets it leaves it out, at one window position along x after another
+  kByColumn,  // all pixels of a row: each window position along x has tiles of its own
+};
+
 // As much of B as leaves most of the second-level cache to A and C.
 int64_t panel_floats(const Kernels& k) { return caches().l2 / k.size / 4; }
 
@@ -55,8 +62,9 @@ struct Layout {
   bool in_order;        // they are fetched ahead in the order of memory, kc rows of all features
   bool follows;         // columns follow each other in the input, and are read by a panel or two
   int64_t next;         // then: floats from the next pixel's first column to one not yet read
-  bool sparse;          // whole tiles read padding alone at some window positions along x
-  int64_t strip_row;    // floats of A per output row of a block
+  Edges edges;
+  int64_t marked;     // a pixel of each output row that meets all window positions along x, or -1
+  int64_t strip_row;  // floats of A per output row of a block
   // Padded rows, columns of windows: input rows of one (image, z) in a block, floats of one of
   // them.
   int64_t plane_rows, input_row;
@@ -68,6 +76,7 @@ struct Layout {
   int64_t strip_floats, local_floats, buffer_floats;  // per thread
 
   int64_t thread_floats() const { return strip_floats + local_floats + buffer_floats; }
+  bool by_column() const { return edges != Edges::kPadded; }
 };
 
 int64_t strip_columns(const Problem& p, bool disjoint, int64_t pixels) {
@@ -127,6 +136,88 @@ Problem words_of(const Problem& problem, const Kernels& k) {
   Problem p = collapse(problem);
   p.c = ceil_div(p.c, k.channels);
   return p;
+}
+
+// First output position at or after j0 (limit j1) whose input index o * s + offset is >= 0, and
+// first whose index is >= size.
+struct Range {
+  int64_t begin, end;
+};
+Range inside(int64_t j0, int64_t j1, int64_t s, int64_t offset, int64_t size) {
+  int64_t begin = j0;
+  if (begin * s + offset < 0) begin = ceil_div(-offset, s);
+  int64_t end = j1;
+  if (size - offset <= 0) {
+    end = j0;
+  } else {
+    end = std::min(j1, ceil_div(size - offset, s));
+  }
+  begin = std::clamp(begin, j0, j1);
+  return {begin, std::max(begin, end)};
+}
+
+// The pixels of [j0, j1) that read the input at window position v along x.
+Range pixels_at(const Problem& p, int64_t v, int64_t j0, int64_t j1) {
+  return inside(j0, j1, p.stride[2], v * p.rhs_dilation[2] - p.pad[2], p.in[2]);
+}
+
+// Whether some pixel of [j0, j1) reads padding along x.
+bool meets_padding(const Problem& p, int64_t j0, int64_t j1) {
+  const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+  return j0 * p.stride[2] < p.pad[2] || (j1 - 1) * p.stride[2] - p.pad[2] + span > p.in[2];
+}
+
+// Cycles of a reduction step over so many pixels and a panel, in tiles of nearly equal height.
+double step_cycles(const Kernels& k, int64_t pixels, int64_t mr, int64_t nv) {
+  if (pixels == 0) return 0;
+  const int64_t most = std::max<int64_t>(1, k.max_mr[nv]);  // 0: no such tile, which is refused
+  const int64_t tiles = ceil_div(pixels, std::min(mr, most));
+  const int64_t high = pixels % tiles;
+  return static_cast<double>(high) * tile_step_cycles(k, pixels / tiles + 1, nv) +
+         static_cast<double>(tiles - high) * tile_step_cycles(k, pixels / tiles, nv);
+}
+
+// Cycles of a window row and a panel over the pixels of an output row: all of them, or at each
+// window position those that it reads, whose sums are loaded and stored in between.
+double whole_cycles(const Problem& p, const Kernels& k, int64_t mr, int64_t nv) {
+  return step_cycles(k, p.out[2], mr, nv) * static_cast<double>(p.win[2] * p.c);
+}
+double trimmed_cycles(const Problem& p, const Kernels& k, int64_t mr, int64_t nv) {
+  const double rows = static_cast<double>(p.win[0] * p.win[1]);
+  double cycles = 0;
+  for (int64_t v = 0; v < p.win[2]; ++v) {
+    const Range real = pixels_at(p, v, 0, p.out[2]);
+    const int64_t pixels = real.end - real.begin;
+    cycles += step_cycles(k, pixels, mr, nv) * static_cast<double>(p.c) +
+              2.0 * static_cast<double>(pixels * nv) / rows;
+  }
+  return cycles;
+}
+
+// Of tiles of mr pixels and nv vectors of features. What is not sure to pay is left alone.
+Edges edges_of(const Problem& p, const Kernels& k, Lowering lowering, int64_t mr, int64_t nv) {
+  const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
+  const bool in_place = lowering == Lowering::kDirect;
+  const bool overlaps = lowering == Lowering::kWindow && p.stride[2] < span;
+  if (!in_place && !overlaps && lowering != Lowering::kRows) return Edges::kPadded;
+  const int64_t right = (p.out[2] - 1) * p.stride[2] + span - p.pad[2] - p.in[2];
+  const int64_t most = std::max(p.pad[2], right);
+  if (most <= 0) return Edges::kPadded;
+  if (trimmed_cycles(p, k, mr, nv) < 0.97 * whole_cycles(p, k, mr, nv)) return Edges::kByColumn;
+  return in_place || most >= mr * p.stride[2] ? Edges::kByTile : Edges::kPadded;
+}
+
+// Cycles of a window row over the pixels of an output row and all features.
+double row_cycles(const Problem& p, const Kernels& k, Lowering lowering, const Tile& tile) {
+  const int64_t vectors = ceil_div(p.k, k.width);
+  const int64_t panels = ceil_div(vectors, tile.nv);
+  const auto of_panel = [&](int64_t nv) {
+    return edges_of(p, k, lowering, tile.mr, nv) == Edges::kByColumn
+               ? trimmed_cycles(p, k, tile.mr, nv)
+               : whole_cycles(p, k, tile.mr, nv);
+  };
+  return static_cast<double>(panels - 1) * of_panel(tile.nv) +
+         of_panel(vectors - (panels - 1) * tile.nv);
 }
 
 Layout make_layout(const Problem& problem, const Target& t, const Params& params,
@@ -205,9 +296,12 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
               p.x.sp[2] == p.c && l.pixel_stride <= l.reduction && l.panels <= 2 &&
               (p.window() == 1 || l.mr * l.pixel_stride * t.kernels->size >= kManyAhead);
   l.next = (span - p.stride[2]) * p.c;
-  const int64_t right = (p.out[2] - 1) * p.stride[2] + span - p.pad[2] - p.in[2];
-  l.sparse = (lowering == Lowering::kRows || (lowering == Lowering::kWindow && !l.disjoint)) &&
-             std::max(p.pad[2], right) >= l.mr * p.stride[2];
+  l.edges = edges_of(p, *t.kernels, lowering, l.mr, std::min(l.nv, ceil_div(p.k, l.width)));
+  l.marked = 0;
+  if (l.by_column()) {
+    const int64_t first = std::max<int64_t>(0, ceil_div(p.pad[2], p.stride[2]));
+    l.marked = first < p.out[2] && first * p.stride[2] - p.pad[2] + span <= p.in[2] ? first : -1;
+  }
   l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
   int64_t strip = l.full != 0 ? l.strip_row * p.g * l.all_rows : l.strip_row * l.rows;
   if (lowering == Lowering::kWidth && l.full != 0) {
@@ -225,24 +319,6 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.local_floats = l.pack == kLocal ? round_up(l.group * l.panel * l.kc, 16) : 0;
   l.buffer_floats = l.buffered ? round_up(l.rows * l.cols * l.group * l.panel, 16) : 0;
   return l;
-}
-
-// First output position at or after j0 (limit j1) whose input index o * s + offset is >= 0, and
-// first whose index is >= size.
-struct Range {
-  int64_t begin, end;
-};
-Range inside(int64_t j0, int64_t j1, int64_t s, int64_t offset, int64_t size) {
-  int64_t begin = j0;
-  if (begin * s + offset < 0) begin = ceil_div(-offset, s);
-  int64_t end = j1;
-  if (size - offset <= 0) {
-    end = j0;
-  } else {
-    end = std::min(j1, ceil_div(size - offset, s));
-  }
-  begin = std::clamp(begin, j0, j1);
-  return {begin, std::max(begin, end)};
 }
 
 // The input row that window row (z, y) of output row r reads, or null on padding.
@@ -444,11 +520,11 @@ struct Real {
   }
 };
 
-// The runs of one kc block; those of window positions x >= v along x begin with number begin[v]
-// (where tiles are sparse).
+// The runs of one kc block; where window positions along x are told apart, those of v begin with
+// number begin[v], and `before[v]` steps come before them.
 struct Runs {
   std::vector<Run> all;
-  std::vector<int64_t> begin;
+  std::vector<int64_t> begin, before;
   int64_t steps = 0;  // of all
 };
 
@@ -465,7 +541,7 @@ std::vector<Runs> make_runs(const Layout& l, const Real& real) {
       // What is packed locally begins with its block.
       const int64_t base = l.pack == kLocal ? r / l.kc * l.kc * l.panel : 0;
       const bool first =
-          l.sparse && static_cast<int64_t>(block.size()) == blocks[r / l.kc].begin.back();
+          l.by_column() && static_cast<int64_t>(block.size()) == blocks[r / l.kc].begin.back();
       if (!block.empty() && !first && l.lowering != Lowering::kIndirect &&
           block.back().a + block.back().len * l.a_step == a &&
           block.back().b + block.back().len * b_step == b - base) {
@@ -483,8 +559,11 @@ std::vector<Runs> make_runs(const Layout& l, const Real& real) {
     const int64_t z = tap % p.win[0];
     const int64_t y = (tap / p.win[0]) % p.win[1];
     const int64_t v = tap / (p.win[0] * p.win[1]);
-    if (l.sparse && tap % (p.win[0] * p.win[1]) == 0) {
-      for (Runs& block : blocks) block.begin.push_back(static_cast<int64_t>(block.all.size()));
+    if (l.by_column() && tap % (p.win[0] * p.win[1]) == 0) {
+      for (Runs& block : blocks) {
+        block.begin.push_back(static_cast<int64_t>(block.all.size()));
+        block.before.push_back(block.steps);
+      }
     }
     if (z < real.z0 || z >= real.z1 || y < real.y0 || y >= real.y1) continue;
     int64_t a = 0;
@@ -524,7 +603,10 @@ std::vector<Runs> make_runs(const Layout& l, const Real& real) {
       push(tap * p.c, a, b, b_step, p.c);
     }
   }
-  for (Runs& block : blocks) block.begin.push_back(static_cast<int64_t>(block.all.size()));
+  for (Runs& block : blocks) {
+    block.begin.push_back(static_cast<int64_t>(block.all.size()));
+    block.before.push_back(block.steps);
+  }
   return blocks;
 }
 
@@ -617,59 +699,108 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
   const auto& tile = (l.lowering == Lowering::kIndirect ? k.indirect
                       : strided                         ? k.strided
                                                         : k.packed)[nv];
-  args.ahead_step = ahead->step;
   const bool dense = l.lowering != Lowering::kIndirect && !strided;
-  args.stream = block.stream && features % l.width == 0 && (kb + 1) * l.kc >= l.reduction ? 1 : 0;
+  args.stream =
+      block.stream && !l.by_column() && features % l.width == 0 && (kb + 1) * l.kc >= l.reduction
+          ? 1
+          : 0;
+
+  // The tile of mr pixels from j0 of row r, over args.runs. `column`: of filters, to be fetched
+  // ahead, or null; returned is how many were.
+  const auto one_tile = [&](int64_t r, int64_t j0, int64_t mr, int64_t steps, ConstPtr column) {
+    if (block.table == nullptr) {
+      args.a = block.a + r * block.row_stride + j0 * l.pixel_stride;
+    } else {
+      args.a = block.a;
+      args.table = block.table + j0 * l.pixel_stride;
+    }
+    args.c = c + c_rows[r] + j0 * c_pixel;
+    const bool fetches = dense && args.n_runs > 0 && k.ahead[nv][mr] != nullptr;
+    if (fetches && ahead->words > 0) {
+      args.ahead = ahead->at;
+      args.ahead_step = ahead->step;
+      ahead->at = ahead->at + steps * ahead->step;
+      ahead->words -= steps * ahead->step;
+      k.ahead[nv][mr](&args);
+    } else if (fetches && column != nullptr) {
+      args.ahead = column;
+      args.ahead_step = ahead->step;
+      k.ahead[nv][mr](&args);
+      return 1;
+    } else if (dense && nv == 1 && k.narrow[mr] != nullptr && args.n_runs > 0 &&
+               args.runs->len >= 8) {
+      // The next pixels follow these; windows have read most of them already.
+      args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
+      (l.p.window() == 1 ? k.narrow_ahead : k.narrow)[mr](&args);
+    } else if (fetches && l.follows && block.new_input) {
+      args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride + l.next;
+      args.ahead_step = ceil_div(mr * l.pixel_stride, l.reduction);  // all that the next tile adds
+      k.ahead[nv][mr](&args);
+    } else {
+      tile[mr](&args);
+    }
+    return 0;
+  };
+
+  // Pixels [j0, j1) of row r, tile by tile at one window position along x after another, without
+  // padding. Each position fetches its rows of the columns of filters; returned is how many.
+  const auto by_column = [&](int64_t r, int64_t j0, int64_t j1, const Runs& runs) {
+    const Ptr row = c + c_rows[r];
+    bool written = kb > 0;
+    int64_t fetched = -1;
+    for (int64_t v = 0; v < l.p.win[2]; ++v) {
+      args.runs = runs.all.data() + runs.begin[v];
+      args.n_runs = runs.begin[v + 1] - runs.begin[v];
+      if (args.n_runs == 0) continue;
+      const Range real = pixels_at(l.p, v, block.first_col + j0, block.first_col + j1);
+      const int64_t begin = real.begin - block.first_col;
+      const int64_t pixels = real.end - real.begin;
+      if (!written) {
+        zero_columns(row + j0 * c_pixel, c_pixel, begin - j0, features);
+        zero_columns(row + (begin + pixels) * c_pixel, c_pixel, j1 - begin - pixels, features);
+      }
+      args.load = written ? 1 : 0;
+      written = true;
+      const int64_t tiles = ceil_div(pixels, mr_max);
+      const int64_t columns = std::min(ahead->columns, tiles);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t at = pixels * t / tiles;
+        const ConstPtr column =
+            t < columns ? ahead->at + (runs.before[v] * ahead->step + t * l.width) : ConstPtr{};
+        one_tile(r, begin + at, pixels * (t + 1) / tiles - at, runs.before[v + 1] - runs.before[v],
+                 column);
+      }
+      fetched = fetched < 0 ? columns : std::min(fetched, columns);
+    }
+    args.load = kb > 0 ? 1 : 0;
+    if (!written) zero_columns(row + j0 * c_pixel, c_pixel, j1 - j0, features);
+    return std::max<int64_t>(0, fetched);
+  };
+
   // Tiles of nearly equal height: 55 pixels are 14 + 14 + 14 + 13.
   const int64_t tiles = ceil_div(block.cols, mr_max);
   for (int64_t r = 0; r < block.rows; ++r) {
     const Runs& runs = kinds.runs[kinds.of_row[(block.first_row + r) % l.out_rows]][kb];
-    args.runs = runs.all.data();
-    args.n_runs = static_cast<int64_t>(runs.all.size());
+    const auto count = [&](int64_t columns) {
+      if (columns == 0) return;
+      ahead->at = ahead->at + columns * l.width;
+      ahead->columns -= columns;
+    };
+    if (l.edges == Edges::kByColumn) {
+      count(by_column(r, 0, block.cols, runs));
+      continue;
+    }
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t j0 = block.cols * t / tiles;
-      const int64_t mr = block.cols * (t + 1) / tiles - j0;
-      if (l.sparse) {
-        const int64_t col = block.first_col + j0;
-        const auto real = real_positions(l.p, 2, col, col + mr - 1);
-        args.runs = runs.all.data() + runs.begin[real[0]];
-        args.n_runs = runs.begin[real[1]] - runs.begin[real[0]];
-      }
-      if (block.table == nullptr) {
-        args.a = block.a + r * block.row_stride + j0 * l.pixel_stride;
-      } else {
-        args.a = block.a;
-        args.table = block.table + j0 * l.pixel_stride;
-      }
-      args.c = c + c_rows[r] + j0 * c_pixel;
-      if (dense && args.n_runs > 0 && ahead->words > 0 && k.ahead[nv][mr] != nullptr) {
-        args.ahead = ahead->at;
-        ahead->at = ahead->at + runs.steps * ahead->step;
-        ahead->words -= runs.steps * ahead->step;
-        k.ahead[nv][mr](&args);
+      const int64_t j1 = block.cols * (t + 1) / tiles;
+      if (l.edges == Edges::kByTile &&
+          meets_padding(l.p, block.first_col + j0, block.first_col + j1)) {
+        count(by_column(r, j0, j1, runs));
         continue;
       }
-      if (dense && args.n_runs > 0 && ahead->columns > 0 && k.ahead[nv][mr] != nullptr) {
-        args.ahead = ahead->at;
-        ahead->at = ahead->at + l.width;
-        --ahead->columns;
-        k.ahead[nv][mr](&args);
-        continue;
-      }
-      if (dense && nv == 1 && k.narrow[mr] != nullptr && args.n_runs > 0 && args.runs->len >= 8) {
-        // The next pixels follow these; windows have read most of them already.
-        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
-        (l.p.window() == 1 ? k.narrow_ahead : k.narrow)[mr](&args);
-        continue;
-      }
-      if (dense && l.follows && block.new_input && k.ahead[nv][mr] != nullptr) {
-        args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride + l.next;
-        args.ahead_step =
-            ceil_div(mr * l.pixel_stride, l.reduction);  // all that the next tile adds
-        k.ahead[nv][mr](&args);
-        continue;
-      }
-      tile[mr](&args);
+      args.runs = runs.all.data();
+      args.n_runs = static_cast<int64_t>(runs.all.size());
+      count(one_tile(r, j0, j1 - j0, runs.steps, ahead->columns > 0 ? ahead->at : ConstPtr{}));
     }
   }
 }
@@ -904,7 +1035,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const Problem& p = l.p;
   const Kernels& k = *e.target.kernels;
   const int64_t n_blocks = ceil_div(l.reduction, l.kc);
-  std::atomic<bool> suspicious{!kinds.covers || l.sparse};
+  std::atomic<bool> suspicious{!kinds.covers || l.marked < 0};
   const ConstPtr packed = l.pack == kBefore ? o.w : e.workspace;
   Ptr full = e.workspace + l.packed_floats;
   const Ptr zeros = full + l.full_floats;
@@ -1103,11 +1234,13 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       // A filter value that is not finite leaves its mark on every output that did not skip it: one
       // pixel of each kind of row tells whether the skipped ones must be looked at.
-      for (size_t i = 0; kinds.skips && j0 == 0 && i < kinds.first_row.size(); ++i) {
+      const bool skips = (kinds.skips || l.by_column()) && l.marked >= j0 && l.marked < j1;
+      for (size_t i = 0; skips && i < kinds.first_row.size(); ++i) {
         const int64_t r = kinds.first_row[i];
         if (r < r0 || r >= r1) continue;
         ConstPtr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
-        if (k.all_finite(c + c_rows[r - r0], features) == 0) suspicious = true;
+        c = c + c_rows[r - r0] + (l.marked - j0) * (l.buffered ? buffer_ld : p.y.sp[2]);
+        if (k.all_finite(c, features) == 0) suspicious = true;
       }
       if (!l.buffered && !o.has_epilogue()) return;
       for (int64_t r = r0; r < r1; ++r) {
@@ -1168,13 +1301,8 @@ Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most) {
     const int64_t panels = ceil_div(columns, nv * k.width);
     const int64_t last_nv = ceil_div(columns - (panels - 1) * nv * k.width, k.width);
     const int64_t mr = ceil_div(rows, ceil_div(rows, std::min<int64_t>(most, k.max_mr[nv])));
-    const auto panel_cycles = [&](int64_t v) {  // over tiles of nearly equal height
-      const int64_t tiles = ceil_div(rows, std::min<int64_t>(mr, k.max_mr[v]));
-      const int64_t high = rows % tiles;
-      return static_cast<double>(high) * tile_step_cycles(k, rows / tiles + 1, v) +
-             static_cast<double>(tiles - high) * tile_step_cycles(k, rows / tiles, v);
-    };
-    const double cost = static_cast<double>(panels - 1) * panel_cycles(nv) + panel_cycles(last_nv);
+    const double cost = static_cast<double>(panels - 1) * step_cycles(k, rows, mr, nv) +
+                        step_cycles(k, rows, mr, last_nv);
     if (cost < best_cost * 0.999) {
       best_cost = cost;
       best = {mr, nv};
@@ -1186,7 +1314,6 @@ Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most) {
 std::string gemm_rejects(const Problem& p, Lowering lowering) {
   if (p.dilated_input()) return "lhs_dilation > 1";
   if (p.chunk_rows > 0) return "the reduction is chunked (weight gradient)";
-  if (lowering == Lowering::kDirect && p.touches_padding()) return "reads padding";
   if (lowering == Lowering::kIndirect && p.x.c != 1 && p.c > 1) {
     return "the input's channels lie apart";
   }
@@ -1200,10 +1327,23 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   Params params{};
   const int64_t highest = lowering == Lowering::kIndirect ? kMaxIndirectMr : kMaxMr;
   Tile tile = best_tile(k, p.out[2], p.k, highest);
+  int64_t widest = 0;
+  for (int64_t v = 0; v < p.win[2]; ++v) {
+    const Range real = pixels_at(p, v, 0, p.out[2]);
+    widest = std::max(widest, real.end - real.begin);
+  }
+  if (widest > 0 && widest < p.out[2]) {
+    const Tile trimmed = best_tile(k, widest, p.k, highest);
+    if (row_cycles(p, k, lowering, trimmed) < row_cycles(p, k, lowering, tile)) tile = trimmed;
+  }
   if (p.panel > 0) {
     tile.nv = std::clamp<int64_t>(p.panel / k.width, 1, kMaxNv);
     const int64_t most = std::clamp<int64_t>(k.max_mr[tile.nv], 1, highest);
     tile.mr = ceil_div(p.out[2], ceil_div(p.out[2], most));
+    const Tile trimmed{ceil_div(widest, std::max<int64_t>(1, ceil_div(widest, most))), tile.nv};
+    if (widest > 0 && row_cycles(p, k, lowering, trimmed) < row_cycles(p, k, lowering, tile)) {
+      tile = trimmed;
+    }
   }
   params[kMr] = tile.mr;
   params[kNv] = tile.nv;
@@ -1418,6 +1558,10 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   const double rows = static_cast<double>(p.g * p.n * p.out[0] * p.out[1]);
   const double step = tile_step_cycles(k, params[kMr], params[kNv]);
   double cost = rows * tiles * panels * static_cast<double>(p.reduction()) * step;
+  const int64_t vectors = std::min(params[kNv], ceil_div(p.k, k.width));
+  if (edges_of(p, k, lowering, params[kMr], vectors) == Edges::kByColumn) {
+    cost *= trimmed_cycles(p, k, params[kMr], vectors) / whole_cycles(p, k, params[kMr], vectors);
+  }
   cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
   const double width = static_cast<double>(k.width);
   const double w_floats = static_cast<double>(p.g * p.k * p.reduction());
@@ -1450,6 +1594,8 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     // as well as a strip does, channels that lie apart do not.
     cost += rows * tiles * panels * 0.5 * static_cast<double>(p.window());
     if (p.x.c != 1) cost *= 1.3;
+    // Few channels of many: pixels that meet in the same sets of the first-level cache.
+    if (p.x.c == 1 && p.x.sp[2] > p.c && p.c <= 2 * k.width) cost *= 1.05;
   }
   // Measured: never faster than im2win and direct, where the model sees no difference.
   if (lowering == Lowering::kWidth || lowering == Lowering::kIndirect) cost *= 1.2;
