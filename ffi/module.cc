@@ -401,12 +401,12 @@ nb::dict registry() {
       const auto dtype = static_cast<Dtype>(d);
       for (const Word word : {kFloat, kDouble}) {
         const Kernels& own = *set.kernels(word);
-        for (int expand = 0; expand < 2 && is_word(own, dtype); ++expand) {
+        for (int form = 0; form < kSweepForms && is_word(own, dtype); ++form) {
           for (int window = 1; window <= kMaxSweepWindow; ++window) {
             for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
-              const int rows = max_sweep(own, expand, window, stride);
+              const int rows = max_sweep(own, form, window, stride);
               if (rows == 0) continue;
-              sweeps.append(nb::make_tuple(kDtypeRows[d].name, expand, window, stride, rows));
+              sweeps.append(nb::make_tuple(kDtypeRows[d].name, form, window, stride, rows));
             }
           }
         }

@@ -102,6 +102,8 @@ class SweepArgs(ctypes.Structure):
             )
         ),
         ("table", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("first", "features")),
+        ("zeros", ctypes.c_void_p),
     ]
 
 
@@ -400,14 +402,17 @@ def _chain(
         kernels.native(isa, "lanes", dtype.name, 1, piece)
 
 
-@pytest.mark.parametrize(("dtype", "expand", "window", "stride", "most"), ISAS["avx512"]["sweeps"])
+_OWN, _PERMUTED, _BROADCAST = range(3)  # SweepForm in ffi/kernels/kernels.h
+
+
+@pytest.mark.parametrize(("dtype", "form", "window", "stride", "most"), ISAS["avx512"]["sweeps"])
 def test_sweep(
-    kernels: Kernels, dtype: str, expand: int, window: int, stride: int, most: int
+    kernels: Kernels, dtype: str, form: int, window: int, stride: int, most: int
 ) -> None:
     """Against the tiles of pixels, one pixel and one vector at a time, on expanded input."""
     full = _width("avx512", dtype)
-    rng = np.random.default_rng([expand, window, stride])
-    channels, features = (2, 4) if expand else (1, 1)
+    rng = np.random.default_rng([form, window, stride])
+    channels, features = {_OWN: (1, 1), _PERMUTED: (2, 4), _BROADCAST: (3, full)}[form]
     span = full // features * channels
     n, wide = 5, window + 3
     lane = np.arange(full)
@@ -418,7 +423,8 @@ def test_sweep(
     )
     for rows in range(1, most + 1):
         for cols, border in ((full - 4, rows % 2), (2 * full, 1 - rows % 2)):
-            in_cols = cols // features * channels
+            in_cols = -(-cols // features) * channels
+            first = full if form == _BROADCAST else 0  # a group comes before these
             # A column that is skipped at both ends, except where there is but one output.
             q_begin, q_end = 1, (n - 1) * stride + window - 1
             x_col, taps = in_cols + 2, 2
@@ -436,20 +442,22 @@ def test_sweep(
             y_col, y_row = cols + 1, n * (cols + 1) + 3
             start = np.full((rows - 1) * y_row + (n - 1) * y_col + cols, _CANARY, dtype)
             y = guarded(start)
+            zeros = guarded(np.zeros(channels, dtype))
+            before = first // features * channels * x.itemsize
             arguments = _words(
                 SweepArgs(
-                    *(v.ctypes.data for v in (x, w, y, runs)),
+                    x.ctypes.data - before,
+                    *(v.ctypes.data for v in (w, y, runs)),
                     *(len(runs), n, cols, x_row, x_col, q_begin, q_end),
                     *(w_col, w_block, y_row, y_col, row_step, in_rows, border),
                     *(in_cols, channels, span, table.ctypes.data),
+                    *(first, features, zeros.ctypes.data),
                 )
             )
-            buffers = (x, w, y, runs, table)
-            kernels.emulated(
-                "sweep", dtype, expand, window, stride, rows, arguments, buffers=buffers
-            )
+            buffers = (x, w, y, runs, table, zeros)
+            kernels.emulated("sweep", dtype, form, window, stride, rows, arguments, buffers=buffers)
             feature = np.arange(cols)
-            first = feature // features * channels  # the channel that a feature begins with
+            channel = feature // features * channels  # that a feature begins with
             for isa in REFERENCES:
                 expected = start.copy()
                 for r, o in itertools.product(range(rows), range(n)):
@@ -460,7 +468,7 @@ def test_sweep(
                         real = 0 <= run[2] + r * row_step < in_rows
                         at = r * x_row + q * x_col + run[0] if real else 0
                         for i in range(channels):
-                            inputs.append(x[at + first + i] * np.dtype(dtype).type(real))
+                            inputs.append(x[at + channel + i] * np.dtype(dtype).type(real))
                             block = feature // full * w_block + kx * w_col + run[1] + i * full
                             filters.append(w[block + feature % full])
                     _chain(kernels, isa, inputs, filters, expected[r * y_row + o * y_col :])

@@ -184,10 +184,10 @@ def test_no_vector_spills_in_the_lanes(target: str, name: str) -> None:
 @pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
 def test_no_vector_spills_in_the_sweeps(target: str) -> None:
     tiles = _tiles(target, "sweep_block")
-    for dtype, expand, window, stride, rows in ISAS[target]["sweeps"]:
-        form = (str(window), str(stride), str(rows), "true" if expand else "false")
+    for dtype, form, window, stride, rows in ISAS[target]["sweeps"]:
+        tile = (str(window), str(stride), str(rows), f"(jaxwin::SweepForm){form}")
         word = {"float32": "float", "float64": "double"}[dtype]
-        assert {(*form, "true", word), (*form, "false", word)} <= set(tiles)
+        assert {(*tile, "true", word), (*tile, "false", word)} <= set(tiles)
     for arguments, code in tiles.items():
         hot = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
         assert hot, f"no loop in sweep_block<{arguments}>"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Direct convolution: the micro-kernel broadcasts from the input itself, window position by window
-// position. No transform and no workspace but the packed filter; needs windows that stay inside
-// the input.
+// position. No transform and no workspace but the packed filter. Window positions on padding are
+// left out: the kernels never see it.
 
 #include "algorithms/gemm_driver.h"
 #include "algorithms/registry.h"

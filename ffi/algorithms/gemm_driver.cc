@@ -1559,8 +1559,12 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   const double step = tile_step_cycles(k, params[kMr], params[kNv]);
   double cost = rows * tiles * panels * static_cast<double>(p.reduction()) * step;
   const int64_t vectors = std::min(params[kNv], ceil_div(p.k, k.width));
-  if (edges_of(p, k, lowering, params[kMr], vectors) == Edges::kByColumn) {
+  const Edges edges = edges_of(p, k, lowering, params[kMr], vectors);
+  if (edges == Edges::kByColumn) {
     cost *= trimmed_cycles(p, k, params[kMr], vectors) / whole_cycles(p, k, params[kMr], vectors);
+  } else if (edges == Edges::kByTile) {
+    // The first and the last tile are loaded and stored for every window position along x.
+    cost += rows * panels * 2.0 * mr * nv * static_cast<double>(p.win[2] - 1);
   }
   cost += rows * tiles * panels * mr * nv;  // loading and storing the tile
   const double width = static_cast<double>(k.width);

@@ -86,7 +86,8 @@ struct Forward {
   int64_t row_blocks, col_blocks;
   int64_t in_rows, in_cols;  // of a strip
   int64_t column;            // floats of a strip column: c * width
-  int64_t w_floats, strip_floats, temporary, buffer_floats;
+  int64_t w_floats, zero_floats, strip_floats, temporary, buffer_floats;
+  int64_t shared_floats() const { return round_up(w_floats, 16) + round_up(zero_floats, 16); }
   int64_t thread_floats() const { return strip_floats + temporary + buffer_floats; }
 };
 
@@ -96,6 +97,17 @@ bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g 
 // The micro-kernel stores to y.
 bool writes_in_place(const Problem& p, const Kernels& k) {
   return p.y.k == 1 && is_word(k, p.out_dtype);
+}
+
+constexpr int64_t kFewFeatures = 32;  // one group is taken for a few vectors of them only
+
+// Whether a sweep spreads the channels of a group over its features.
+bool expands(const Problem& p) { return p.c > 1 || p.k > 1; }
+
+// How a sweep's lanes come to their input: a vector of features is of one group, or of whole ones.
+SweepForm sweep_form(const Problem& p, int64_t width) {
+  if (!expands(p)) return kSweepOwn;
+  return p.k % width == 0 || (p.g == 1 && p.k > width / 2) ? kSweepBroadcast : kSweepPermuted;
 }
 
 Forward make_forward(const Problem& p, const Target& t, const Params& params) {
@@ -112,6 +124,7 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   f.in_cols = (f.cols - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
   f.column = p.c * f.width;
   f.w_floats = f.blocks * p.reduction() * f.width;
+  f.zero_floats = params[kLanesSweep] > 0 && sweep_form(p, f.width) == kSweepBroadcast ? p.c : 0;
   if (f.strip) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
@@ -145,13 +158,24 @@ void pack_filters(const Problem& p, const Forward& f, const Kernels& k, ConstPtr
     const int64_t b1 = f.blocks * (task + 1) / tasks;
     const int64_t whole = std::min(b1, features / f.width) - b0;
     const int64_t lanes = features - (b1 - 1) * f.width;  // of the last block
+    const int64_t ld = reduction * f.width;
+    const auto filter = [&](int64_t tap) {
+      return w + tap % p.win[0] * p.w.sp[0] + tap / p.win[0] % p.win[1] * p.w.sp[1] +
+             tap / p.win[0] / p.win[1] * p.w.sp[2];
+    };
+    if (p.c > b1 - b0) {  // all channels of a block at a time
+      for (int64_t b = b0; b < b1; ++b) {
+        const int64_t count = std::min(f.width, features - b * f.width);
+        if (count < f.width) (packed + b * ld).zero(ld);
+        for (int64_t tap = 0; tap < p.window(); ++tap) {
+          k.pack[p.dtype](packed + b * ld + tap * p.c * f.width, f.width,
+                          filter(tap) + b * f.width * p.w.k, p.w.c, p.w.k, p.c, count);
+        }
+      }
+      return;
+    }
     for (int64_t r = 0; r < reduction; ++r) {
-      const int64_t tap = r / p.c;
-      const int64_t z = tap % p.win[0];
-      const int64_t y = tap / p.win[0] % p.win[1];
-      const int64_t v = tap / p.win[0] / p.win[1];
-      ConstPtr from = w + (r % p.c) * p.w.c + z * p.w.sp[0] + y * p.w.sp[1] + v * p.w.sp[2];
-      const int64_t ld = reduction * f.width;
+      ConstPtr from = filter(r / p.c) + (r % p.c) * p.w.c;
       k.pack[p.dtype](packed + b0 * ld + r * f.width, ld, from + b0 * f.width * p.w.k,
                       f.width * p.w.k, p.w.k, whole, f.width);
       if (lanes >= f.width) continue;
@@ -259,18 +283,18 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
   add_skipped_nonfinite(p, o, e);
 }
 
-// Whether a sweep spreads the channels of a group over its features.
-bool expands(const Problem& p) { return p.c > 1 || p.k > 1; }
-
 // All channels of a pixel lie side by side.
-bool channels_together(const Problem& p) { return (p.c == 1 || p.x.c == 1) && p.x.g == p.c; }
+bool channels_together(const Problem& p) {
+  return (p.c == 1 || p.x.c == 1) && (p.g == 1 || p.x.g == p.c);
+}
 
-// Output rows of the highest sweep, 0 where there is none. Its lanes are whole groups, whose
-// channels lie side by side and fit one vector.
+// Output rows of the highest sweep, 0 where there is none. The channels of a group lie side by
+// side, and fit one vector where lanes are whole groups.
 int64_t max_sweep(const Problem& p, const Kernels& k) {
-  const bool fits = p.c <= p.k && k.width % p.k == 0;
+  const SweepForm form = sweep_form(p, k.width);
+  const bool fits = form == kSweepBroadcast || (p.c <= p.k && k.width % p.k == 0);
   if (!channels_together(p) || !fits || (p.stride[2] > 1 && p.rhs_dilation[2] > 1)) return 0;
-  return max_sweep(k, expands(p) ? 1 : 0, p.win[2], p.stride[2]);
+  return max_sweep(k, form, p.win[2], p.stride[2]);
 }
 
 // Pixels of the widest tile of whole windows in so many rows, 0 where there is none.
@@ -293,7 +317,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   const Problem flat = flatten_groups(p);
   const Threads pool = useful_pool(p, e);
   Ptr packed = e.workspace;
-  Ptr scratch = packed + round_up(f.w_floats, 16);
+  Ptr scratch = packed + f.shared_floats();
   pack_filters(p, f, k, o.w, pool, packed);
   const bool in_place = writes_in_place(p, k);
   const bool words = is_word(k, p.dtype);
@@ -305,7 +329,10 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   const int64_t dilation = p.rhs_dilation[2];
   Problem line = flat;  // the outputs of one residue of the dilation
   line.y.sp[2] *= dilation;
-  std::vector<int32_t> table(expands(p) ? f.column : 0);
+  const SweepForm form = sweep_form(p, f.width);
+  const Ptr zeros = packed + round_up(f.w_floats, 16);
+  zeros.zero(f.zero_floats);
+  std::vector<int32_t> table(form == kSweepPermuted ? f.column : 0);
   for (int64_t i = 0; i < static_cast<int64_t>(table.size()); ++i) {
     table[i] = static_cast<int32_t>(i % f.width / p.k * p.c + i / f.width);
   }
@@ -322,8 +349,10 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   shared.rows = p.in[1];
   shared.in_cols = p.g * p.c;
   shared.channels = p.c;
-  shared.span = f.width / p.k * p.c;
+  shared.span = form == kSweepBroadcast ? 0 : f.width / p.k * p.c;
   shared.table = table.data();
+  shared.features = p.k;
+  shared.zeros = zeros;
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
     const int64_t rblock = task % f.row_blocks;
@@ -378,7 +407,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
         args.n = ceil_div(p.out[2] - j, dilation);
         args.q_begin = std::max<int64_t>(0, ceil_div(-first, dilation));
         args.q_end = std::max(args.q_begin, ceil_div(p.in[2] - first, dilation));
-        const SweepFn sweep = k.sweep[expands(p) ? 1 : 0][p.win[2]][p.stride[2]][rows];
+        const SweepFn sweep = k.sweep[form][p.win[2]][p.stride[2]][rows];
         if (in_place) {
           sweep(&args);
           continue;
@@ -395,6 +424,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
           one.w = packed + block * shared.w_block;
           one.cols = std::min(ld, flat.k - k0);
           one.in_cols = shared.in_cols - block * shared.span;
+          one.first = k0;
           sweep(&one);
           for (int64_t i = 0; i < rows; ++i) {
             finish_rows(line, k, o, buffer + i * args.y_row, ld, args.n, one.cols, 0, k0,
@@ -722,8 +752,9 @@ std::string lanes_rejects(const Problem& p) {
   if (!p.plain() && p.chunk_rows > 0) return "weight gradients need float32 or float64";
   if (!p.plain() && p.c > 1 && p.x.g != p.c * p.x.c) return "the channels of a group lie apart";
   const int64_t multiples = p.chunk_rows > 0 ? p.n : p.c;
-  if (p.g == 1 && multiples > 1) return "one group";
-  if (multiples > 64) return "more than 64 channels per group";
+  const bool narrow = p.chunk_rows == 0 && p.k <= kFewFeatures && p.win[2] > 1;
+  if (p.g == 1 && multiples > 1 && !narrow) return "one group";
+  if (multiples > (narrow ? 256 : 64)) return "too many channels per group";
   if (p.chunk_rows > 0) {
     const double ring =
         static_cast<double>(p.out[0]) * static_cast<double>(p.out[1]) *
@@ -845,7 +876,7 @@ int64_t lanes_workspace(const Problem& p, const Target& t, const Params& params)
   const int64_t threads = useful_threads(p, t.threads);
   if (p.chunk_rows > 0) return make_grad(p, t).thread_floats() * threads;
   const Forward f = make_forward(p, t, params);
-  return round_up(f.w_floats, 16) + f.thread_floats() * threads;
+  return f.shared_floats() + f.thread_floats() * threads;
 }
 
 void lanes_run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
@@ -869,8 +900,14 @@ double lanes_cost(const Problem& p, const Target& t, const Params& params) {
     return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
   }
   if (p.c == 1) return vectors * taps * 0.9;
-  // A permutation for every three of them, no copy.
-  if (params[kLanesSweep] > 0) return vectors * taps * 0.75;
+  // A permutation or a broadcast for every three of them, no copy. Broadcasts are for one vector of
+  // features; where the window moves by two columns, some are for a single product.
+  if (params[kLanesSweep] > 0 && sweep_form(p, t.kernels->width) == kSweepPermuted) {
+    return vectors * taps * (p.g == 1 ? 1.5 : 0.75);  // one group leaves lanes empty
+  }
+  if (params[kLanesSweep] > 0) {
+    return vectors * taps * (p.stride[2] > 1 ? 1.02 : p.k > t.kernels->width ? 0.85 : 0.6);
+  }
   const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
   return vectors * (taps * 1.3 + read * 3.2);
 }

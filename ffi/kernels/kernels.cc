@@ -51,11 +51,11 @@ constexpr void fill_lanes(Kernels& k) {
   }
 }
 
-template <typename T, int KW, int SX, bool kExpand, int R = kSweepRows<T, KW, SX, kExpand>>
+template <typename T, int KW, int SX, SweepForm kForm, int R = kSweepRows<T, KW, SX, kForm>>
 constexpr void fill_sweep(Kernels& k) {
   if constexpr (R > 0) {
-    k.sweep[kExpand][KW][SX][R] = sweep_tile<KW, SX, R, kExpand, T>;
-    fill_sweep<T, KW, SX, kExpand, R - 1>(k);
+    k.sweep[kForm][KW][SX][R] = sweep_tile<KW, SX, R, kForm, T>;
+    fill_sweep<T, KW, SX, kForm, R - 1>(k);
   }
 }
 
@@ -121,14 +121,16 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
     k.max_pixels = kPixels;
     fill_lanes<T, kPixels>(k);
     if constexpr (std::is_same_v<T, float>) {  // they take long to compile
-      fill_sweep<T, 3, 1, false>(k);
-      fill_sweep<T, 5, 1, false>(k);
-      fill_sweep<T, 7, 1, false>(k);
-      fill_sweep<T, 3, 2, false>(k);
-      fill_sweep<T, 5, 2, false>(k);
-      fill_sweep<T, 7, 2, false>(k);
-      fill_sweep<T, 3, 1, true>(k);
-      fill_sweep<T, 3, 2, true>(k);
+      fill_sweep<T, 3, 1, kSweepOwn>(k);
+      fill_sweep<T, 5, 1, kSweepOwn>(k);
+      fill_sweep<T, 7, 1, kSweepOwn>(k);
+      fill_sweep<T, 3, 2, kSweepOwn>(k);
+      fill_sweep<T, 5, 2, kSweepOwn>(k);
+      fill_sweep<T, 7, 2, kSweepOwn>(k);
+      fill_sweep<T, 3, 1, kSweepPermuted>(k);
+      fill_sweep<T, 3, 2, kSweepPermuted>(k);
+      fill_sweep<T, 3, 1, kSweepBroadcast>(k);
+      fill_sweep<T, 3, 2, kSweepBroadcast>(k);
     }
     k.epilogue = epilogue<T>;
     k.interleave = interleave<T>;
@@ -179,8 +181,10 @@ constexpr Kernels make_float() {
 constexpr Kernels make_double() {
   Kernels k = make<double>(kWordChannels[kDouble], kExactActivations);
 #if defined(__AVX2__)
-  fill_sweep<double, 3, 1, true>(k);
-  fill_sweep<double, 3, 2, true>(k);
+  fill_sweep<double, 3, 1, kSweepPermuted>(k);
+  fill_sweep<double, 3, 2, kSweepPermuted>(k);
+  fill_sweep<double, 3, 1, kSweepBroadcast>(k);
+  fill_sweep<double, 3, 2, kSweepBroadcast>(k);
   fill_windows<double, double>(k, kF64);
 #endif
   k.read[kF64] = k.pack[kF64] = k.write[kF64] = k.copy;

@@ -78,10 +78,13 @@ using LanesGradFn = void (*)(const GemmArgs*, const int64_t* offsets);
 //   outside [q_begin, q_end) are skipped.
 //   B[kx, t, i, j] = w[j / W * w_block + kx * w_col + run[t].b + i * W + j % W]
 //   Y[r, o, j] = y[r * y_row + o * y_col + j]
-// A vector of `span` channels is loaded once for all positions of the window that it belongs to,
-// and spread over the lanes in a register. A lane reads the channel of its own number, in the form
-// without expansion: channels = 1, span = W, no table. Reads of B: whole vectors; of x: in_cols
-// channels.
+// Permuted: a vector of `span` channels is loaded once for all positions of the window that it
+// belongs to, and spread over the lanes in a register. Own: a lane reads the channel of its own
+// number; channels = 1, span = W, no table. Broadcast: all lanes of a vector read the same
+// channels, (first + j) / features * channels + i in place of those of span and table, each once
+// for all positions; a row that is no input is read at `zeros`. Reads of B: whole vectors; of x:
+// in_cols channels.
+enum SweepForm { kSweepOwn, kSweepPermuted, kSweepBroadcast, kSweepForms };
 struct SweepArgs {
   const void* x;
   const void* w;
@@ -98,6 +101,8 @@ struct SweepArgs {
   int64_t in_cols;
   int64_t channels, span;
   const int32_t* table;
+  int64_t first, features;  // broadcast: features before these, features of a group
+  const void* zeros;        // and `channels` zeros
 };
 using SweepFn = void (*)(const SweepArgs*);
 
@@ -173,8 +178,8 @@ struct Kernels {
   int max_pixels;
   LanesFn lanes[kMaxMr + 1];           // [P]
   LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
-  // [with expansion][KW][SX][R]; may be null
-  SweepFn sweep[2][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
+  // [KW][SX][R]; may be null
+  SweepFn sweep[kSweepForms][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
   // [dtype of x][SX][R][P]; may be null
   WindowFn window[kDtypes][kMaxWindowStride + 1][kMaxWindowRows + 1][kMaxWindowPixels + 1];
   void (*epilogue)(const EpilogueArgs*);
@@ -208,10 +213,10 @@ struct Kernels {
 };
 
 // Output rows of the highest tile for such a window; 0: there is none.
-static inline int max_sweep(const Kernels& k, int expand, int64_t window, int64_t stride) {
+static inline int max_sweep(const Kernels& k, int form, int64_t window, int64_t stride) {
   if (window > kMaxSweepWindow || stride > kMaxSweepStride) return 0;
   int rows = kMaxSweep;
-  while (rows > 0 && k.sweep[expand][window][stride][rows] == nullptr) --rows;
+  while (rows > 0 && k.sweep[form][window][stride][rows] == nullptr) --rows;
   return rows;
 }
 

@@ -59,15 +59,19 @@ void lanes_tile(const GemmArgs* g) {
 }
 
 // Outputs under way while a window of KW columns passes, and how many rows of them fit the
-// registers with a column of input and the filter: one vector of it, or with expansion one for
-// every output under way, an expanded vector and what says where its lanes come from.
+// registers. With lanes that read their own channel: with a column of input and a vector of the
+// filter. Otherwise with one of the filter for every output under way and an input in all lanes it
+// is for; permuted, also with a column of input and what says where the lanes come from.
 template <int KW, int SX>
 constexpr int kSweepLive = (KW - 1) / SX + 1;
-template <typename T, int KW, int SX, bool kExpand>
-constexpr int kSweepRows =
-    std::min((kRegisters - (kExpand ? kSweepLive<KW, SX> + 1 + kIndexRegisters<T> : 2)) /
-                 (kSweepLive<KW, SX> + 1),
-             kExpand ? kMaxSweep : 5);
+template <typename T, int KW, int SX, SweepForm kForm>
+constexpr int kSweepRows = [] {
+  constexpr int kLive = kSweepLive<KW, SX>;
+  if constexpr (kForm == kSweepOwn) return std::min((kRegisters - 2) / (kLive + 1), 5);
+  constexpr int kIndex = kForm == kSweepPermuted ? kIndexRegisters<T> : 0;
+  constexpr int kInput = kForm == kSweepPermuted ? 1 : 0;
+  return std::min((kRegisters - kLive - 1 - kIndex) / (kLive + kInput), kMaxSweep);
+}();
 
 template <typename T, int R>
 struct Sweep {
@@ -78,17 +82,60 @@ struct Sweep {
   Mask<T> in_tail, tail;
 };
 
+// An input column, number i of those that output column o has first, of which each channel is read
+// once for all outputs under way and their windows' columns i + m * SX.
+template <int KW, int SX, int R, bool kPlain, int kPhase, typename T>
+JAXWIN_INLINE void sweep_column(const SweepArgs* g, const T* x, const T* w, int i,
+                                Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
+  constexpr int kLive = kSweepLive<KW, SX>;
+  const int64_t channels = g->channels;
+  const Run* const end = g->runs + g->n_runs;
+  for (const Run* run = g->runs; run != end; ++run) {
+    const T* from[R];
+    JAXWIN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const auto row = static_cast<uint64_t>(run->len + r * g->row_step);
+      from[r] = kPlain || row < static_cast<uint64_t>(g->rows) ? x + run->a + r * g->x_row
+                                                               : static_cast<const T*>(g->zeros);
+    }
+    const T* b = w + run->b;
+    for (int64_t c = 0; c < channels; ++c, b += kWidth<T>) {
+      Vec<T> filter[kLive];  // window column i + m * SX, of output o - m
+      JAXWIN_UNROLL
+      for (int m = 0; m < kLive; ++m) {
+        if (i + m * SX < KW) filter[m] = load(b + m * SX * g->w_col);
+      }
+      JAXWIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> in = set1(from[r][c]);
+        JAXWIN_UNROLL
+        for (int m = 0; m < kLive; ++m) {
+          if (i + m * SX < KW) {
+            Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
+            to = fma(in, filter[m], to);
+          }
+        }
+      }
+    }
+  }
+}
+
 // One output column, o, begins in acc[kPhase]; the one that has seen its whole window is stored.
 // kPlain: whole vectors of rows that exist.
-template <int KW, int SX, int R, bool kExpand, bool kPlain, int kPhase, typename T>
+template <int KW, int SX, int R, SweepForm kForm, bool kPlain, int kPhase, typename T>
 JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
                               Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   constexpr int kLive = kSweepLive<KW, SX>;
+  constexpr bool kExpand = kForm == kSweepPermuted;
   const Run* const end = g->runs + g->n_runs;
   JAXWIN_UNROLL
   for (int i = 0; i < SX; ++i) {
     if (static_cast<uint64_t>(s->q + i) < static_cast<uint64_t>(s->columns)) {
       const T* at = s->x + i * g->x_col;
+      if constexpr (kForm == kSweepBroadcast) {
+        sweep_column<KW, SX, R, kPlain, kPhase>(g, at, s->w + i * g->w_col, i, acc);
+        continue;
+      }
       for (const Run* run = g->runs; run != end; ++run) {
         Vec<T> in[R];
         JAXWIN_UNROLL
@@ -169,17 +216,17 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
   ++s->o;
 }
 
-template <int KW, int SX, int R, bool kExpand, bool kPlain, int kPhase, typename T>
+template <int KW, int SX, int R, SweepForm kForm, bool kPlain, int kPhase, typename T>
 JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, R>* s,
                                Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   if (s->o == s->steps) return;
-  sweep_step<KW, SX, R, kExpand, kPlain, kPhase>(g, s, acc);
+  sweep_step<KW, SX, R, kForm, kPlain, kPhase>(g, s, acc);
   if constexpr (kPhase + 1 < kSweepLive<KW, SX>) {
-    sweep_steps<KW, SX, R, kExpand, kPlain, kPhase + 1>(g, s, acc);
+    sweep_steps<KW, SX, R, kForm, kPlain, kPhase + 1>(g, s, acc);
   }
 }
 
-template <int KW, int SX, int R, bool kExpand, bool kPlain, typename T>
+template <int KW, int SX, int R, SweepForm kForm, bool kPlain, typename T>
 __attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const T* w, T* y,
                                            Mask<T> in_tail, Mask<T> tail) {
   constexpr int kLive = kSweepLive<KW, SX>;
@@ -190,23 +237,25 @@ __attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const
     for (int r = 0; r < R; ++r) acc[l][r] = zero<T>();
   }
   Sweep<T, R> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, in_tail, tail};
-  while (s.o < s.steps) sweep_steps<KW, SX, R, kExpand, kPlain, 0>(g, &s, acc);
+  while (s.o < s.steps) sweep_steps<KW, SX, R, kForm, kPlain, 0>(g, &s, acc);
 }
 
-template <int KW, int SX, int R, bool kExpand, typename T>
+template <int KW, int SX, int R, SweepForm kForm, typename T>
 void sweep_tile(const SweepArgs* g) {
   constexpr int W = kWidth<T>;
   const T* x = static_cast<const T*>(g->x);
   const T* w = static_cast<const T*>(g->w);
   T* y = static_cast<T*>(g->y);
   for (int64_t j = 0, in = 0; j < g->cols; j += W, in += g->span, w += g->w_block) {
+    if (kForm == kSweepBroadcast) in = (g->first + j) / g->features * g->channels;
     const int64_t in_lanes = std::min(g->span, g->in_cols - in);
     const Mask<T> in_tail = make_mask<T>(in_lanes);
     const Mask<T> tail = make_mask<T>(g->cols - j);
-    if (g->border == 0 && in_lanes == W && g->cols - j >= W) {
-      sweep_block<KW, SX, R, kExpand, true>(g, x + in, w, y + j, in_tail, tail);
+    const bool whole = kForm == kSweepBroadcast || in_lanes == W;
+    if (g->border == 0 && whole && g->cols - j >= W) {
+      sweep_block<KW, SX, R, kForm, true>(g, x + in, w, y + j, in_tail, tail);
     } else {
-      sweep_block<KW, SX, R, kExpand, false>(g, x + in, w, y + j, in_tail, tail);
+      sweep_block<KW, SX, R, kForm, false>(g, x + in, w, y + j, in_tail, tail);
     }
   }
 }

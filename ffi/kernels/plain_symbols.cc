@@ -29,9 +29,9 @@ JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
   JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
 }
 JAXWIN_SYMBOL(jaxwin_test_sweep_)
-(int64_t word, int64_t expand, int64_t window, int64_t stride, int64_t rows,
+(int64_t word, int64_t form, int64_t window, int64_t stride, int64_t rows,
  const jaxwin::SweepArgs* args) {
-  JAXWIN_TABLE.sweep[expand][window][stride][rows](args);
+  JAXWIN_TABLE.sweep[form][window][stride][rows](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_window_)
 (int64_t word, int64_t dtype, int64_t stride, int64_t rows, int64_t pixels,
