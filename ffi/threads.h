@@ -4,7 +4,9 @@
 // for a task that has not begun, so nested and concurrent use cannot deadlock.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -77,14 +79,26 @@ class Threads {
     for (int64_t h = 0; h < helpers; ++h) {
       schedule_([shared, work] { work(shared->worker.fetch_add(1) + 1); });
     }
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point begin = Clock::now();
     work(0);
-    for (int spin = 0; spin < 2000 && shared->done.load() != tasks; ++spin) _mm_pause();
+    // Sleeping costs a wake-up, which on a virtual machine may take as long as a convolution, and
+    // the system may then put both threads on one CPU: wait awake, but no longer than the work
+    // took.
+    const Clock::time_point end = Clock::now();
+    const Clock::time_point patience =
+        end + std::clamp<Clock::duration>(end - begin, kLeast, kMost);
+    while (shared->done.load() != tasks && Clock::now() < patience) {
+      for (int spin = 0; spin < 16; ++spin) _mm_pause();
+    }
     if (shared->done.load() == tasks) return;
     std::unique_lock<std::mutex> lock(shared->mutex);
     shared->all_done.wait(lock, [&] { return shared->done.load() == tasks; });
   }
 
  private:
+  static constexpr std::chrono::microseconds kLeast{100};
+  static constexpr std::chrono::milliseconds kMost{5};
   Schedule schedule_;
   int64_t count_;
 };
