@@ -1421,9 +1421,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
              (!far(128) || (threads == 1 && in_order > 0)) &&
              pixels <= int64_t{p.w.c <= 8 * panel ? 16 : 8} * k.width) {
     params[kPack] = kInPlace;
-    params[kKc] = threads == 1 && in_order > 0
-                      ? in_order
-                      : std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
+    // Of groups, the filters of one: all of them, where they fit.
+    const bool fit = p.g > 1 && p.k * p.reduction() <= panel_floats(k) / 2;
+    params[kKc] = threads == 1 && in_order > 0 ? in_order
+                  : fit                        ? 0
+                        : std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
   } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
