@@ -410,6 +410,8 @@ def test_output_rows_of_few_features_share_loads(isa: str, k: int) -> None:
         ((90,), (2,), ((1, -3),), 64, 32),
         ((4, 4), (3, 3), ((1, 1), (1, 1)), 96, 256),  # filters in the order of memory
         ((4, 4), (1, 3), ((0, 0), (1, 1)), 300, 640),
+        ((5, 5), (3, 3), ((2, 2), (2, 2)), 96, 256),  # each column of the window its part of them
+        ((10, 11), (3, 4), ((2, 2), (3, 1)), 40, 600),
         ((44, 64), (3, 3), ((1, 1), (1, 1)), 64, 3),  # the next rows during products
     ],
 )
@@ -417,7 +419,7 @@ def test_what_comes_next_is_read_ahead(isa: str, size, window, padding, c: int, 
     problem = problems.make(1, c, k, size, window, padding=padding)
     x, w = problems.operands(problem, np.random.default_rng(k))
     expected = reference.chain(problem, x, w)
-    for algorithm, cols in itertools.product(("im2win", "rows", "planar"), (0, 32)):
+    for algorithm, cols in itertools.product(("im2win", "rows", "direct", "planar"), (0, 32)):
         names = _registry.parameter_names(algorithm)
         plan = _ffi.make_plan(problem.native(), algorithm=algorithm, isa=isa)["plan"]
         chosen = dict(zip(names, plan["params"], strict=True))
@@ -471,18 +473,24 @@ def test_output_rows_that_are_lanes_together() -> None:
         ((3, 11), (3, 5), ((1, 1), (30, 3)), (1, 2), (1, 2)),
         ((4, 9), (1, 4), ((0, 0), (-2, 25)), (1, 3), (1, 1)),
         ((2, 3, 12), (2, 3, 3), ((1, 1), (1, 1), (9, 9)), (1, 1, 9), (1, 1, 1)),
+        ((6, 7), (3, 3), ((1, 1), (2, 2)), (1, 1), (1, 1)),
+        ((5, 4), (4, 3), ((3, 0), (0, 2)), (1, 1), (2, 1)),
     ],
 )
-@pytest.mark.parametrize("algorithm", ["rows", "im2win"])
-def test_tiles_on_padding(algorithm: str, size, window, padding, rhs_dilation, stride) -> None:
-    """Window positions that are padding for all pixels of a tile are left out."""
+@pytest.mark.parametrize("channels", [5, 40])
+@pytest.mark.parametrize("algorithm", ["rows", "im2win", "direct"])
+def test_tiles_on_padding(
+    algorithm: str, channels: int, size, window, padding, rhs_dilation, stride
+) -> None:
+    """Padding along x is left out, of whole tiles, of their edges, or column by column."""
     names = _registry.parameter_names(algorithm)
     rng = np.random.default_rng(11)
     layouts = (None, {3: ("NCHW", "OIHW"), 4: None}[len(size) + 1])
-    for layout, dtype in itertools.product(dict.fromkeys(layouts), ("float32", "bfloat16")):
+    dtypes = ("float32",) if algorithm == "direct" else ("float32", "bfloat16")
+    for layout, dtype in itertools.product(dict.fromkeys(layouts), dtypes):
         problem = problems.make(
             2,
-            5,
+            channels,
             19,
             size,
             window,
@@ -494,12 +502,64 @@ def test_tiles_on_padding(algorithm: str, size, window, padding, rhs_dilation, s
         )
         x, w = problems.operands(problem, rng)
         expected = reference.chain(problem, x, w)
-        for isa, mr, kc in itertools.product(ISAS, (2, 4), (0, 8, 20)):
+        for isa, (mr, kc, cols) in itertools.product(
+            ISAS, ((2, 0, 0), (4, 0, 5), (2, 8, 0), (4, 20, 0), (4, 20, 3))
+        ):
             usual = _ffi.make_plan(problem.native(), algorithm=algorithm, isa=isa)["plan"]["params"]
             chosen = dict(zip(names, usual, strict=True)) | {"mr": mr, "kc": kc}
+            chosen |= {"cols": cols}
             params = tuple(chosen.values())
             result = problems.run(problem, x, w, algorithm, isa=isa, params=params)
             np.testing.assert_array_equal(result, expected, f"{problem} {isa} {chosen}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    ("c", "k", "groups", "padding", "stride", "rhs_dilation", "out_layout"),
+    [
+        (3, 16, 1, ((1, 1), (1, 1)), (1, 1), (1, 1), "NHWC"),
+        (20, 24, 1, ((1, 0), (3, 2)), (1, 1), (1, 1), "NHWC"),  # the last is not full
+        (7, 32, 1, ((2, 2), (0, 4)), (2, 1), (2, 2), "NCHW"),  # by way of a buffer
+        (5, 16, 3, ((0, 2), (1, 1)), (1, 2), (1, 1), "NHWC"),
+        (4, 32, 2, ((1, 1), (-1, 1)), (2, 2), (3, 1), "NHWC"),
+    ],
+)
+def test_sweeps_of_few_features(
+    dtype: str, c: int, k: int, groups: int, padding, stride, rhs_dilation, out_layout
+) -> None:
+    """`grouped` with a vector of features that all read the same channels."""
+    problem = problems.make(
+        2,
+        c * groups,
+        k * groups,
+        (9, 11),
+        (3, 3),
+        padding=padding,
+        stride=stride,
+        rhs_dilation=rhs_dilation,
+        groups=groups,
+        dtype=dtype,
+        layout=("NHWC", "HWIO"),
+        out_layout=out_layout,
+    )
+    x, w = problems.operands(problem, np.random.default_rng(c))
+    expected = reference.chain(problem, x, w)
+    tested = 0
+    for isa, rows, threads in itertools.product(ISAS, range(1, 8), (1, 3)):
+        usual = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa)["plan"]["params"]
+        names = _registry.parameter_names("grouped")
+        chosen = dict(zip(names, usual, strict=True)) | {"strip": 0, "sweep": rows, "rows": 4}
+        params = tuple(chosen.values())
+        answer = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa, params=params)
+        if "plan" not in answer:
+            assert "no such tile" in answer["error"]
+            continue
+        tested += 1
+        result = problems.run(
+            problem, x, w, "grouped", isa=isa, params=params, threads=threads, activation="relu"
+        )
+        np.testing.assert_array_equal(result, np.maximum(expected, 0), f"{isa} {chosen}")
+    assert tested >= 2 * (7 + 4 if dtype != "float64" else 4)
 
 
 def test_every_algorithm_can_be_chosen() -> None:
