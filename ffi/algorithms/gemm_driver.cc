@@ -1475,7 +1475,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   // fetching the lines that are written takes a good part of the time, and a last-level cache that
   // other cores share is no better than memory.
   const int64_t bytes = p.g * p.n * p.k * p.pixels() * k.size;
-  const int64_t kept = std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, 4 * caches().l2);
+  // With hardly any, and whole panels of the widest tile, that begins as soon as they leave the
+  // second-level cache; narrower tiles lose by it in fresh memory.
+  const bool hardly_any = p.reduction() <= 16 && params[kNv] == kMaxNv;
+  const int64_t kept =
+      std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, (hardly_any ? 2 : 4) * caches().l2);
   params[kStream] = p.y.k == 1 && is_word(k, p.out_dtype) && bytes >= kept ? 1 : 0;
   // Sums that cannot be written to the result itself lie beside the strip, in the same limit.
   while (is_buffered(p, k)) {
