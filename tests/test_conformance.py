@@ -542,6 +542,9 @@ def test_sweeps_of_few_features(
         layout=("NHWC", "HWIO"),
         out_layout=out_layout,
     )
+    if dtype == "bfloat16" and groups == 1:  # the dense kernels widen it
+        assert "lie apart" in _ffi.make_plan(problem.native(), algorithm="grouped")["error"]
+        return
     x, w = problems.operands(problem, np.random.default_rng(c))
     expected = reference.chain(problem, x, w)
     tested = 0

@@ -175,7 +175,7 @@ def test_the_epilogue_is_that_of_all_algorithms(dtype: str, activation: str | No
         np.testing.assert_allclose(run(algorithm), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("features", [64, 50])
+@pytest.mark.parametrize("features", [72, 50])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_packed_filters_give_the_same_bits(groups: int, features: int) -> None:
     rng = np.random.default_rng(2)

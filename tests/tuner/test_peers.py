@@ -33,11 +33,11 @@ SHAPES = (
 PACKED = ["jaxwin-packed", "jaxwin-packed-loop"]
 # Of so many features that kernels read them in panels.
 WIDE = (
-    "n2 9x10 c6 k32 w3x2 s2 p1",
-    "n2 12 c6 k32 w3 rd2",
-    "n2 5x6x7 c8 k32 w3 p1",
-    "n2 9x10 c6 k96 w3 p1 g3",
-    "n2 9x10 c6 k32 w3 p1:2x-1:2",
+    "n2 9x10 c6 k40 w3x2 s2 p1",
+    "n2 12 c6 k40 w3 rd2",
+    "n2 5x6x7 c8 k40 w3 p1",
+    "n2 9x10 c6 k99 w3 p1 g3",
+    "n2 9x10 c6 k40 w3 p1:2x-1:2",
 )
 JAX = [
     name
