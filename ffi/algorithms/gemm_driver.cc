@@ -1605,7 +1605,7 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     cost += rows * tiles * panels * 0.5 * static_cast<double>(p.window());
     if (p.x.c != 1) cost *= 1.3;
     // Few channels of many: pixels that meet in the same sets of the first-level cache.
-    if (p.x.c == 1 && p.x.sp[2] > p.c && p.c <= 2 * k.width) cost *= 1.05;
+    if (p.x.c == 1 && p.x.sp[2] > p.c && p.c <= int64_t{2} * k.width) cost *= 1.05;
   }
   // Measured: never faster than im2win and direct, where the model sees no difference.
   if (lowering == Lowering::kWidth || lowering == Lowering::kIndirect) cost *= 1.2;
