@@ -22,6 +22,7 @@ import pytest
 import reference
 
 from jaxwin import _ffi, _registry
+from jaxwin._problem import Problem
 
 REGISTRY = _registry.registry()
 ALGORITHMS = {row["name"]: row for row in REGISTRY["algorithms"]}
@@ -55,6 +56,15 @@ def _parameters(algorithm: str, problem, isa: str, threads: int, rng: np.random.
         if "plan" in answer:
             return tuple(params)
     return ()
+
+
+def _params(problem: Problem, algorithm: str, isa: str, **changes: int) -> tuple[int, ...]:
+    """Of the usual plan, some of them changed; whether they make a plan is another question."""
+    plan = _ffi.make_plan(problem.native(), algorithm=algorithm, isa=isa)["plan"]
+    names = _registry.parameter_names(algorithm)
+    chosen = dict(zip(names, plan["params"], strict=True))
+    assert changes.keys() <= chosen.keys()
+    return tuple((chosen | changes).values())
 
 
 @pytest.mark.parametrize("seed", range(DRAWS))
@@ -205,9 +215,7 @@ def test_weight_gradients_of_cropped_inputs(isa: str) -> None:
     )
     x, w = problems.operands(problem, np.random.default_rng(3))
     expected = reference.chain(problem, x, w)
-    names = [spec["name"] for spec in ALGORITHMS["weight_grad"]["params"]]
-    plan = _ffi.make_plan(problem.native(), algorithm="weight_grad", isa=isa)["plan"]
-    params = tuple((dict(zip(names, plan["params"], strict=True)) | {"tile": 1}).values())
+    params = _params(problem, "weight_grad", isa, tile=1)
     result = problems.run(problem, x, w, "weight_grad", isa=isa, params=params)
     np.testing.assert_array_equal(result, expected)
 
@@ -322,7 +330,6 @@ def test_segregated_transposed_convolutions(stride: tuple[int, int]) -> None:
 @pytest.mark.parametrize("epilogue", ["none", "bias", "residual"])
 def test_few_features_of_all_residues_are_written_together(stride: int, epilogue: str) -> None:
     """Odd widths, windows from below the stride to above it, padding, cut in blocks and not."""
-    names = [spec["name"] for spec in ALGORITHMS["planar"]["params"]]
     rng = np.random.default_rng(stride)
     tested = 0
     for window, (low, high), width in itertools.product(
@@ -356,14 +363,12 @@ def test_few_features_of_all_residues_are_written_together(stride: int, epilogue
         if epilogue != "none":
             expected = np.maximum(expected, 0)
         for isa, cols, flat in itertools.product(ISAS, (0, 16), (0, 1)):
-            plan = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa)["plan"]
-            chosen = dict(zip(names, plan["params"], strict=True)) | {"cols": cols, "flat": flat}
-            params = tuple(chosen.values())
+            params = _params(problem, "planar", isa, cols=cols, flat=flat)
             answer = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa, params=params)
             if "plan" not in answer:
                 continue
             result = problems.run(problem, x, w, "planar", isa=isa, params=params, **arguments)
-            np.testing.assert_array_equal(result, expected, f"{problem} {isa} {chosen}")
+            np.testing.assert_array_equal(result, expected, f"{problem} {isa} {params}")
     assert tested > 15
 
 
@@ -371,7 +376,6 @@ def test_few_features_of_all_residues_are_written_together(stride: int, epilogue
 @pytest.mark.parametrize("isa", ISAS)
 def test_output_rows_of_few_features_share_loads(isa: str, k: int) -> None:
     """planar's tiles of several output rows, in blocks of any rows, in place and not."""
-    names = [spec["name"] for spec in ALGORITHMS["planar"]["params"]]
     rng = np.random.default_rng(k)
     tiles = next(row["tiles"] for row in REGISTRY["isas"] if row["name"] == isa)
     highest = max(mr for mr, _ in tiles)
@@ -389,7 +393,7 @@ def test_output_rows_of_few_features_share_loads(isa: str, k: int) -> None:
         expected = np.maximum(reference.chain(problem, x, w) + bias, 0)
         for mr, rows, cols, strip in itertools.product((k, highest), (0, 3), (0, 16), (0, 1)):
             chosen = {"mr": mr, "nv": 1, "rows": rows, "cols": cols, "strip": strip, "flat": 0}
-            params = tuple(chosen[name] for name in names)
+            params = tuple(chosen[name] for name in _registry.parameter_names("planar"))
             answer = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa, params=params)
             if "plan" not in answer:
                 continue
@@ -420,14 +424,10 @@ def test_what_comes_next_is_read_ahead(isa: str, size, window, padding, c: int, 
     x, w = problems.operands(problem, np.random.default_rng(k))
     expected = reference.chain(problem, x, w)
     for algorithm, cols in itertools.product(("im2win", "rows", "direct", "planar"), (0, 32)):
-        names = _registry.parameter_names(algorithm)
-        plan = _ffi.make_plan(problem.native(), algorithm=algorithm, isa=isa)["plan"]
-        chosen = dict(zip(names, plan["params"], strict=True))
-        chosen |= {"cols": cols} if cols > 0 else {}
-        params = tuple(chosen.values())
+        params = _params(problem, algorithm, isa, **({"cols": cols} if cols > 0 else {}))
         for threads in (1, 2):
             result = problems.run(problem, x, w, algorithm, isa=isa, params=params, threads=threads)
-            np.testing.assert_array_equal(result, expected, f"{algorithm} {chosen}")
+            np.testing.assert_array_equal(result, expected, f"{algorithm} {params}")
 
 
 def test_inserted_zeros_are_not_multiplied() -> None:
@@ -447,13 +447,10 @@ def test_inserted_zeros_are_not_multiplied() -> None:
 
 def test_output_rows_that_are_lanes_together() -> None:
     """planar's `flat`, for tasks of a few rows and of all of them."""
-    names = [spec["name"] for spec in ALGORITHMS["planar"]["params"]]
     tested = 0
     for seed, isa, rows in itertools.product(range(60), ISAS, (0, 3)):
         problem, x, w, _ = _drawn("planar", seed)
-        plan = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa)["plan"]
-        chosen = dict(zip(names, plan["params"], strict=True)) | {"rows": rows, "flat": 1}
-        params = tuple(chosen.values())
+        params = _params(problem, "planar", isa, rows=rows, flat=1)
         answer = _ffi.make_plan(problem.native(), algorithm="planar", isa=isa, params=params)
         if "plan" not in answer:
             assert "rows are not an input row apart" in answer["error"]
@@ -461,7 +458,7 @@ def test_output_rows_that_are_lanes_together() -> None:
         tested += 1
         result = problems.run(problem, x, w, "planar", isa=isa, params=params)
         expected = reference.chain(problem, x, w)
-        np.testing.assert_array_equal(result, expected, f"{problem} {isa} {chosen}")
+        np.testing.assert_array_equal(result, expected, f"{problem} {isa} {params}")
     assert tested > 60
 
 
@@ -483,7 +480,6 @@ def test_tiles_on_padding(
     algorithm: str, channels: int, size, window, padding, rhs_dilation, stride
 ) -> None:
     """Padding along x is left out, of whole tiles, of their edges, or column by column."""
-    names = _registry.parameter_names(algorithm)
     rng = np.random.default_rng(11)
     layouts = (None, {3: ("NCHW", "OIHW"), 4: None}[len(size) + 1])
     dtypes = ("float32",) if algorithm == "direct" else ("float32", "bfloat16")
@@ -505,12 +501,9 @@ def test_tiles_on_padding(
         for isa, (mr, kc, cols) in itertools.product(
             ISAS, ((2, 0, 0), (4, 0, 5), (2, 8, 0), (4, 20, 0), (4, 20, 3))
         ):
-            usual = _ffi.make_plan(problem.native(), algorithm=algorithm, isa=isa)["plan"]["params"]
-            chosen = dict(zip(names, usual, strict=True)) | {"mr": mr, "kc": kc}
-            chosen |= {"cols": cols}
-            params = tuple(chosen.values())
+            params = _params(problem, algorithm, isa, mr=mr, kc=kc, cols=cols)
             result = problems.run(problem, x, w, algorithm, isa=isa, params=params)
-            np.testing.assert_array_equal(result, expected, f"{problem} {isa} {chosen}")
+            np.testing.assert_array_equal(result, expected, f"{problem} {isa} {params}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -549,10 +542,7 @@ def test_sweeps_of_few_features(
     expected = reference.chain(problem, x, w)
     tested = 0
     for isa, rows, threads in itertools.product(ISAS, range(1, 8), (1, 3)):
-        usual = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa)["plan"]["params"]
-        names = _registry.parameter_names("grouped")
-        chosen = dict(zip(names, usual, strict=True)) | {"strip": 0, "sweep": rows, "rows": 4}
-        params = tuple(chosen.values())
+        params = _params(problem, "grouped", isa, strip=0, sweep=rows, rows=4)
         answer = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa, params=params)
         if "plan" not in answer:
             assert "no such tile" in answer["error"]
@@ -561,7 +551,7 @@ def test_sweeps_of_few_features(
         result = problems.run(
             problem, x, w, "grouped", isa=isa, params=params, threads=threads, activation="relu"
         )
-        np.testing.assert_array_equal(result, np.maximum(expected, 0), f"{isa} {chosen}")
+        np.testing.assert_array_equal(result, np.maximum(expected, 0), f"{isa} {params}")
     assert tested >= 2 * (7 + 4 if dtype != "float64" else 4)
 
 
