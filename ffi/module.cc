@@ -396,15 +396,17 @@ nb::dict registry() {
     row["width"] = k->width;  // float32 lanes
     row["tiles"] = tiles;
     row["max_pixels"] = k->max_pixels;
-    nb::list sweeps, windows;
+    nb::list lanes, sweeps, windows;
     for (int d = 0; d < kDtypes; ++d) {
       const auto dtype = static_cast<Dtype>(d);
       for (const Word word : {kFloat, kDouble}) {
         const Kernels& own = *set.kernels(word);
-        for (int form = 0; form < kSweepForms && is_word(own, dtype); ++form) {
+        const int pixels = max_lanes(own, dtype);
+        if (pixels > 0) lanes.append(nb::make_tuple(kDtypeRows[d].name, pixels));
+        for (int form = 0; form < kSweepForms; ++form) {
           for (int window = 1; window <= kMaxSweepWindow; ++window) {
             for (int stride = 1; stride <= kMaxSweepStride; ++stride) {
-              const int rows = max_sweep(own, form, window, stride);
+              const int rows = max_sweep(own, dtype, form, window, stride);
               if (rows == 0) continue;
               sweeps.append(nb::make_tuple(kDtypeRows[d].name, form, window, stride, rows));
             }
@@ -422,6 +424,7 @@ nb::dict registry() {
         }
       }
     }
+    row["lanes"] = lanes;
     row["sweeps"] = sweeps;
     row["windows"] = windows;
     row["runnable"] = set.runnable;

@@ -37,6 +37,9 @@ ELEMENTS = [
 ]
 TILES = [(mr, nv) for most, nv in ISAS["avx512"]["tiles"] for mr in range(1, most + 1)]
 REFERENCES = [name for name in ("baseline", "avx2") if ISAS[name]["runnable"]]
+# Types of arrays whose elements kernels with channels as lanes read, and of results they store.
+LANES = ISAS["avx512"]["lanes"]
+STORED = ["float32", "bfloat16", "float16", "int32"]
 _CANARY = 1.2345e30
 
 
@@ -71,6 +74,7 @@ class GemmArgs(ctypes.Structure):
         ("zeros", ctypes.c_void_p),
         ("ahead", ctypes.c_void_p),
         ("ahead_step", ctypes.c_int64),
+        ("result", ctypes.c_int64),
     ]
 
 
@@ -104,6 +108,7 @@ class SweepArgs(ctypes.Structure):
         ("table", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("first", "features")),
         ("zeros", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("result", "follow")),
     ]
 
 
@@ -114,7 +119,7 @@ class WindowArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
         *(
             (name, ctypes.c_int64)
-            for name in ("cols", "x_row", "x_col", "y_row", "y_col", "rows", "edges")
+            for name in ("cols", "x_row", "x_col", "y_row", "y_col", "rows", "edges", "result")
         ),
     ]
 
@@ -204,6 +209,24 @@ def _gemm_args(
 
 def _matrix(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
     return guarded(problems.values(rng, shape, dtype))
+
+
+def _word(dtype: str) -> str:
+    return dtype if dtype in DTYPES else "float32"
+
+
+def _untouched(dtype: str, size: int) -> np.ndarray:
+    return np.full(size * np.dtype(dtype).itemsize, 0xA5, np.uint8).view(dtype)
+
+
+def _store(kernels: Kernels, isa: str, words: np.ndarray, result: str, to: np.ndarray) -> None:
+    """Words as the elements of a result of this type."""
+    if result == words.dtype.name:
+        to[: len(words)] = words
+        return
+    kind, n = 2, len(words)
+    numbers = (0, words, 0, 1, 1, n)
+    kernels.native(isa, "convert", words.dtype.name, kind, ELEMENTS.index(result), to, *numbers)
 
 
 def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
@@ -334,37 +357,36 @@ def test_gemm_by_a_table(kernels: Kernels, dtype: str, mr: int, nv: int) -> None
             _same(c, expected, f"{isa} cols {cols}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pixels", range(1, ISAS["avx512"]["max_pixels"] + 1))
+@pytest.mark.parametrize(("dtype", "pixels"), [(d, p) for d, n in LANES for p in range(1, n + 1)])
 def test_lanes(kernels: Kernels, dtype: str, pixels: int) -> None:
-    full = _width("avx512", dtype)
+    word = _word(dtype)
+    full = _width("avx512", word)
     rng = np.random.default_rng(pixels)
-    for cols in (1, full - 3, full, 2 * full + 5):
+    for case, cols in enumerate((1, full - 3, full, 2 * full + 5)):
+        result = STORED[(pixels + case) % 4] if word == "float32" else word
         runs = guarded(np.array([(7, 2 * full, 1), (0, 0, 1), (3, full, 1)], np.int64))
         a_row, c_row = cols + 1, cols + 2
         blocks, b_block = -(-cols // full), 3 * full + 2
         a = _matrix(rng, dtype, (pixels - 1) * a_row + 7 + cols)
-        b = _matrix(rng, dtype, blocks * b_block - 2)
-        start = np.full((pixels - 1) * c_row + cols, _CANARY, dtype)
+        b = _matrix(rng, word, blocks * b_block - 2)
+        start = _untouched(result, (pixels - 1) * c_row + cols)
         c = guarded(start)
         numbers = {"a_row": a_row, "c_row": c_row, "blocks": blocks, "b_block": b_block}
+        numbers["result"] = ELEMENTS.index(result)
         arguments = _gemm_args(a, b, c, runs, cols=cols, **numbers)
-        kernels.emulated("lanes", dtype, pixels, arguments, buffers=(a, b, c, runs))
+        form = (ELEMENTS.index(dtype), pixels)
+        kernels.emulated("lanes", word, *form, arguments, buffers=(a, b, c, runs))
+        wide = a.astype(word)
+        feature = np.arange(cols)
+        filters = [b[feature // full * b_block + run[1] + feature % full] for run in runs]
         for isa in REFERENCES:
-            width = _width(isa, dtype)
             expected = start.copy()
             for p in range(pixels):
-                for j in range(0, cols, width):
-                    piece = _gemm_args(
-                        a[p * a_row + j :],
-                        b[j // full * b_block + j % full :],
-                        expected[p * c_row + j :],
-                        runs,
-                        cols=min(width, cols - j),
-                        blocks=1,
-                    )
-                    kernels.native(isa, "lanes", dtype, 1, piece)
-            _same(c, expected, f"{isa} cols {cols}")
+                rows = [wide[p * a_row + run[0] :][:cols] for run in runs]
+                words = np.zeros(cols, word)
+                _chain(kernels, isa, rows, filters, words)
+                _store(kernels, isa, words, result, expected[p * c_row :])
+            _same(c, expected, f"{isa} cols {cols} {result}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -399,7 +421,7 @@ def _chain(
     seen = np.array([(t * cols, t * cols, 1) for t in range(len(inputs))], np.int64)
     for j in range(0, cols, width):
         piece = _gemm_args(a[j:], b[j:], to[j:], seen, cols=min(width, cols - j), blocks=1)
-        kernels.native(isa, "lanes", dtype.name, 1, piece)
+        kernels.native(isa, "lanes", dtype.name, DTYPES[dtype.name], 1, piece)
 
 
 _OWN, _PERMUTED, _BROADCAST = range(3)  # SweepForm in ffi/kernels/kernels.h
@@ -410,7 +432,9 @@ def test_sweep(
     kernels: Kernels, dtype: str, form: int, window: int, stride: int, most: int
 ) -> None:
     """Against the tiles of pixels, one pixel and one vector at a time, on expanded input."""
-    full = _width("avx512", dtype)
+    word = _word(dtype)
+    full = _width("avx512", word)
+    every = STORED if dtype not in DTYPES or (form, word) == (_BROADCAST, "float32") else [word]
     rng = np.random.default_rng([form, window, stride])
     channels, features = {_OWN: (1, 1), _PERMUTED: (2, 4), _BROADCAST: (3, full)}[form]
     span = full // features * channels
@@ -431,18 +455,22 @@ def test_sweep(
             x_row = (q_end + 3) * x_col
             # The second run's first row and the first run's last row are not there, with a border.
             runs = guarded(np.array([(x_row + 1, channels * full, 0), (0, 0, -1)], np.int64))
+            follow = rows // 2 % 2 if form == _OWN else 0
+            if follow:
+                runs[:] = (0, 0, -1), (x_row, channels * full, 0)
             if not border:
                 runs[:, 2] += 1
             row_step, in_rows = 1, rows + 1 - 2 * border
+            result = every[(rows + border) % len(every)]
             x = _matrix(rng, dtype, (rows + 1) * x_row + in_cols)
             w_col = taps * channels * full + 1
             w_block = window * w_col + wide
             blocks = -(-cols // full)
-            w = _matrix(rng, dtype, blocks * w_block)
+            w = _matrix(rng, word, blocks * w_block)
             y_col, y_row = cols + 1, n * (cols + 1) + 3
-            start = np.full((rows - 1) * y_row + (n - 1) * y_col + cols, _CANARY, dtype)
+            start = _untouched(result, (rows - 1) * y_row + (n - 1) * y_col + cols)
             y = guarded(start)
-            zeros = guarded(np.zeros(channels, dtype))
+            zeros = guarded(np.zeros(channels, word))
             before = first // features * channels * x.itemsize
             arguments = _words(
                 SweepArgs(
@@ -451,11 +479,13 @@ def test_sweep(
                     *(len(runs), n, cols, x_row, x_col, q_begin, q_end),
                     *(w_col, w_block, y_row, y_col, row_step, in_rows, border),
                     *(in_cols, channels, span, table.ctypes.data),
-                    *(first, features, zeros.ctypes.data),
+                    *(first, features, zeros.ctypes.data, ELEMENTS.index(result), follow),
                 )
             )
             buffers = (x, w, y, runs, table, zeros)
-            kernels.emulated("sweep", dtype, form, window, stride, rows, arguments, buffers=buffers)
+            kernel = (ELEMENTS.index(dtype), form, window, stride, rows)
+            kernels.emulated("sweep", word, *kernel, arguments, buffers=buffers)
+            wide_x = x.astype(word)
             feature = np.arange(cols)
             channel = feature // features * channels  # that a feature begins with
             for isa in REFERENCES:
@@ -468,29 +498,34 @@ def test_sweep(
                         real = 0 <= run[2] + r * row_step < in_rows
                         at = r * x_row + q * x_col + run[0] if real else 0
                         for i in range(channels):
-                            inputs.append(x[at + channel + i] * np.dtype(dtype).type(real))
+                            inputs.append(wide_x[at + channel + i] * np.dtype(word).type(real))
                             block = feature // full * w_block + kx * w_col + run[1] + i * full
                             filters.append(w[block + feature % full])
-                    _chain(kernels, isa, inputs, filters, expected[r * y_row + o * y_col :])
-                _same(y, expected, f"{isa} rows {rows} cols {cols} border {border}")
+                    words = np.zeros(cols, word)
+                    _chain(kernels, isa, inputs, filters, words)
+                    _store(kernels, isa, words, result, expected[r * y_row + o * y_col :])
+                _same(y, expected, f"{isa} rows {rows} cols {cols} border {border} {result}")
 
 
 @pytest.mark.parametrize(("dtype", "stride", "rows", "every"), ISAS["avx512"]["windows"])
 def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: list[int]) -> None:
     """Against the tiles of pixels, one pixel and one vector at a time, on widened input."""
-    word = dtype if dtype in DTYPES else "float32"
+    word = _word(dtype)
     full = _width("avx512", word)
+    results = [word] if dtype in DTYPES else STORED
     rng = np.random.default_rng([ELEMENTS.index(dtype), stride, rows])
     left, right = 1, 2
     high = (rows - 1) * stride + 3
+    cases = (
+        (2 * full, 2**high - 1, 0),
+        (full + 3, 2**high - 1, left + right),
+        (full - 1, 2**high - 2, left),
+        (full, 2 ** (high - 1) - 1, right),
+        (3, 0, 0),
+    )
     for pixels in every:
-        for cols, there, edges in (
-            (2 * full, 2**high - 1, 0),
-            (full + 3, 2**high - 1, left + right),
-            (full - 1, 2**high - 2, left),
-            (full, 2 ** (high - 1) - 1, right),
-            (3, 0, 0),
-        ):
+        for case, (cols, there, edges) in enumerate(cases):
+            result = results[(pixels + case) % len(results)]
             # Guards end at the last column and the last row that are read, or begin at the first.
             wide = (pixels - 1) * stride + 3
             x_col, y_col = cols, cols + 1
@@ -503,12 +538,13 @@ def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: lis
             x = guarded(values[front:end] if there else values[:1])
             w = _matrix(rng, word, -(-cols // full) * 9 * full)
             y_row = pixels * y_col + 5
-            start = np.full((rows - 1) * y_row + (pixels - 1) * y_col + cols, _CANARY, word)
+            start = _untouched(result, (rows - 1) * y_row + (pixels - 1) * y_col + cols)
             y = guarded(start)
             arguments = _words(
                 WindowArgs(
                     x.ctypes.data - front * x.itemsize,
                     *(w.ctypes.data, y.ctypes.data, cols, x_row, x_col, y_row, y_col, there, edges),
+                    ELEMENTS.index(result),
                 )
             )
             form = (ELEMENTS.index(dtype), stride, rows, pixels)
@@ -531,8 +567,11 @@ def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: lis
                         filters.append(
                             w[(feature // full * 9 + kx * 3 + ky) * full + feature % full]
                         )
-                    _chain(kernels, isa, inputs, filters, expected[r * y_row + p * y_col :])
-                _same(y, expected, f"{isa} pixels {pixels} cols {cols} rows {there} edges {edges}")
+                    words = np.zeros(cols, word)
+                    _chain(kernels, isa, inputs, filters, words)
+                    _store(kernels, isa, words, result, expected[r * y_row + p * y_col :])
+                what = f"{isa} pixels {pixels} cols {cols} rows {there} edges {edges} {result}"
+                _same(y, expected, what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

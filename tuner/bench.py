@@ -703,14 +703,14 @@ def markdown(tables: Mapping[str, Grid], below: Sequence[str]) -> str:
 
 
 def select(names: Sequence[str]) -> list[str]:
-    """Peers by name, in the registry's order, then jaxwin with algorithms.
+    """Peers by name, in the registry's order, then baselines and jaxwin with algorithms.
 
     Raises:
         ValueError: a name is unknown; one line.
     """
     known = peers.names()
     for name in names:
-        if name not in known and not name.startswith("jaxwin:"):
+        if name not in (*known, *peers.baselines()) and not name.startswith("jaxwin:"):
             raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-    extra = [name for name in dict.fromkeys(names) if name.startswith("jaxwin:")]
+    extra = [name for name in dict.fromkeys(names) if name not in known]
     return [name for name in known if name in names] + extra

@@ -421,6 +421,7 @@ def _catalogue() -> str:
         [
             options.catalogue(),
             *listed("Peers:", peers.summaries()),
+            *listed("Measured where --peers names them:", peers.baselines()),
             *listed("Models:", {name: model.summary for name, model in models.MODELS.items()}),
             *listed("Peers of models:", model_bench.summaries()),
         ]

@@ -137,7 +137,7 @@ _BASELINES: dict[str, type[Peer]] = {}
 
 
 def baseline(peer: type[Peer]) -> type[Peer]:
-    """Class decorator: what nobody would use, but papers compare with; `make` knows it."""
+    """Class decorator: no library, but something to compare with, that is measured if asked for."""
     _BASELINES[peer.name] = peer
     return peer
 
@@ -145,6 +145,11 @@ def baseline(peer: type[Peer]) -> type[Peer]:
 def names() -> tuple[str, ...]:
     """Names of all peers, in the order of tables."""
     return tuple(_REGISTRY)
+
+
+def baselines() -> dict[str, str]:
+    """One line about each baseline."""
+    return {name: peer.summary for name, peer in _BASELINES.items()}
 
 
 def summaries() -> dict[str, str]:
@@ -762,6 +767,28 @@ class JaxwinPackedLoop(JaxwinPacked, JaxwinLoop):
 
     name = "jaxwin-packed-loop"
     summary = "jaxwin-loop with weights packed before; forward only"
+
+
+@baseline
+class Float32(JaxwinLoop):
+    """The time that a convolution of another dtype would take in float32."""
+
+    name = "float32"
+    summary = "jaxwin-loop with the operands as float32"
+
+    def prepare(self, task: Task) -> Prepared:
+        if task.conv.dtype == "float32":
+            raise Unsupported("the convolution is float32 already")
+        wide = dataclasses.replace(
+            task,
+            conv=dataclasses.replace(task.conv, dtype="float32"),
+            **{name: task.operand(name).astype(np.float32) for name in ("x", "w", "y")},
+        )
+        prepared = super().prepare(wide)
+        if task.conv.dtype not in INTEGERS:
+            return prepared
+        # Large sums of integers are not exact in float32; theirs are those that are compared.
+        return dataclasses.replace(prepared, result=super().prepare(task).result)
 
 
 def _check_friendly(task: Task) -> None:

@@ -70,7 +70,8 @@ struct Layout {
   int64_t plane_rows, input_row;
   int64_t plane;  // floats of all of them
   int64_t pixel_stride, a_step;
-  bool buffered;                                      // features are not contiguous in y
+  bool buffered;  // sums are not written to the result itself
+  int64_t piece;  // then: pixels of a row that are finished as soon as they are summed; 0: a block
   int64_t packed_floats, full_floats;                 // shared
   int64_t zero_floats, table_words;                   // shared: the indirection buffer
   int64_t strip_floats, local_floats, buffer_floats;  // per thread
@@ -114,6 +115,15 @@ bool shares_rows(Lowering lowering) {
 // Whether sums are not written to the result itself.
 bool is_buffered(const Problem& p, const Kernels& k) {
   return p.y.k != 1 || !is_word(k, p.out_dtype);
+}
+
+// Pixels of a row of `cols` whose sums, of a panel of features, stay in the first-level cache until
+// they are finished: whole tiles. Transposed, the more there are the fewer cache lines of the
+// result are written in parts.
+int64_t piece_of(const Problem& p, const Kernels& k, int64_t mr, int64_t panel, int64_t cols) {
+  if (p.y.k != 1) return cols;
+  const int64_t fit = caches().l1 / 4 / k.size / panel;
+  return std::min(cols, std::max<int64_t>(1, fit / mr) * mr);
 }
 
 // Whether rows in window order, of windows that overlap, are rows of the input with their padding.
@@ -300,7 +310,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.marked = 0;
   if (l.by_column()) {
     const int64_t first = std::max<int64_t>(0, ceil_div(p.pad[2], p.stride[2]));
-    l.marked = first < p.out[2] && first * p.stride[2] - p.pad[2] + span <= p.in[2] ? first : -1;
+    l.marked = first < p.out[2] && !meets_padding(p, first, first + 1) ? first : -1;
   }
   l.packed_floats = l.pack == kShared ? round_up(p.g * l.panels * l.panel * l.reduction, 16) : 0;
   int64_t strip = l.full != 0 ? l.strip_row * p.g * l.all_rows : l.strip_row * l.rows;
@@ -317,7 +327,12 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.table_words = round_up(p.pixels() * p.window() * kTableBytes / t.kernels->size, 16);
   }
   l.local_floats = l.pack == kLocal ? round_up(l.group * l.panel * l.kc, 16) : 0;
-  l.buffer_floats = l.buffered ? round_up(l.rows * l.cols * l.group * l.panel, 16) : 0;
+  if (l.buffered && l.kc == l.reduction) {
+    l.piece = piece_of(p, *t.kernels, l.mr, l.panel, l.cols);
+    l.buffer_floats = round_up(l.piece * l.panel, 16);
+  } else if (l.buffered) {
+    l.buffer_floats = round_up(l.rows * l.cols * l.group * l.panel, 16);
+  }
   return l;
 }
 
@@ -1204,6 +1219,13 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
               std::clamp<int64_t>(ceil_div(words, steps), l.width / 2, l.width), 0, words};
     };
     Ahead after{};
+    // A filter value that is not finite leaves its mark on every output that did not skip it: one
+    // pixel of each kind of row, here of row r, tells whether the skipped ones must be looked at.
+    const auto look_at = [&](int64_t r, ConstPtr pixel, int64_t features) {
+      if (!kinds.skips && !l.by_column()) return;
+      if (r >= l.out_rows || kinds.first_row[kinds.of_row[r]] != r) return;
+      if (k.all_finite(pixel, features) == 0) suspicious = true;
+    };
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       ConstPtr b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
@@ -1213,7 +1235,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
       Ahead of_panel = l.in_order ? Ahead{} : ahead_of(panel, first, kb);
       Ahead* ahead = l.in_order ? &after : &of_panel;
-      if (!apart) {
+      if (!apart && l.piece == 0) {
         multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel, ahead);
         return;
       }
@@ -1221,33 +1243,48 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         Block row = block;
         row.rows = 1;
         row.first_row = r;
-        row.a = a_rows[r - r0];
+        row.a = apart ? a_rows[r - r0] : block.a + (r - r0) * block.row_stride;
         row.new_input = panel == first && kb == 0;
         if (lowering == Lowering::kIndirect) {
           row.table = table + (r % l.out_rows * p.out[2] + j0) * l.pixel_stride;
           row.zeros = zeros;
         }
-        multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, ahead);
+        if (l.piece == 0) {
+          multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, ahead);
+          continue;
+        }
+        const int64_t at = output(g, r) + panel * l.panel * p.y.k;
+        for (int64_t j = j0; j < j1; j += l.piece) {
+          Block part = row;
+          part.cols = std::min(l.piece, j1 - j);
+          part.first_col = j;
+          if (row.table != nullptr) {
+            part.table = row.table + (j - j0) * l.pixel_stride;
+          } else {
+            part.a = row.a + (j - j0) * l.pixel_stride;
+          }
+          const int64_t first_row = 0;
+          multiply(l, k, part, b, kinds, kb, features, buffer, &first_row, l.panel, ahead);
+          if (l.marked >= j && l.marked < j + part.cols) {
+            look_at(r, buffer + (l.marked - j) * l.panel, features);
+          }
+          finish_rows(p, k, o, buffer, l.panel, part.cols, features, g, panel * l.panel,
+                      at + j * p.y.sp[2]);
+        }
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
+      if (l.piece > 0) return;
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-      // A filter value that is not finite leaves its mark on every output that did not skip it: one
-      // pixel of each kind of row tells whether the skipped ones must be looked at.
-      const bool skips = (kinds.skips || l.by_column()) && l.marked >= j0 && l.marked < j1;
-      for (size_t i = 0; skips && i < kinds.first_row.size(); ++i) {
-        const int64_t r = kinds.first_row[i];
-        if (r < r0 || r >= r1) continue;
-        ConstPtr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
-        c = c + c_rows[r - r0] + (l.marked - j0) * (l.buffered ? buffer_ld : p.y.sp[2]);
-        if (k.all_finite(c, features) == 0) suspicious = true;
+      const Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
+      const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
+      for (int64_t r = r0; r < r1 && l.marked >= j0 && l.marked < j1; ++r) {
+        look_at(r, c + c_rows[r - r0] + (l.marked - j0) * c_pixel, features);
       }
       if (!l.buffered && !o.has_epilogue()) return;
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t at = output(g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
-        const Ptr from =
-            l.buffered ? buffer + (panel - first) * l.panel + c_rows[r - r0] : o.y + at;
-        finish_rows(p, k, o, from, l.buffered ? buffer_ld : p.y.sp[2], block.cols, features, g,
+        finish_rows(p, k, o, c + c_rows[r - r0], c_pixel, block.cols, features, g,
                     panel * l.panel, at);
       }
     };

@@ -92,11 +92,13 @@ struct Forward {
 };
 
 // The lanes of a block lie side by side in the input.
-bool readable_in_place(const Problem& p) { return p.c == 1 && p.k == 1 && p.x.g == 1 && p.plain(); }
+bool readable_in_place(const Problem& p, const Kernels& k) {
+  return p.c == 1 && p.k == 1 && p.x.g == 1 && max_lanes(k, p.dtype) > 0;
+}
 
-// The micro-kernel stores to y.
-bool writes_in_place(const Problem& p, const Kernels& k) {
-  return p.y.k == 1 && is_word(k, p.out_dtype);
+// Whether the micro-kernel stores to y; an epilogue then works on words there.
+bool writes_in_place(const Problem& p, const Kernels& k, const Operands& o) {
+  return p.y.k == 1 && k.stores[p.out_dtype] && (is_word(k, p.out_dtype) || !o.has_epilogue());
 }
 
 constexpr int64_t kFewFeatures = 32;  // one group is taken for a few vectors of them only
@@ -108,6 +110,12 @@ bool expands(const Problem& p) { return p.c > 1 || p.k > 1; }
 SweepForm sweep_form(const Problem& p, int64_t width) {
   if (!expands(p)) return kSweepOwn;
   return p.k % width == 0 || (p.g == 1 && p.k > width / 2) ? kSweepBroadcast : kSweepPermuted;
+}
+
+// Whether sweeps read the elements of the input themselves; else words, from a strip.
+bool sweeps_elements(const Problem& p, const Kernels& k) {
+  const SweepForm form = sweep_form(p, k.width);
+  return max_sweep(k, p.dtype, form, p.win[2], p.stride[2]) > 0;
 }
 
 Forward make_forward(const Problem& p, const Target& t, const Params& params) {
@@ -128,11 +136,11 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   if (f.strip) {
     f.strip_floats = round_up(p.win[0] * f.in_rows * f.in_cols * f.column, 16);
     f.temporary = round_up(temporary_floats(p, f.width, p.c, f.in_cols), 16);
-  } else if (params[kLanesSweep] > 0 && !is_word(*t.kernels, p.dtype)) {
+  } else if (params[kLanesSweep] > 0 && !sweeps_elements(p, *t.kernels)) {
     f.in_rows = std::min(f.in_rows, p.in[1]);
     f.strip_floats = round_up(p.win[0] * f.in_rows * p.in[2] * p.g * p.c, 16);
   }
-  if (!writes_in_place(p, *t.kernels)) {
+  if (p.y.k != 1 || !is_word(*t.kernels, p.out_dtype)) {  // for an epilogue at least
     int64_t vectors = f.strip ? std::max(f.rows, f.cols) : f.pixels;
     if (params[kLanesSweep] > 0) {
       // Whole cache lines of the result, but a part of the cache.
@@ -198,6 +206,7 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
   Ptr packed = e.workspace;
   Ptr scratch = packed + round_up(f.w_floats, 16);
   pack_filters(p, f, k, o.w, pool, packed);
+  const bool in_place = writes_in_place(p, k, o);
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
     const int64_t rblock = task % f.row_blocks;
@@ -231,25 +240,26 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
       args.runs = runs.data();
       args.n_runs = static_cast<int64_t>(runs.size());
       args.a_row = along_y ? p.stride[1] * p.x.sp[1] : p.stride[2] * p.x.sp[2];
-      args.c_row = p.y.k == 1 ? line.y.sp[2] : f.width;
+      args.c_row = in_place ? line.y.sp[2] : f.width;
+      args.result = in_place ? p.out_dtype : k.word;
       const int64_t tiles = ceil_div(pixels, f.pixels);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i0 = pixels * t / tiles;
         const int64_t count = pixels * (t + 1) / tiles - i0;
         // All channels at once, or a vector of them at a time through the buffer.
-        const int64_t blocks = p.y.k == 1 ? f.blocks : 1;
+        const int64_t blocks = in_place ? f.blocks : 1;
         for (int64_t block = 0; block < f.blocks; block += blocks) {
           const int64_t k0 = block * f.width;
           const int64_t y_at = at + i0 * line.y.sp[2] + k0 * p.y.k;
           args.a = a + i0 * args.a_row + k0;
           args.b = packed + k0 * p.window();
           args.b_block = p.window() * f.width;
-          const Ptr c = p.y.k == 1 ? o.y + y_at : buffer;
+          const Ptr c = in_place ? o.y + y_at : buffer;
           args.c = c;
           args.blocks = blocks;
           args.cols = std::min(blocks * f.width, flat.k - k0);
-          k.lanes[count](&args);
-          if (p.y.k != 1 || o.has_epilogue()) {
+          k.lanes[p.dtype][count](&args);
+          if (!in_place || o.has_epilogue()) {
             finish_rows(line, k, o, c, args.c_row, count, args.cols, 0, k0, y_at);
           }
         }
@@ -294,7 +304,7 @@ int64_t max_sweep(const Problem& p, const Kernels& k) {
   const SweepForm form = sweep_form(p, k.width);
   const bool fits = form == kSweepBroadcast || (p.c <= p.k && k.width % p.k == 0);
   if (!channels_together(p) || !fits || (p.stride[2] > 1 && p.rhs_dilation[2] > 1)) return 0;
-  return max_sweep(k, form, p.win[2], p.stride[2]);
+  return max_sweep(k, sweeps_elements(p, k) ? p.dtype : k.word, form, p.win[2], p.stride[2]);
 }
 
 // Pixels of the widest tile of whole windows in so many rows, 0 where there is none.
@@ -319,12 +329,12 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   Ptr packed = e.workspace;
   Ptr scratch = packed + f.shared_floats();
   pack_filters(p, f, k, o.w, pool, packed);
-  const bool in_place = writes_in_place(p, k);
-  const bool words = is_word(k, p.dtype);
+  const bool in_place = writes_in_place(p, k, o);
+  const bool direct = sweeps_elements(p, k);
   // Strides of the input or the strip: of window position z, rows, columns.
-  const int64_t col = words ? p.x.sp[2] : p.g * p.c;
-  const int64_t in_row = words ? p.x.sp[1] : p.in[2] * col;
-  const int64_t plane = words ? p.rhs_dilation[0] * p.x.sp[0] : f.in_rows * in_row;
+  const int64_t col = direct ? p.x.sp[2] : p.g * p.c;
+  const int64_t in_row = direct ? p.x.sp[1] : p.in[2] * col;
+  const int64_t plane = direct ? p.rhs_dilation[0] * p.x.sp[0] : f.in_rows * in_row;
   const int64_t most = params[kLanesSweep];
   const int64_t dilation = p.rhs_dilation[2];
   Problem line = flat;  // the outputs of one residue of the dilation
@@ -353,6 +363,8 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   shared.table = table.data();
   shared.features = p.k;
   shared.zeros = zeros;
+  shared.result = in_place ? p.out_dtype : k.word;
+  shared.follow = p.win[0] == 1 && p.stride[1] == p.rhs_dilation[1] ? 1 : 0;
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
     const int64_t rblock = task % f.row_blocks;
@@ -364,7 +376,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
     const Progression z = window_positions(p, 0, oz);
     // Where column 0 of input row 0 lies, for window position z = 0.
     ConstPtr x = o.x + n * p.x.n + (oz * p.stride[0] - p.pad[0]) * p.x.sp[0];
-    if (!words) {
+    if (!direct) {
       Ptr strip = buffer + f.buffer_floats;
       const int64_t top = std::max<int64_t>(0, r0 * p.stride[1] - p.pad[1]);
       const int64_t last = (r1 - 1) * p.stride[1] - p.pad[1] + (p.win[1] - 1) * p.rhs_dilation[1];
@@ -407,7 +419,8 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
         args.n = ceil_div(p.out[2] - j, dilation);
         args.q_begin = std::max<int64_t>(0, ceil_div(-first, dilation));
         args.q_end = std::max(args.q_begin, ceil_div(p.in[2] - first, dilation));
-        const SweepFn sweep = k.sweep[form][p.win[2]][p.stride[2]][rows];
+        const SweepFn sweep =
+            k.sweep[direct ? p.dtype : k.word][form][p.win[2]][p.stride[2]][rows];
         if (in_place) {
           sweep(&args);
           continue;
@@ -451,7 +464,7 @@ void run_window(const Problem& p, const Params& params, const Operands& o, const
   Ptr packed = e.workspace;
   Ptr scratch = packed + round_up(f.w_floats, 16);
   pack_filters(p, f, k, o.w, pool, packed);
-  const bool in_place = writes_in_place(p, k);
+  const bool in_place = writes_in_place(p, k, o);
   const int64_t stride = p.stride[2];
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
@@ -467,6 +480,7 @@ void run_window(const Problem& p, const Params& params, const Operands& o, const
     args.cols = flat.k;
     args.x_row = p.x.sp[1];
     args.x_col = p.x.sp[2];
+    args.result = in_place ? p.out_dtype : k.word;
     for (int64_t r = rblock * f.rows; r < r1;) {
       const int64_t rows = std::min(params[kLanesWindow], r1 - r);
       const int64_t iy = r * stride - p.pad[1];
@@ -552,7 +566,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       const int64_t at =
           n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2] + block * f.width * p.y.k;
       const Problem& line = along_y ? flat_along_y : flat;
-      const bool in_place = writes_in_place(p, k);
+      const bool in_place = writes_in_place(p, k, o);
       Ptr c = in_place ? o.y + at : buffer;
       GemmArgs args{};
       args.b = weights;
@@ -560,6 +574,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       args.n_runs = reduction;
       args.a_row = a_row;
       args.c_row = in_place ? line.y.sp[2] : f.width;
+      args.result = in_place ? p.out_dtype : k.word;
       args.cols = lanes;
       args.blocks = 1;
       const int64_t tiles = ceil_div(pixels, f.pixels);
@@ -568,7 +583,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
         const int64_t i1 = pixels * (t + 1) / tiles;
         args.a = a + i0 * args.a_row;
         args.c = c + i0 * args.c_row;
-        k.lanes[i1 - i0](&args);
+        k.lanes[k.word][i1 - i0](&args);
       }
       if (!in_place || o.has_epilogue()) {
         finish_rows(line, k, o, c, args.c_row, pixels, lanes, 0, block * f.width, at);
@@ -816,11 +831,11 @@ Params lanes_defaults(const Problem& p, const Target& t) {
       params[kLanesSweep] = std::min<int64_t>(params[kLanesSweep], 5);
     }
   }
-  if (params[kLanesSweep] > 0 || readable_in_place(p)) params[kLanesStrip] = 0;
+  if (params[kLanesSweep] > 0 || readable_in_place(p, *t.kernels)) params[kLanesStrip] = 0;
   if (params[kLanesStrip] == 0) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
     params[kLanesRows] = rows_of_tasks(p, threads);
-    if (params[kLanesSweep] > 0 && !is_word(*t.kernels, p.dtype)) {
+    if (params[kLanesSweep] > 0 && !sweeps_elements(p, *t.kernels)) {
       params[kLanesRows] = rows_of_strip(p, t, params);
     }
     return params;
@@ -861,8 +876,9 @@ std::string lanes_check(const Problem& p, const Target& t, const Params& params)
     }
     return {};
   }
-  if (params[kLanesStrip] == 0 && params[kLanesSweep] == 0 && !readable_in_place(p)) {
-    return "strip: the input cannot be read in place";
+  if (params[kLanesStrip] == 0 && params[kLanesSweep] == 0) {
+    if (!readable_in_place(p, *t.kernels)) return "strip: the input cannot be read in place";
+    if (params[kLanesPixels] > max_lanes(*t.kernels, p.dtype)) return "pixels: no such tile";
   }
   if (params[kLanesSweep] != 0 &&
       (params[kLanesSweep] < 0 || params[kLanesStrip] != 0 || p.chunk_rows > 0 ||

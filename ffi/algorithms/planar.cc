@@ -81,6 +81,7 @@ struct Layout {
   int64_t in_rows, lane, set, row, channel, plane;
   int64_t row_blocks, col_blocks;
   int64_t w_floats, strip_floats, tile_floats;  // shared; per thread
+  int64_t row_floats;  // per thread: a joined row, where its words are not the results
 
   int64_t pixels() const { return end - begin; }
   int64_t product_rows() const { return static_cast<int64_t>(classes.size()) * p.k; }
@@ -134,7 +135,7 @@ int64_t joined_row(const Layout& l, const Kernels& k, int64_t stack) {
                       static_cast<int64_t>(l.classes.size()) == l.period;
   const bool few =
       (rows > 1 || stack > 1) && p.k < 8 && (rows <= 8 || rows == 12 || rows == kMaxJoined);
-  if (l.images > 1 || !p.plain() || !follow || !few) return 0;
+  if (l.images > 1 || k.interleave == nullptr || !follow || !few) return 0;
   const int64_t row = odd_lines(l.band_lanes());
   return stack * rows * row * k.size <= caches().l2 / 4 ? row : 0;
 }
@@ -223,6 +224,8 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.joined = joined_row(l, *t.kernels, l.stack);
   l.tile_floats =
       round_up(l.joined > 0 ? l.stack * l.product_rows() * l.joined : l.mr * l.nv * l.width, 16);
+  const bool words = is_word(*t.kernels, p.out_dtype);
+  l.row_floats = l.joined > 0 && !words ? round_up(l.product_rows() * l.block_lanes(), 16) : 0;
   return l;
 }
 
@@ -474,9 +477,9 @@ Outputs outputs(const Class& s, int64_t pixel, int64_t count) {
 }
 
 // Writes an output row, `count` pixels of every residue from lane 0 of c on, whose rows are those
-// of the product.
+// of the product; by way of `joined` where results are not words.
 void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, const Operands& o,
-                   Ptr c, int64_t pixel, int64_t count, int64_t g, int64_t y_offset) {
+                   Ptr c, Ptr joined, int64_t pixel, int64_t count, int64_t g, int64_t y_offset) {
   const Problem& p = l.p;
   int64_t begin = 0;  // outputs t that all classes have here
   int64_t end = std::numeric_limits<int64_t>::max();
@@ -488,7 +491,8 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   end = std::max(begin, end);
   const int64_t rows = l.product_rows();
   // Bias and activation before results are joined: features are few there, pixels many.
-  const bool finished = o.has_epilogue() && o.residual == nullptr;
+  const bool words = l.row_floats == 0;
+  const bool finished = words && o.has_epilogue() && o.residual == nullptr;
   Operands rest = o;
   if (finished) {
     rest.bias = {};
@@ -519,14 +523,15 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   }
   if (end == begin) return;
   const int64_t at = y_offset + begin * rows;
+  const Ptr to = words ? o.y + at : joined;
   if (rows > 1) {
-    k.interleave(o.y + at, rows, row.data(), rows, 1, end - begin, 1);
+    k.interleave(to, rows, row.data(), rows, 1, end - begin, 1);
   } else {
-    k.copy(o.y + at, 0, row[0], 0, 1, 1, end - begin);
+    k.copy(to, 0, row[0], 0, 1, 1, end - begin);
   }
-  if (finished || !o.has_epilogue()) return;
+  if (words && (finished || !o.has_epilogue())) return;
   EpilogueArgs e{};
-  e.c = (o.y + at).at;
+  e.c = to.at;
   // Pixels of one feature are one row.
   const int64_t pixels = (end - begin) * l.period;
   e.rows = p.k == 1 ? 1 : pixels;
@@ -534,8 +539,9 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   e.c_row = e.residual_row = p.k;
   e.bias_col = p.k == 1 ? 0 : 1;
   e.bias = bias.at;
-  if (o.residual != nullptr) e.residual = (o.residual + at).at;
   e.activation = o.activation;
+  if (!words) return finish_words(p, k, o, e, at, p.k, 1);
+  if (o.residual != nullptr) e.residual = (o.residual + at).at;
   k.epilogue(&e);
 }
 
@@ -636,7 +642,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const bool direct_store = apart.y.sp[2] == l.images && is_word(k, p.out_dtype);
   Ptr w = e.workspace;
   Ptr scratch = w + l.w_floats;
-  const int64_t own = l.strip_floats + l.tile_floats;
+  const int64_t own = l.strip_floats + l.tile_floats + l.row_floats;
   gather_filters(l, k, o.w, w);
 
   const Threads pool = useful_pool(problem, e);
@@ -655,6 +661,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     const int64_t row_lanes = (pixel1 - pixel0) * l.images;
     Ptr strip_data = scratch + worker * own;
     Ptr buffer = strip_data + l.strip_floats;
+    const Ptr joined = buffer + l.tile_floats;
     ConstPtr x = o.x + n * p.x.n + g * p.x.g;
 
     const Progression z = window_positions(p, 0, oz);
@@ -703,7 +710,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
         multiply_stack(l, k, strip, band, row_lanes, w + g * l.stack * p.k * l.filter, buffer,
                        next < y1 ? ahead : Ahead{}, &reduction.runs, &pieces);
         for (int64_t i = 0; i < band.count; ++i) {
-          finish_joined(l, apart, k, o, buffer + i * p.k * l.joined, pixel0, row_lanes, g,
+          finish_joined(l, apart, k, o, buffer + i * p.k * l.joined, joined, pixel0, row_lanes, g,
                         n * p.y.n + g * p.y.g + (band.row + i) * p.y.sp[1]);
         }
         continue;
@@ -785,7 +792,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       }
       if (l.joined == 0) continue;
       for (int64_t j = 0; j < band.count; ++j) {
-        finish_joined(l, apart, k, o, buffer + j * pitch, pixel0, row_lanes, g,
+        finish_joined(l, apart, k, o, buffer + j * pitch, joined, pixel0, row_lanes, g,
                       y_row + j * l.row_period * p.y.sp[1]);
       }
     }
@@ -941,7 +948,8 @@ std::string check(const Problem& p, const Target& t, const Params& params) {
 
 int64_t workspace(const Problem& p, const Target& t, const Params& params) {
   const Layout l = make_layout(p, t, params);
-  return l.w_floats + (l.strip_floats + l.tile_floats) * useful_threads(p, t.threads);
+  return l.w_floats +
+         (l.strip_floats + l.tile_floats + l.row_floats) * useful_threads(p, t.threads);
 }
 
 double cost(const Problem& problem, const Target& t, const Params& params) {

@@ -106,9 +106,25 @@ inline void read(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
   W* dst = static_cast<W*>(to);
   const S* src = static_cast<const S*>(from);
   if (src_step == 1) {
+    if (R::kChannels == 1 && dst_ld == count && src_ld == count) return R::row(dst, src, n * count);
     for (int64_t j = 0; j < n; ++j) R::row(dst + j * dst_ld, src + j * src_ld, count);
     return;
   }
+#if defined(__AVX2__)
+  if constexpr (R::kChannels == 1) {
+    // Few rows that lie between each other: made words together, then taken apart as words.
+    constexpr int64_t kMost = 768;  // words
+    if (src_ld == 1 && n <= src_step && src_step <= 16) {
+      W words[kMost];
+      for (int64_t c = 0; c < count; c += kMost / src_step) {
+        const int64_t part = count - c < kMost / src_step ? count - c : kMost / src_step;
+        R::row(words, src + c * src_step, (part - 1) * src_step + n);
+        copy<W>(dst + c, dst_ld, words, 1, src_step, n, part);
+      }
+      return;
+    }
+  }
+#endif
   const int64_t words = (count + R::kChannels - 1) / R::kChannels;
   for (int64_t j = 0; j < n;) {
     if (src_ld == 1 && n - j >= kTurn) {
@@ -160,6 +176,7 @@ inline void write(void* to, int64_t dst_ld, const void* from, int64_t src_ld, in
   S* dst = static_cast<S*>(to);
   const W* src = static_cast<const W*>(from);
   if (src_step == 1) {
+    if (dst_ld == count && src_ld == count) return result_row(dst, src, n * count);
     for (int64_t j = 0; j < n; ++j) result_row(dst + j * dst_ld, src + j * src_ld, count);
     return;
   }
@@ -220,8 +237,27 @@ template <typename S>
 inline int64_t narrow_finite(const void* src, int64_t n) {
   constexpr uint16_t kInfinity = std::is_same_v<S, BFloat16> ? 0x7F80 : 0x7C00;
   const S* at = static_cast<const S*>(src);
-  bool found = false;  // without a way out of the loop, so that it is vectorised
-  for (int64_t i = 0; i < n; ++i) found |= (at[i].bits & kInfinity) == kInfinity;
+  int64_t i = 0;
+  bool found = false;
+#if defined(__AVX512BW__)
+  const __m512i infinity = _mm512_set1_epi16(kInfinity);
+  __mmask32 lanes = 0;
+  for (; i + 32 <= n; i += 32) {
+    const __m512i exponents = _mm512_and_si512(_mm512_loadu_si512(at + i), infinity);
+    lanes |= _mm512_cmpeq_epi16_mask(exponents, infinity);
+  }
+  found = lanes != 0;
+#elif defined(__AVX2__)
+  const __m256i infinity = _mm256_set1_epi16(kInfinity);
+  __m256i lanes = _mm256_setzero_si256();
+  for (; i + 16 <= n; i += 16) {
+    const auto* from = reinterpret_cast<const __m256i*>(at + i);
+    const __m256i exponents = _mm256_and_si256(_mm256_loadu_si256(from), infinity);
+    lanes = _mm256_or_si256(lanes, _mm256_cmpeq_epi16(exponents, infinity));
+  }
+  found = _mm256_testz_si256(lanes, lanes) == 0;
+#endif
+  for (; i < n; ++i) found |= (at[i].bits & kInfinity) == kInfinity;
   return found ? 0 : 1;
 }
 

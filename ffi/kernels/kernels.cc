@@ -42,21 +42,40 @@ constexpr void fill_tile(Kernels& k) {
   }
 }
 
-template <typename T, int P>
-constexpr void fill_lanes(Kernels& k) {
+template <typename T, typename S, int P>
+constexpr void fill_lanes(Kernels& k, Dtype dtype) {
   if constexpr (P > 0) {
-    k.lanes[P] = lanes_tile<P, T>;
-    k.lanes_grad[P] = lanes_grad_tile<P, T>;
-    fill_lanes<T, P - 1>(k);
+    k.lanes[dtype][P] = lanes_tile<P, T, S>;
+    if constexpr (std::is_same_v<S, T>) k.lanes_grad[P] = lanes_grad_tile<P, T>;
+    fill_lanes<T, S, P - 1>(k, dtype);
   }
 }
 
-template <typename T, int KW, int SX, SweepForm kForm, int R = kSweepRows<T, KW, SX, kForm>>
-constexpr void fill_sweep(Kernels& k) {
+template <typename T, typename S, int KW, int SX, SweepForm kForm,
+          int R = kSweepRows<T, S, KW, SX, kForm>>
+constexpr void fill_sweep(Kernels& k, Dtype dtype) {
   if constexpr (R > 0) {
-    k.sweep[kForm][KW][SX][R] = sweep_tile<KW, SX, R, kForm, T>;
-    fill_sweep<T, KW, SX, kForm, R - 1>(k);
+    k.sweep[dtype][kForm][KW][SX][R] = sweep_tile<KW, SX, R, kForm, T, S>;
+    fill_sweep<T, S, KW, SX, kForm, R - 1>(k, dtype);
   }
+}
+
+// Each lane its own channel.
+template <typename T, typename S>
+constexpr void fill_own_sweeps(Kernels& k, Dtype dtype) {
+  fill_sweep<T, S, 3, 1, kSweepOwn>(k, dtype);
+  fill_sweep<T, S, 5, 1, kSweepOwn>(k, dtype);
+  fill_sweep<T, S, 7, 1, kSweepOwn>(k, dtype);
+  fill_sweep<T, S, 3, 2, kSweepOwn>(k, dtype);
+  fill_sweep<T, S, 5, 2, kSweepOwn>(k, dtype);
+  fill_sweep<T, S, 7, 2, kSweepOwn>(k, dtype);
+}
+
+// Channels spread over the lanes of their group.
+template <typename T, typename S, SweepForm kForm>
+constexpr void fill_spread_sweeps(Kernels& k, Dtype dtype) {
+  fill_sweep<T, S, 3, 1, kForm>(k, dtype);
+  fill_sweep<T, S, 3, 2, kForm>(k, dtype);
 }
 
 template <typename T, typename S, int SX, int R, int... P>
@@ -119,18 +138,13 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
   if constexpr (!std::is_same_v<T, Pair>) {
     constexpr int kPixels = kRegisters >= 32 ? 16 : 12;
     k.max_pixels = kPixels;
-    fill_lanes<T, kPixels>(k);
+    k.word = sizeof(T) == sizeof(float) ? kF32 : kF64;
+    k.stores[k.word] = true;
+    fill_lanes<T, T, kPixels>(k, k.word);
     if constexpr (std::is_same_v<T, float>) {  // they take long to compile
-      fill_sweep<T, 3, 1, kSweepOwn>(k);
-      fill_sweep<T, 5, 1, kSweepOwn>(k);
-      fill_sweep<T, 7, 1, kSweepOwn>(k);
-      fill_sweep<T, 3, 2, kSweepOwn>(k);
-      fill_sweep<T, 5, 2, kSweepOwn>(k);
-      fill_sweep<T, 7, 2, kSweepOwn>(k);
-      fill_sweep<T, 3, 1, kSweepPermuted>(k);
-      fill_sweep<T, 3, 2, kSweepPermuted>(k);
-      fill_sweep<T, 3, 1, kSweepBroadcast>(k);
-      fill_sweep<T, 3, 2, kSweepBroadcast>(k);
+      fill_own_sweeps<T, T>(k, k.word);
+      fill_spread_sweeps<T, T, kSweepPermuted>(k, k.word);
+      fill_spread_sweeps<T, T, kSweepBroadcast>(k, k.word);
     }
     k.epilogue = epilogue<T>;
     k.interleave = interleave<T>;
@@ -155,14 +169,26 @@ constexpr void add_operand(Kernels& k, Dtype dtype) {
   }
 }
 
+#if defined(__AVX2__)  // else fma is emulated, and its code long
+// What reads elements in place of words, for channels as lanes.
+template <typename S>
+constexpr void fill_elements(Kernels& k, Dtype dtype) {
+  fill_lanes<float, S, 8>(k, dtype);
+  fill_windows<float, S>(k, dtype);
+  fill_own_sweeps<float, S>(k, dtype);
+  fill_spread_sweeps<float, S, kSweepPermuted>(k, dtype);
+}
+#endif
+
 constexpr Kernels make_float() {
   Kernels k = make<float>(kWordChannels[kFloat], (1U << kActivationCount) - 1);
   fill_windows<float, float>(k, kF32);
-#if defined(__AVX2__)  // else fma is emulated, and its code long
-  fill_windows<float, BFloat16>(k, kBF16);
-  fill_windows<float, Float16>(k, kF16);
-  fill_windows<float, int8_t>(k, kS8);
-  fill_windows<float, uint8_t>(k, kU8);
+#if defined(__AVX2__)
+  fill_elements<BFloat16>(k, kBF16);
+  fill_elements<Float16>(k, kF16);
+  fill_elements<int8_t>(k, kS8);
+  fill_elements<uint8_t>(k, kU8);
+  k.stores[kBF16] = k.stores[kF16] = k.stores[kS32] = k.stores[kU32] = true;
 #endif
   add_operand<BFloat16, float>(k, kBF16);
   add_operand<Float16, float>(k, kF16);
@@ -181,10 +207,8 @@ constexpr Kernels make_float() {
 constexpr Kernels make_double() {
   Kernels k = make<double>(kWordChannels[kDouble], kExactActivations);
 #if defined(__AVX2__)
-  fill_sweep<double, 3, 1, kSweepPermuted>(k);
-  fill_sweep<double, 3, 2, kSweepPermuted>(k);
-  fill_sweep<double, 3, 1, kSweepBroadcast>(k);
-  fill_sweep<double, 3, 2, kSweepBroadcast>(k);
+  fill_spread_sweeps<double, double, kSweepPermuted>(k, kF64);
+  fill_spread_sweeps<double, double, kSweepBroadcast>(k, kF64);
   fill_windows<double, double>(k, kF64);
 #endif
   k.read[kF64] = k.pack[kF64] = k.write[kF64] = k.copy;

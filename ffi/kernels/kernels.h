@@ -55,10 +55,12 @@ struct GemmArgs {
   const void* zeros;
   const void* ahead;  // these two: the forms with prefetches only
   int64_t ahead_step;
+  int64_t result;  // LanesFn only: Dtype of C, one that kernels store (Kernels::stores)
 };
 using GemmFn = void (*)(const GemmArgs*);
 
-// Channels as lanes, `blocks` vectors of them: for p < P pixels, j < cols:
+// Channels as lanes, `blocks` vectors of them, read as elements and stored as those of a result: for
+// p < P pixels, j < cols:
 //   C[p, j] = chain over runs t of X[p, t, j] * B[t, j]   (Run.len is not used)
 //   X[p, t, j] = a[p * a_row + run[t].a + j],  B[t, j] = b[j / W * b_block + run[t].b + j % W]
 // where (blocks - 1) * W < cols <= blocks * W. Reads of B: whole vectors.
@@ -103,6 +105,8 @@ struct SweepArgs {
   const int32_t* table;
   int64_t first, features;  // broadcast: features before these, features of a group
   const void* zeros;        // and `channels` zeros
+  int64_t result;           // Dtype of Y, one that kernels store
+  int64_t follow;           // row r + 1 of a run is row r of the next one; a hint
 };
 using SweepFn = void (*)(const SweepArgs*);
 
@@ -126,6 +130,7 @@ struct WindowArgs {
   int64_t y_row, y_col;
   int64_t rows;
   int64_t edges;
+  int64_t result;  // Dtype of Y, one that kernels store
 };
 using WindowFn = void (*)(const WindowArgs*);
 
@@ -175,13 +180,16 @@ struct Kernels {
   GemmFn narrow_ahead[kMaxMr + 1];
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
+  Dtype word;  // arrays of this type are words
   int max_pixels;
-  LanesFn lanes[kMaxMr + 1];           // [P]
+  // The kernels with channels as lanes: by the type of their input, one of whose elements is a word.
+  LanesFn lanes[kDtypes][kMaxMr + 1];  // [P]; may be null
   LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
   // [KW][SX][R]; may be null
-  SweepFn sweep[kSweepForms][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
-  // [dtype of x][SX][R][P]; may be null
+  SweepFn sweep[kDtypes][kSweepForms][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
+  // [SX][R][P]; may be null
   WindowFn window[kDtypes][kMaxWindowStride + 1][kMaxWindowRows + 1][kMaxWindowPixels + 1];
+  bool stores[kDtypes];  // results of these types, without an epilogue
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   CopyFn copy;
@@ -212,11 +220,19 @@ struct Kernels {
   uint32_t activations;  // bit i: the epilogue has Activation i
 };
 
+// Output pixels of the widest tile of channels as lanes; 0: there is none.
+static inline int max_lanes(const Kernels& k, Dtype dtype) {
+  int pixels = kMaxMr;
+  while (pixels > 0 && k.lanes[dtype][pixels] == nullptr) --pixels;
+  return pixels;
+}
+
 // Output rows of the highest tile for such a window; 0: there is none.
-static inline int max_sweep(const Kernels& k, int form, int64_t window, int64_t stride) {
+static inline int max_sweep(const Kernels& k, Dtype dtype, int form, int64_t window,
+                            int64_t stride) {
   if (window > kMaxSweepWindow || stride > kMaxSweepStride) return 0;
   int rows = kMaxSweep;
-  while (rows > 0 && k.sweep[form][window][stride][rows] == nullptr) --rows;
+  while (rows > 0 && k.sweep[dtype][form][window][stride][rows] == nullptr) --rows;
   return rows;
 }
 

@@ -5,16 +5,21 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/kernels.h"
-#include "kernels/vec.h"
+#include "kernels/widen.h"
 
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-template <int P, bool kWhole, typename T>
-void lanes_block(const GemmArgs* g, const T* a, const T* b, T* c, Mask<T> tail) {
+// The i-th vector of channels.
+template <int P, bool kWhole, typename T, typename S>
+void lanes_block(const GemmArgs* g, int64_t i, Mask<T> tail) {
   using V = Vec<T>;
+  const int64_t j = i * kWidth<T>;
+  const S* const a = static_cast<const S*>(g->a) + j;
+  const T* const b = static_cast<const T*>(g->b) + i * g->b_block;
   V acc[P];
   JAXWIN_UNROLL
   for (int p = 0; p < P; ++p) acc[p] = zero<T>();
@@ -23,71 +28,93 @@ void lanes_block(const GemmArgs* g, const T* a, const T* b, T* c, Mask<T> tail) 
   const Run* const end = g->runs + g->n_runs;
   for (const Run* run = g->runs; run != end; ++run) {
     const V w = load(b + run->b);
-    const T* base[kBases];
+    const S* base[kBases];
     JAXWIN_UNROLL
     for (int q = 0; q < kBases; ++q) base[q] = a + run->a + q * 4 * row;
     JAXWIN_UNROLL
     for (int p = 0; p < P; ++p) {
-      const T* at = base[p / 4] + (p % 4) * row;
-      acc[p] = fma(kWhole ? load(at) : load(at, tail), w, acc[p]);
+      const S* at = base[p / 4] + (p % 4) * row;
+      acc[p] = fma(kWhole ? widen_load<T>(at) : widen_load<T>(at, tail), w, acc[p]);
     }
   }
-  JAXWIN_UNROLL
-  for (int p = 0; p < P; ++p) {
-    if (kWhole) {
-      store(c + p * g->c_row, acc[p]);
-    } else {
-      store(c + p * g->c_row, acc[p], tail);
+  with_results<T, true>(g->result, g->c, [&](auto* c) __attribute__((always_inline)) {
+    JAXWIN_UNROLL
+    for (int p = 0; p < P; ++p) {
+      auto* to = c + (j + p * g->c_row);
+      if (kWhole) {
+        result_store(to, acc[p]);
+      } else {
+        result_store(to, acc[p], tail);
+      }
     }
-  }
+  });
 }
 
-template <int P, typename T>
+template <int P, typename T, typename S>
 void lanes_tile(const GemmArgs* g) {
   constexpr int W = kWidth<T>;
   const int64_t whole = g->cols / W;
   const Mask<T> tail = make_mask<T>(g->cols - whole * W);
-  const T* a = static_cast<const T*>(g->a);
-  const T* b = static_cast<const T*>(g->b);
-  T* c = static_cast<T*>(g->c);
-  for (int64_t i = 0; i < whole; ++i) {
-    lanes_block<P, true>(g, a + i * W, b + i * g->b_block, c + i * W, tail);
-  }
-  if (whole < g->blocks) {
-    lanes_block<P, false>(g, a + whole * W, b + whole * g->b_block, c + whole * W, tail);
-  }
+  for (int64_t i = 0; i < whole; ++i) lanes_block<P, true, T, S>(g, i, tail);
+  if (whole < g->blocks) lanes_block<P, false, T, S>(g, whole, tail);
 }
 
 // Outputs under way while a window of KW columns passes, and how many rows of them fit the
 // registers. With lanes that read their own channel: with a column of input and a vector of the
 // filter. Otherwise with one of the filter for every output under way and an input in all lanes it
-// is for; permuted, also with a column of input and what says where the lanes come from.
+// is for; permuted, also with a column of input and what says where the lanes come from, and where
+// results are rounded, with what that takes, which GCC keeps there.
 template <int KW, int SX>
 constexpr int kSweepLive = (KW - 1) / SX + 1;
-template <typename T, int KW, int SX, SweepForm kForm>
+template <typename T, typename S, int KW, int SX, SweepForm kForm>
 constexpr int kSweepRows = [] {
   constexpr int kLive = kSweepLive<KW, SX>;
   if constexpr (kForm == kSweepOwn) return std::min((kRegisters - 2) / (kLive + 1), 5);
   constexpr int kIndex = kForm == kSweepPermuted ? kIndexRegisters<T> : 0;
   constexpr int kInput = kForm == kSweepPermuted ? 1 : 0;
-  return std::min((kRegisters - kLive - 1 - kIndex) / (kLive + kInput), kMaxSweep);
+  constexpr int kMost = std::is_same_v<S, T> ? kMaxSweep : kMaxSweep - 1;
+  return std::min((kRegisters - kLive - 1 - kIndex) / (kLive + kInput), kMost);
 }();
 
-template <typename T, int R>
+template <typename T, typename S>
 struct Sweep {
-  const T *x, *w;
-  T* y;
+  const S* x;
+  const T* w;
+  int64_t y;  // of the output column that is stored next
   int64_t q, columns;  // from the first column that is read; how many there are
   int64_t o, steps;
   Mask<T> in_tail, tail;
 };
 
-// An input column, number i of those that output column o has first, of which each channel is read
-// once for all outputs under way and their windows' columns i + m * SX.
+// One channel of an input column, number i of those that output column o has first: each output row
+// has it in all lanes that it is for, `in_of(r)`, once for the windows' columns i + m * SX of
+// outputs o - m.
+template <int KW, int SX, int R, int kPhase, typename T, typename InOf>
+JAXWIN_INLINE void sweep_channel(const T* w, int64_t w_col, int i, const InOf& in_of,
+                                 Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
+  constexpr int kLive = kSweepLive<KW, SX>;
+  Vec<T> filter[kLive];
+  JAXWIN_UNROLL
+  for (int m = 0; m < kLive; ++m) {
+    if (i + m * SX < KW) filter[m] = load(w + m * SX * w_col);
+  }
+  JAXWIN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const Vec<T> in = in_of(r);
+    JAXWIN_UNROLL
+    for (int m = 0; m < kLive; ++m) {
+      if (i + m * SX < KW) {
+        Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
+        to = fma(in, filter[m], to);
+      }
+    }
+  }
+}
+
+// An input column, number i, whose channels are broadcast.
 template <int KW, int SX, int R, bool kPlain, int kPhase, typename T>
 JAXWIN_INLINE void sweep_column(const SweepArgs* g, const T* x, const T* w, int i,
                                 Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
-  constexpr int kLive = kSweepLive<KW, SX>;
   const int64_t channels = g->channels;
   const Run* const end = g->runs + g->n_runs;
   for (const Run* run = g->runs; run != end; ++run) {
@@ -100,52 +127,47 @@ JAXWIN_INLINE void sweep_column(const SweepArgs* g, const T* x, const T* w, int 
     }
     const T* b = w + run->b;
     for (int64_t c = 0; c < channels; ++c, b += kWidth<T>) {
-      Vec<T> filter[kLive];  // window column i + m * SX, of output o - m
-      JAXWIN_UNROLL
-      for (int m = 0; m < kLive; ++m) {
-        if (i + m * SX < KW) filter[m] = load(b + m * SX * g->w_col);
-      }
-      JAXWIN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> in = set1(from[r][c]);
-        JAXWIN_UNROLL
-        for (int m = 0; m < kLive; ++m) {
-          if (i + m * SX < KW) {
-            Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
-            to = fma(in, filter[m], to);
-          }
-        }
-      }
+      const auto in_of = [&](int r) __attribute__((always_inline)) { return set1(from[r][c]); };
+      sweep_channel<KW, SX, R, kPhase>(b, g->w_col, i, in_of, acc);
     }
   }
 }
 
 // One output column, o, begins in acc[kPhase]; the one that has seen its whole window is stored.
 // kPlain: whole vectors of rows that exist.
-template <int KW, int SX, int R, SweepForm kForm, bool kPlain, int kPhase, typename T>
-JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
+template <int KW, int SX, int R, SweepForm kForm, bool kPlain, int kPhase, typename T, typename S>
+JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, S>* s,
                               Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   constexpr int kLive = kSweepLive<KW, SX>;
   constexpr bool kExpand = kForm == kSweepPermuted;
+  // A register is moved faster than an input loaded, but for few products of each.
+  constexpr bool kFollow = kForm == kSweepOwn && (KW > 3 || !std::is_same_v<S, T>);
   const Run* const end = g->runs + g->n_runs;
   JAXWIN_UNROLL
   for (int i = 0; i < SX; ++i) {
     if (static_cast<uint64_t>(s->q + i) < static_cast<uint64_t>(s->columns)) {
-      const T* at = s->x + i * g->x_col;
+      const S* at = s->x + i * g->x_col;
       if constexpr (kForm == kSweepBroadcast) {
         sweep_column<KW, SX, R, kPlain, kPhase>(g, at, s->w + i * g->w_col, i, acc);
         continue;
       }
+      Vec<T> in[R];
       for (const Run* run = g->runs; run != end; ++run) {
-        Vec<T> in[R];
+        const bool follows = kFollow && g->follow != 0 && run != g->runs;
+        if (follows) {
+          JAXWIN_UNROLL
+          for (int r = 0; r < R - 1; ++r) in[r] = in[r + 1];
+        }
         JAXWIN_UNROLL
         for (int r = 0; r < R; ++r) {
-          const T* from = at + run->a + r * g->x_row;
+          if (follows && r + 1 < R) continue;
+          const S* from = at + run->a + r * g->x_row;
           if (kPlain) {
-            in[r] = load(from);
+            in[r] = widen_load<T>(from);
           } else {
             const auto row = static_cast<uint64_t>(run->len + r * g->row_step);
-            in[r] = row < static_cast<uint64_t>(g->rows) ? load(from, s->in_tail) : zero<T>();
+            const bool real = row < static_cast<uint64_t>(g->rows);
+            in[r] = real ? widen_load<T>(from, s->in_tail) : zero<T>();
           }
         }
         if (kExpand) {
@@ -162,22 +184,10 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
           const int32_t* index = g->table;
           const int32_t* const last = index + g->channels * kWidth<T>;
           for (; index != last; index += kWidth<T>, w += kWidth<T>) {
-            Vec<T> filter[kLive];  // window column i + m * SX, of output o - m
-            JAXWIN_UNROLL
-            for (int m = 0; m < kLive; ++m) {
-              if (i + m * SX < KW) filter[m] = load(w + m * SX * g->w_col);
-            }
-            JAXWIN_UNROLL
-            for (int r = 0; r < R; ++r) {
-              const Vec<T> expanded = permute(in[r], index);
-              JAXWIN_UNROLL
-              for (int m = 0; m < kLive; ++m) {
-                if (i + m * SX < KW) {
-                  Vec<T>& to = acc[(kPhase - m + kLive) % kLive][r];
-                  to = fma(expanded, filter[m], to);
-                }
-              }
-            }
+            const auto in_of = [&](int r) __attribute__((always_inline)) {
+              return permute(in[r], index);
+            };
+            sweep_channel<KW, SX, R, kPhase>(w, g->w_col, i, in_of, acc);
           }
         } else {
           JAXWIN_UNROLL
@@ -197,16 +207,20 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
   }
   constexpr int kDone = (kPhase + 1) % kLive;  // output o - kLive + 1
   if (s->o >= kLive - 1) {
-    JAXWIN_UNROLL
-    for (int r = 0; r < R; ++r) {
-      T* to = s->y + r * g->y_row;
-      if (kPlain) {
-        store(to, acc[kDone][r]);
-        if (kExpand) __builtin_prefetch(to + kWidth<T>, 1);
-      } else {
-        store(to, acc[kDone][r], s->tail);
+    // Words that are read for themselves, or spread, come from arrays: the results are words too.
+    constexpr bool kAny = !std::is_same_v<S, T> || kForm == kSweepBroadcast;
+    with_results<T, kAny>(g->result, g->y, [&](auto* y) __attribute__((always_inline)) {
+      JAXWIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        auto* to = y + (s->y + r * g->y_row);
+        if (kPlain) {
+          result_store(to, acc[kDone][r]);
+          if (kExpand) __builtin_prefetch(to + kWidth<T>, 1);
+        } else {
+          result_store(to, acc[kDone][r], s->tail);
+        }
       }
-    }
+    });
     s->y += g->y_col;
   }
   JAXWIN_UNROLL
@@ -216,8 +230,8 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, R>* s,
   ++s->o;
 }
 
-template <int KW, int SX, int R, SweepForm kForm, bool kPlain, int kPhase, typename T>
-JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, R>* s,
+template <int KW, int SX, int R, SweepForm kForm, bool kPlain, int kPhase, typename T, typename S>
+JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, S>* s,
                                Vec<T> (&acc)[kSweepLive<KW, SX>][R]) {
   if (s->o == s->steps) return;
   sweep_step<KW, SX, R, kForm, kPlain, kPhase>(g, s, acc);
@@ -226,8 +240,8 @@ JAXWIN_INLINE void sweep_steps(const SweepArgs* g, Sweep<T, R>* s,
   }
 }
 
-template <int KW, int SX, int R, SweepForm kForm, bool kPlain, typename T>
-__attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const T* w, T* y,
+template <int KW, int SX, int R, SweepForm kForm, bool kPlain, typename T, typename S>
+__attribute__((noinline)) void sweep_block(const SweepArgs* g, const S* x, const T* w, int64_t y,
                                            Mask<T> in_tail, Mask<T> tail) {
   constexpr int kLive = kSweepLive<KW, SX>;
   Vec<T> acc[kLive][R];
@@ -236,16 +250,15 @@ __attribute__((noinline)) void sweep_block(const SweepArgs* g, const T* x, const
     JAXWIN_UNROLL
     for (int r = 0; r < R; ++r) acc[l][r] = zero<T>();
   }
-  Sweep<T, R> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, in_tail, tail};
+  Sweep<T, S> s{x, w, y, -g->q_begin, g->q_end - g->q_begin, 0, g->n + kLive - 1, in_tail, tail};
   while (s.o < s.steps) sweep_steps<KW, SX, R, kForm, kPlain, 0>(g, &s, acc);
 }
 
-template <int KW, int SX, int R, SweepForm kForm, typename T>
+template <int KW, int SX, int R, SweepForm kForm, typename T, typename S>
 void sweep_tile(const SweepArgs* g) {
   constexpr int W = kWidth<T>;
-  const T* x = static_cast<const T*>(g->x);
+  const S* x = static_cast<const S*>(g->x);
   const T* w = static_cast<const T*>(g->w);
-  T* y = static_cast<T*>(g->y);
   for (int64_t j = 0, in = 0; j < g->cols; j += W, in += g->span, w += g->w_block) {
     if (kForm == kSweepBroadcast) in = (g->first + j) / g->features * g->channels;
     const int64_t in_lanes = std::min(g->span, g->in_cols - in);
@@ -253,9 +266,9 @@ void sweep_tile(const SweepArgs* g) {
     const Mask<T> tail = make_mask<T>(g->cols - j);
     const bool whole = kForm == kSweepBroadcast || in_lanes == W;
     if (g->border == 0 && whole && g->cols - j >= W) {
-      sweep_block<KW, SX, R, kForm, true>(g, x + in, w, y + j, in_tail, tail);
+      sweep_block<KW, SX, R, kForm, true>(g, x + in, w, j, in_tail, tail);
     } else {
-      sweep_block<KW, SX, R, kForm, false>(g, x + in, w, y + j, in_tail, tail);
+      sweep_block<KW, SX, R, kForm, false>(g, x + in, w, j, in_tail, tail);
     }
   }
 }

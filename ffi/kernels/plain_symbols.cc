@@ -21,17 +21,18 @@ JAXWIN_SYMBOL(jaxwin_test_gemm_)
   if (form >= 4) return (form == 4 ? k.narrow : k.narrow_ahead)[mr](args);
   (form == 0 ? k.packed : form == 1 ? k.strided : form == 2 ? k.indirect : k.ahead)[nv][mr](args);
 }
-JAXWIN_SYMBOL(jaxwin_test_lanes_)(int64_t word, int64_t pixels, const jaxwin::GemmArgs* args) {
-  JAXWIN_TABLE.lanes[pixels](args);
+JAXWIN_SYMBOL(jaxwin_test_lanes_)
+(int64_t word, int64_t dtype, int64_t pixels, const jaxwin::GemmArgs* args) {
+  JAXWIN_TABLE.lanes[dtype][pixels](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
 (int64_t word, int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
   JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
 }
 JAXWIN_SYMBOL(jaxwin_test_sweep_)
-(int64_t word, int64_t form, int64_t window, int64_t stride, int64_t rows,
+(int64_t word, int64_t dtype, int64_t form, int64_t window, int64_t stride, int64_t rows,
  const jaxwin::SweepArgs* args) {
-  JAXWIN_TABLE.sweep[form][window][stride][rows](args);
+  JAXWIN_TABLE.sweep[dtype][form][window][stride][rows](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_window_)
 (int64_t word, int64_t dtype, int64_t stride, int64_t rows, int64_t pixels,

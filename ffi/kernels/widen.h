@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "dtypes.h"
 #include "kernels/vec.h"
 
 namespace jaxwin::JAXWIN_TARGET {
@@ -118,21 +119,30 @@ inline __m512i high_halves() {
                                                       17, 19, 21, 23, 25, 27, 29, 31};
   return _mm512_load_si512(kIndex);
 }
-inline void narrow_store(BFloat16* p, V a) {
+inline __m256i narrow_vector(V a, BFloat16) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   __m512i result = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
   result = _mm512_mask_add_epi32(result, odd, bits, _mm512_set1_epi32(0x8000));
   result = _mm512_mask_or_epi32(result, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves(), result)));
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves(), result));
 }
-inline void narrow_store(Float16* p, V a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+inline __m256i narrow_vector(V a, Float16) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+}
+template <typename S>
+inline void narrow_store(S* p, V a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_vector(a, S{}));
+}
+template <typename S>
+inline void narrow_store(S* p, V a, Mask<float> m) {
+  _mm256_mask_storeu_epi16(p, m.m, narrow_vector(a, S{}));
 }
 inline void narrow_store(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(a.v)); }
+inline void narrow_store(int32_t* p, V a, Mask<float> m) {
+  _mm512_mask_storeu_epi32(p, m.m, _mm512_cvttps_epi32(a.v));
+}
 inline void narrow_store(uint16_t* p, V a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(_mm512_cvttps_epi32(a.v)));
@@ -158,11 +168,15 @@ inline V widen_vector(const S* p) {
   const auto* at = reinterpret_cast<const __m128i*>(p);
   return widen_vector(sizeof(S) == 2 ? _mm_loadu_si128(at) : _mm_loadl_epi64(at), S{});
 }
-// Elements of less than four bytes have no masked loads.
+// Elements of less than four bytes have no masked loads, nor stores.
+inline int active_lanes(Mask<float> m) {
+  return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m.m)));
+}
 template <typename S>
 inline V widen_vector(const S* p, Mask<float> m) {
+  const int n = active_lanes(m);
+  if (n == 8) return widen_vector(p);
   S lanes[8] = {};
-  const int n = __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m.m)));
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
   return widen_vector(lanes);
 }
@@ -194,6 +208,14 @@ inline void narrow_store(uint8_t* p, V a) {
   const __m128i low = _mm_and_si128(low_halves(_mm256_cvttps_epi32(a.v)), _mm_set1_epi16(0xFF));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, low));
 }
+template <typename S>
+inline void narrow_store(S* p, V a, Mask<float> m) {
+  const int n = active_lanes(m);
+  if (n == 8) return narrow_store(p, a);
+  S lanes[8];
+  narrow_store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
 
 #endif
 
@@ -214,6 +236,46 @@ inline Vec<T> widen_load(const S* p, Mask<T> m) {
   } else {
     return widen_vector(p, m);
   }
+}
+
+// Results, words or rounded to elements.
+template <typename S, typename T>
+JAXWIN_INLINE void result_store(S* p, Vec<T> a) {
+  if constexpr (std::is_same_v<S, T>) {
+    store(p, a);
+  } else {
+    narrow_store(p, a);
+  }
+}
+template <typename S, typename T>
+JAXWIN_INLINE void result_store(S* p, Vec<T> a, Mask<T> m) {
+  if constexpr (std::is_same_v<S, T>) {
+    store(p, a, m);
+  } else {
+    narrow_store(p, a, m);
+  }
+}
+
+// f(y), y as the address of results of this type: words, or where `any` another one that kernels
+// store (Kernels::stores).
+template <typename T, bool kAny, typename F>
+JAXWIN_INLINE void with_results([[maybe_unused]] int64_t dtype, void* y, const F& f) {
+#if defined(__AVX2__)
+  if constexpr (kAny && std::is_same_v<T, float>) {
+    switch (dtype) {
+      case kBF16:
+        return f(static_cast<BFloat16*>(y));
+      case kF16:
+        return f(static_cast<Float16*>(y));
+      case kS32:
+      case kU32:
+        return f(static_cast<int32_t*>(y));
+      default:
+        break;
+    }
+  }
+#endif
+  f(static_cast<T*>(y));
 }
 
 }  // namespace

@@ -18,10 +18,12 @@ constexpr int kTaps = kWindow * kWindow;
 
 // kInside: all window positions of all pixels are input.
 template <int SX, int R, int P, bool kInside, bool kWhole, typename T, typename S>
-JAXWIN_INLINE void window_block(const WindowArgs* g, const S* x, const T* w, T* y, Mask<T> tail) {
+JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
   constexpr int kRows = (R - 1) * SX + kWindow;
   constexpr int kCols = (P - 1) * SX + kWindow;
   const int64_t col = g->x_col;
+  const S* x = static_cast<const S*>(g->x) + j;
+  const T* w = static_cast<const T*>(g->w) + j * kTaps;
   const S* row[kRows];
   JAXWIN_UNROLL
   for (int i = 0; i < kRows; ++i) row[i] = x + i * g->x_row;
@@ -81,29 +83,28 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, const S* x, const T* w, T* 
       }
     }
   }
-  JAXWIN_UNROLL
-  for (int r = 0; r < R; ++r) {
+  with_results<T, !std::is_same_v<S, T>>(g->result, g->y, [&](auto* y) __attribute__((always_inline)) {
     JAXWIN_UNROLL
-    for (int p = 0; p < P; ++p) {
-      T* to = y + r * g->y_row + p * g->y_col;
-      if (kWhole) {
-        store(to, acc[r][p]);
-      } else {
-        store(to, acc[r][p], tail);
+    for (int r = 0; r < R; ++r) {
+      JAXWIN_UNROLL
+      for (int p = 0; p < P; ++p) {
+        auto* to = y + (j + r * g->y_row + p * g->y_col);
+        if (kWhole) {
+          result_store(to, acc[r][p]);
+        } else {
+          result_store(to, acc[r][p], tail);
+        }
       }
     }
-  }
+  });
 }
 
 template <int SX, int R, int P, bool kInside, typename T, typename S>
 JAXWIN_INLINE void window_blocks(const WindowArgs* g) {
   constexpr int W = kWidth<T>;
-  const S* x = static_cast<const S*>(g->x);
-  const T* w = static_cast<const T*>(g->w);
-  T* y = static_cast<T*>(g->y);
   const int64_t whole = g->cols / W * W;
   for (int64_t j = 0; j < whole; j += W) {
-    window_block<SX, R, P, kInside, true>(g, x + j, w + j * kTaps, y + j, Mask<T>{});
+    window_block<SX, R, P, kInside, true, T, S>(g, j, Mask<T>{});
   }
 }
 
@@ -117,9 +118,7 @@ void window_tile(const WindowArgs* g) {
   }
   const int64_t whole = g->cols / kWidth<T> * kWidth<T>;
   if (whole < g->cols) {
-    window_block<SX, R, P, false, false>(
-        g, static_cast<const S*>(g->x) + whole, static_cast<const T*>(g->w) + whole * kTaps,
-        static_cast<T*>(g->y) + whole, make_mask<T>(g->cols - whole));
+    window_block<SX, R, P, false, false, T, S>(g, whole, make_mask<T>(g->cols - whole));
   }
 }
 
