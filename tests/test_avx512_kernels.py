@@ -234,13 +234,13 @@ def _same(result: np.ndarray, expected: np.ndarray, what: str) -> None:
 
 
 # The forms, as jaxwin_test_gemm_* counts them.
-PACKED, STRIDED, INDIRECT, AHEAD, NARROW, NARROW_AHEAD = range(6)
+PACKED, STRIDED, INDIRECT, AHEAD, NARROW, NARROW_AHEAD, NEAR = range(7)
 FORMS = [(dtype, form) for dtype in WORDS for form in (PACKED, STRIDED)]
 FORMS.remove((PAIRS, STRIDED))  # integers are packed always
 FORMS.append(("float32", AHEAD))
 GEMMS = [(*tile, *form) for tile in TILES for form in FORMS]
 NARROWS = [(mr, nv) for mr, nv in TILES if mr >= 8 and nv == 1]
-GEMMS += [(*tile, "float32", form) for tile in NARROWS for form in (NARROW, NARROW_AHEAD)]
+GEMMS += [(*tile, "float32", form) for tile in NARROWS for form in (NARROW, NARROW_AHEAD, NEAR)]
 
 
 @pytest.mark.parametrize(("mr", "nv", "dtype", "form"), GEMMS)

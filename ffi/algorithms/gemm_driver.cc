@@ -720,6 +720,9 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
           ? 1
           : 0;
 
+  // Windows that overlap have read most of the next pixels already.
+  const GemmFn* const one_vector = l.p.window() == 1 ? k.narrow_ahead : k.narrow;
+
   // The tile of mr pixels from j0 of row r, over args.runs. `column`: of filters, to be fetched
   // ahead, or null; returned is how many were.
   const auto one_tile = [&](int64_t r, int64_t j0, int64_t mr, int64_t steps, ConstPtr column) {
@@ -742,11 +745,11 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
       args.ahead_step = ahead->step;
       k.ahead[nv][mr](&args);
       return 1;
-    } else if (dense && nv == 1 && k.narrow[mr] != nullptr && args.n_runs > 0 &&
+    } else if (dense && nv == 1 && one_vector[mr] != nullptr && args.n_runs > 0 &&
                args.runs->len >= 8) {
-      // The next pixels follow these; windows have read most of them already.
+      // The next pixels follow these.
       args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
-      (l.p.window() == 1 ? k.narrow_ahead : k.narrow)[mr](&args);
+      one_vector[mr](&args);
     } else if (fetches && l.follows && block.new_input) {
       args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride + l.next;
       args.ahead_step = ceil_div(mr * l.pixel_stride, l.reduction);  // all that the next tile adds
@@ -1468,7 +1471,8 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
     // In place, features that do not fill a vector would not reach the narrow form.
-    const bool narrow = p.k < k.width && p.c >= 8 && k.narrow[tile.mr] != nullptr;
+    const GemmFn form = (p.window() == 1 ? k.narrow_ahead : k.narrow)[tile.mr];
+    const bool narrow = p.k < k.width && p.c >= 8 && form != nullptr;
     // Nor would their vectors begin on cache lines.
     const bool split = p.w.c % k.width != 0 && pixels >= 8 * tile.mr;
     params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart && !narrow && !split

@@ -13,12 +13,13 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-enum class Form { kPacked, kAhead, kStrided, kIndirect, kNarrow, kNarrowAhead };
+enum class Form { kPacked, kAhead, kStrided, kIndirect, kNarrow, kNarrowAhead, kNear };
 
 // The narrow forms: where B is one vector every product needs a broadcast of its own, and Ice Lake
 // loads hardly one vector of 512 bits per cycle, for two products. So some rows of A are loaded
 // four steps at a time and spread in registers, which takes the port of a product instead: seven
 // rows of sixteen balance the ports.
+// With prefetches: of B into the second-level cache, or of A into the first (near, narrow ahead).
 template <int MR, Form kForm>
 inline constexpr int kQuadRows =
     kForm == Form::kNarrow || kForm == Form::kNarrowAhead ? MR * 7 / 16 : 0;
@@ -66,8 +67,9 @@ void gemm_tile(const GemmArgs* g) {
   const int64_t a_step = kStrided ? g->a_step : 1;
   const int64_t b_step = g->b_step;
   const T* ahead = static_cast<const T*>(g->ahead);
-  // A cache line, in the narrow form: the registers for addresses are few.
-  const int64_t ahead_step = kForm == Form::kNarrowAhead ? W : g->ahead_step;
+  // A cache line, where the registers for addresses are few.
+  constexpr bool kNear = kForm == Form::kNear || kForm == Form::kNarrowAhead;
+  const int64_t ahead_step = kNear ? W : g->ahead_step;
   for (int64_t t = 0; t < g->n_runs; ++t) {
     const Run run = g->runs[t];
     const T* b = static_cast<const T*>(g->b) + run.b;
@@ -86,8 +88,8 @@ void gemm_tile(const GemmArgs* g) {
     V quads[kQuads + 1];
     const auto step = [&](auto of_four) __attribute__((always_inline)) {
       constexpr int kOf = decltype(of_four)::value;
-      if constexpr (kForm == Form::kAhead || kForm == Form::kNarrowAhead) {
-        __builtin_prefetch(ahead, 0, kForm == Form::kAhead ? 2 : 3);  // the second, first level
+      if constexpr (kForm == Form::kAhead || kNear) {
+        __builtin_prefetch(ahead, 0, kNear ? 3 : 2);
         ahead += ahead_step;
       }
       V bv[NV];

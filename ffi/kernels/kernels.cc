@@ -29,6 +29,7 @@ constexpr void fill_tile(Kernels& k) {
       if constexpr (NV == 1 && MR >= 8 && kVectorBytes == 64) {
         k.narrow[MR] = gemm_tile<MR, NV, Form::kNarrow, T>;
         k.narrow_ahead[MR] = gemm_tile<MR, NV, Form::kNarrowAhead, T>;
+        k.near[MR] = gemm_tile<MR, NV, Form::kNear, T>;
       }
     }
     // Integers are packed always.

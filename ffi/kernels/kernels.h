@@ -30,8 +30,9 @@ struct Run {
 // The form with prefetches is the packed one, and brings one cache line per step into the
 // second-level cache: that of ahead[s * ahead_step] in step s. No address is invalid there.
 // The narrow forms are the packed one for one vector of columns, and pay where runs are of eight
-// steps or more. That with prefetches brings the cache lines from `ahead` on into the first-level
-// cache, one per step.
+// steps or more and the CPU does not load as fast as it multiplies. That with prefetches, and the
+// near form, for other CPUs, bring the cache lines from `ahead` on into the first-level cache, one
+// per step.
 // The indirect form finds every row of A by itself, in a table of offsets; -1 stands for zeros:
 //   A[r, t, i] = (o < 0 ? zeros : a + o)[i],  o = table[r * table_row + run[t].a]
 struct GemmArgs {
@@ -178,6 +179,7 @@ struct Kernels {
   GemmFn ahead[kMaxNv + 1][kMaxMr + 1];   // may be null
   GemmFn narrow[kMaxMr + 1];              // NV = 1; may be null, as
   GemmFn narrow_ahead[kMaxMr + 1];
+  GemmFn near[kMaxMr + 1];
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
   Dtype word;  // arrays of this type are words

@@ -18,7 +18,7 @@ extern "C" {
 JAXWIN_SYMBOL(jaxwin_test_gemm_)
 (int64_t word, int64_t mr, int64_t nv, int64_t form, const jaxwin::GemmArgs* args) {
   const jaxwin::Kernels& k = JAXWIN_TABLE;
-  if (form >= 4) return (form == 4 ? k.narrow : k.narrow_ahead)[mr](args);
+  if (form >= 4) return (form == 4 ? k.narrow : form == 5 ? k.narrow_ahead : k.near)[mr](args);
   (form == 0 ? k.packed : form == 1 ? k.strided : form == 2 ? k.indirect : k.ahead)[nv][mr](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_lanes_)
