@@ -389,13 +389,15 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
 # filters that are read in place fall upon the same cache sets.) Batch was measured with
 # the packaged rows of one image, as time of the heuristic's plan by time of theirs: 1.02 with 2
 # images, 1.03 with 4, 1.00 with 8 (five of eight rows below), 0.90 with 32. So 8 is too far.
+# Threads share an image by rows: what one thread takes at once, two cannot halve (28x28 with 128
+# channels took 1.2 times the heuristic's time), and sixteen would mostly wait.
 _WEIGHTS = {
     "input channels per group": 2.0,
     "output features per group": 2.0,
     "groups": 0.5,
     "image": 0.5,
     "batch": 0.75,
-    "threads": 0.5,
+    "threads": 8.0,
     "epilogue": 0.1,
     "machine": 1.0,
 }

@@ -206,7 +206,7 @@ def test_no_vector_spills_in_the_sweeps(target: str) -> None:
         assert {(*tile, plain, word, element) for plain in ("true", "false")} <= set(tiles)
     for arguments, code in tiles.items():
         if target == "avx2" and arguments[4] == "false" and arguments[5:] not in _WORDS:
-            continue  # no masks for elements of less than four bytes: parts of vectors pass the stack
+            continue  # no masks for elements: parts of vectors pass the stack
         hot = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
         assert hot, f"no loop in sweep_block<{arguments}>"
         for loop in hot:

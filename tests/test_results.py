@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxwin.tuner import measure
+from jaxwin.tuner import measure, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
@@ -77,6 +77,16 @@ def test_kinds_of_layers() -> None:
         assert best == _spread(ratios, data["means"]["fwd"]["ratio_to_best"])
         mean = measure.geomean(row["ratios"]["xla"] for row in data["rows"])
         assert xla == f"{mean:.2g}"
+
+
+def test_dtypes() -> None:
+    (_, *dtypes), _, *lines = _lines(_table("| | bfloat16 |"))
+    assert lines
+    for column, dtype in enumerate(dtypes, 1):
+        ratios = {row["name"]: row["ratio_to_best"] for row in _read(f"dtype_{dtype}")["rows"]}
+        for cells in lines:
+            found = [ratios[conv.name] for conv in problems.preset(cells[0])]
+            assert cells[column] == _spread(found, measure.geomean(found))
 
 
 def test_networks() -> None:

@@ -782,7 +782,9 @@ class Float32(JaxwinLoop):
         wide = dataclasses.replace(
             task,
             conv=dataclasses.replace(task.conv, dtype="float32"),
-            **{name: task.operand(name).astype(np.float32) for name in ("x", "w", "y")},
+            x=task.x.astype(np.float32),
+            w=task.w.astype(np.float32),
+            y=task.y.astype(np.float32),
         )
         prepared = super().prepare(wide)
         if task.conv.dtype not in INTEGERS:

@@ -1287,8 +1287,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       if (!l.buffered && !o.has_epilogue()) return;
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t at = output(g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
-        finish_rows(p, k, o, c + c_rows[r - r0], c_pixel, block.cols, features, g,
-                    panel * l.panel, at);
+        finish_rows(p, k, o, c + c_rows[r - r0], c_pixel, block.cols, features, g, panel * l.panel,
+                    at);
       }
     };
 

@@ -419,8 +419,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
         args.n = ceil_div(p.out[2] - j, dilation);
         args.q_begin = std::max<int64_t>(0, ceil_div(-first, dilation));
         args.q_end = std::max(args.q_begin, ceil_div(p.in[2] - first, dilation));
-        const SweepFn sweep =
-            k.sweep[direct ? p.dtype : k.word][form][p.win[2]][p.stride[2]][rows];
+        const SweepFn sweep = k.sweep[direct ? p.dtype : k.word][form][p.win[2]][p.stride[2]][rows];
         if (in_place) {
           sweep(&args);
           continue;
@@ -831,7 +830,11 @@ Params lanes_defaults(const Problem& p, const Target& t) {
       params[kLanesSweep] = std::min<int64_t>(params[kLanesSweep], 5);
     }
   }
-  if (params[kLanesSweep] > 0 || readable_in_place(p, *t.kernels)) params[kLanesStrip] = 0;
+  // In place, elements are made words at every position of the window.
+  constexpr int64_t kFewPositions = 9;
+  const bool pays = is_word(*t.kernels, p.dtype) || p.window() <= kFewPositions;
+  const bool in_place = pays && readable_in_place(p, *t.kernels);
+  if (params[kLanesSweep] > 0 || in_place) params[kLanesStrip] = 0;
   if (params[kLanesStrip] == 0) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
     params[kLanesRows] = rows_of_tasks(p, threads);

@@ -60,8 +60,8 @@ struct GemmArgs {
 };
 using GemmFn = void (*)(const GemmArgs*);
 
-// Channels as lanes, `blocks` vectors of them, read as elements and stored as those of a result: for
-// p < P pixels, j < cols:
+// Channels as lanes, `blocks` vectors of them, read as elements and stored as those of a result:
+// for p < P pixels, j < cols:
 //   C[p, j] = chain over runs t of X[p, t, j] * B[t, j]   (Run.len is not used)
 //   X[p, t, j] = a[p * a_row + run[t].a + j],  B[t, j] = b[j / W * b_block + run[t].b + j % W]
 // where (blocks - 1) * W < cols <= blocks * W. Reads of B: whole vectors.
@@ -182,9 +182,10 @@ struct Kernels {
   GemmFn near[kMaxMr + 1];
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
-  Dtype word;  // arrays of this type are words
+  Dtype word;                               // arrays of this type are words
   int max_pixels;
-  // The kernels with channels as lanes: by the type of their input, one of whose elements is a word.
+  // The kernels with channels as lanes: by the type of their input, one of whose elements is a
+  // word.
   LanesFn lanes[kDtypes][kMaxMr + 1];  // [P]; may be null
   LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
   // [KW][SX][R]; may be null

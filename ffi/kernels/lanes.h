@@ -37,17 +37,18 @@ void lanes_block(const GemmArgs* g, int64_t i, Mask<T> tail) {
       acc[p] = fma(kWhole ? widen_load<T>(at) : widen_load<T>(at, tail), w, acc[p]);
     }
   }
-  with_results<T, true>(g->result, g->c, [&](auto* c) __attribute__((always_inline)) {
-    JAXWIN_UNROLL
-    for (int p = 0; p < P; ++p) {
-      auto* to = c + (j + p * g->c_row);
-      if (kWhole) {
-        result_store(to, acc[p]);
-      } else {
-        result_store(to, acc[p], tail);
-      }
-    }
-  });
+  with_results<T, true>(
+      g->result, g->c, [&](auto* c) __attribute__((always_inline)) {
+        JAXWIN_UNROLL
+        for (int p = 0; p < P; ++p) {
+          auto* to = c + (j + p * g->c_row);
+          if (kWhole) {
+            result_store(to, acc[p]);
+          } else {
+            result_store(to, acc[p], tail);
+          }
+        }
+      });
 }
 
 template <int P, typename T, typename S>
@@ -80,7 +81,7 @@ template <typename T, typename S>
 struct Sweep {
   const S* x;
   const T* w;
-  int64_t y;  // of the output column that is stored next
+  int64_t y;           // of the output column that is stored next
   int64_t q, columns;  // from the first column that is read; how many there are
   int64_t o, steps;
   Mask<T> in_tail, tail;
@@ -209,18 +210,19 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, S>* s,
   if (s->o >= kLive - 1) {
     // Words that are read for themselves, or spread, come from arrays: the results are words too.
     constexpr bool kAny = !std::is_same_v<S, T> || kForm == kSweepBroadcast;
-    with_results<T, kAny>(g->result, g->y, [&](auto* y) __attribute__((always_inline)) {
-      JAXWIN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        auto* to = y + (s->y + r * g->y_row);
-        if (kPlain) {
-          result_store(to, acc[kDone][r]);
-          if (kExpand) __builtin_prefetch(to + kWidth<T>, 1);
-        } else {
-          result_store(to, acc[kDone][r], s->tail);
-        }
-      }
-    });
+    with_results<T, kAny>(
+        g->result, g->y, [&](auto* y) __attribute__((always_inline)) {
+          JAXWIN_UNROLL
+          for (int r = 0; r < R; ++r) {
+            auto* to = y + (s->y + r * g->y_row);
+            if (kPlain) {
+              result_store(to, acc[kDone][r]);
+              if (kExpand) __builtin_prefetch(to + kWidth<T>, 1);
+            } else {
+              result_store(to, acc[kDone][r], s->tail);
+            }
+          }
+        });
     s->y += g->y_col;
   }
   JAXWIN_UNROLL
