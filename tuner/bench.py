@@ -709,8 +709,9 @@ def select(names: Sequence[str]) -> list[str]:
         ValueError: a name is unknown; one line.
     """
     known = peers.names()
+    every = (*known, *peers.baselines())
     for name in names:
-        if name not in (*known, *peers.baselines()) and not name.startswith("jaxwin:"):
-            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+        if name not in every and not name.startswith("jaxwin:"):
+            raise ValueError(f"{name!r} is not one of {', '.join(every)}")
     extra = [name for name in dict.fromkeys(names) if name not in known]
     return [name for name in known if name in names] + extra
