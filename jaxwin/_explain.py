@@ -296,7 +296,7 @@ def _measured(problem: Problem, decision: Decision) -> str:
         return ""
     if decision.tier in ("tuned", "requested"):
         return str(row)
-    return f"{_tuning.difference(row, problem, plan.threads)}; {row}"
+    return f"{_tuning.difference(row, problem)}; {row}"
 
 
 def _unused(

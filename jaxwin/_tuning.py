@@ -9,8 +9,9 @@ that a program compiled twice is compiled alike.
 A row is used for the problem, instruction set and thread count that it was measured with, on this
 kind of machine, as long as its algorithm's kernels are those of this build, and if a comparison
 confirmed it as the fastest ("tuned"): the fastest of many may be the luckiest. Otherwise
-the nearest row of the same class of problems lends its parameters ("transferred"). Rows only
-propose: the native core checks the parameters as it does those of any plan.
+the nearest row of the same class of problems, instruction set and thread count lends its parameters
+("transferred"). Rows only propose: the native core checks the parameters as it does those of any
+plan.
 """
 
 from __future__ import annotations
@@ -389,15 +390,12 @@ def _load_file(tier: str, path: Path, here: Machine) -> tuple[File, list[Row]]:
 # filters that are read in place fall upon the same cache sets.) Batch was measured with
 # the packaged rows of one image, as time of the heuristic's plan by time of theirs: 1.02 with 2
 # images, 1.03 with 4, 1.00 with 8 (five of eight rows below), 0.90 with 32. So 8 is too far.
-# Threads share an image by rows: what one thread takes at once, two cannot halve (28x28 with 128
-# channels took 1.2 times the heuristic's time), and sixteen would mostly wait.
 _WEIGHTS = {
     "input channels per group": 2.0,
     "output features per group": 2.0,
     "groups": 0.5,
     "image": 0.5,
     "batch": 0.75,
-    "threads": 8.0,
     "epilogue": 0.1,
     "machine": 1.0,
 }
@@ -457,10 +455,10 @@ class Table:
         return [self._lenders[number] for number in found]
 
 
-def difference(row: Row, problem: Problem, threads: int) -> str:
+def difference(row: Row, problem: Problem) -> str:
     """In what a row's problem differs from another of its class."""
-    theirs = _ffi.sizes(row.problem.asked(), row.threads, row.same_machine)
-    ours = _ffi.sizes(problem.asked(), threads, True)
+    theirs = _ffi.sizes(row.problem.asked(), row.same_machine)
+    ours = _ffi.sizes(problem.asked(), True)
     words = []
     for name, there, here in zip(_WEIGHTS, theirs, ours, strict=True):
         if there == here:

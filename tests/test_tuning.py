@@ -206,13 +206,14 @@ def test_the_search_for_neighbours_finds_the_nearest(path: Path) -> None:
     def distance(problem: Problem, other: Problem, first: int, last: int) -> float:
         sizes = zip(
             _tuning._WEIGHTS.values(),
-            _ffi.sizes(problem.asked(), 2, True),
-            _ffi.sizes(other.asked(), 2, True),
+            _ffi.sizes(problem.asked(), True),
+            _ffi.sizes(other.asked(), True),
             strict=True,
         )
         return sum(w * abs(np.log2(a / b)) for w, a, b in list(sizes)[first:last])
 
     assert table._near.nearest(rows[0].asked(), "another", 2) == []
+    assert table._near.nearest(rows[0].asked(), "isa", 3) == []
     for _ in range(100):
         n, size = int(rng.integers(1, 20)), int(rng.integers(1, 200))
         asked = problems.make(n, 16, 24, (size, 8), (1, 3))
@@ -235,7 +236,7 @@ def test_sizes_that_no_array_has_do_no_harm(path: Path) -> None:
     }.items():
         problem = dataclasses.replace(PROBLEM, **changes)
         _write(path, dataclasses.replace(usual, problem=problem, uid=uid * 32))
-        assert min(_ffi.sizes(problem.asked(), 1, True)) > 0
+        assert min(_ffi.sizes(problem.asked(), True)) > 0
         assert _decide(problem).tier == "xla"
     for changes in ({"feature_group_count": 0, "batch_group_count": 0}, {"rhs_spec": ()}):
         with contextlib.suppress(IndexError):  # nor do those that no file has
