@@ -4,8 +4,7 @@
 
 #include <cpuid.h>
 
-#include <algorithm>
-#include <iterator>
+#include <cstring>
 
 namespace jaxwin {
 namespace {
@@ -19,24 +18,44 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
 
-// CPUs of the kind that has AVX512-FP16, Golden Cove and later, load two vectors of 512 bits in a
-// cycle, as many as they have products: there the narrow forms only keep the ports of the products
-// from their work (124 instead of 164 GFLOP/s for 16x1). Older compilers do not know its name.
-bool loads_two_vectors() {
+// Older compilers do not know the names of these.
+bool has_avx512_fp16() {
   unsigned int a = 0;
   unsigned int b = 0;
   unsigned int c = 0;
   unsigned int d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 23 & 1U) != 0;
 }
+bool has_avx512_bf16() {
+  unsigned int a = 0;
+  unsigned int b = 0;
+  unsigned int c = 0;
+  unsigned int d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1U) != 0;
+}
 
 const Kernels* avx512_kernels(Word word) {
   static const bool vnni = __builtin_cpu_supports("avx512vnni");
   static const Kernels floats = [] {
     Kernels k = *avx512::kernels(kFloat);
-    if (loads_two_vectors()) {
-      std::fill(std::begin(k.narrow), std::end(k.narrow), nullptr);
-      std::copy(std::begin(k.near), std::end(k.near), std::begin(k.narrow_ahead));
+    // CPUs of the kind that has AVX512-FP16, Golden Cove and later, load two vectors of 512 bits in
+    // a cycle: there the narrow forms only keep the ports of the products from their work (124
+    // instead of 164 GFLOP/s for 16x1).
+    k.loads_two = has_avx512_fp16();
+    if (vnni) {
+      const Kernels& dots = *avx512vnni::kernels(kFloat);
+      for (int d = 0; d < kDtypes; ++d) {
+        for (int stride = 0; stride <= kMaxWindowStride; ++stride) {
+          if (dots.window_filters[d][stride] == nullptr) continue;
+          k.window_filters[d][stride] = dots.window_filters[d][stride];
+          std::memcpy(k.window[d][stride], dots.window[d][stride], sizeof k.window[d][stride]);
+        }
+      }
+    }
+    if (has_avx512_bf16() && k.write_bf16_by_cpu != nullptr) {
+      k.stores[kBF16] = kStoreBF16ByCpu;
+      k.write[kBF16] = k.write_bf16_by_cpu;
+      k.stream[kBF16] = k.stream_bf16_by_cpu;
     }
     return k;
   }();

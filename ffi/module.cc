@@ -397,7 +397,7 @@ nb::dict registry() {
     row["name"] = k->isa;
     row["width"] = k->width;  // float32 lanes
     row["tiles"] = tiles;
-    row["max_pixels"] = k->max_pixels;
+    row["max_pixels"] = max_lanes(*k, k->word);
     nb::list lanes, sweeps, windows;
     for (int d = 0; d < kDtypes; ++d) {
       const auto dtype = static_cast<Dtype>(d);

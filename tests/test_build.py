@@ -138,7 +138,7 @@ def _tiles(target: str, name: str) -> dict[tuple[str, ...], list[str]]:
 STRIDED, NARROW = ")2", (")4", ")5")
 
 
-# avx512vnni: what avx512 has for integers, with other instructions.
+# avx512vnni: what avx512 has for integers, with dot products.
 @pytest.mark.parametrize("target", [*(t for t in ISAS if t != "baseline"), "avx512vnni"])
 def test_no_vector_spills_in_the_tiles(target: str) -> None:
     """The accumulators stay in registers: see JAXWIN_UNROLL in ffi/kernels/vec.h."""
@@ -228,6 +228,16 @@ def test_the_accumulators_of_the_windows_stay_in_registers(target: str) -> None:
         assert hot, f"no loop in window_tile<{stride}, {rows}, {pixels}>"
         # Of each product, an accumulator on the stack would be read and written.
         assert min(len(_spills(loop, code)) for loop in hot) < products
+
+
+def test_no_vector_spills_in_the_windows_of_bytes() -> None:
+    tiles = _tiles("avx512vnni", "dot_tile")
+    assert {key[:2] for key in tiles} == {(r, p) for r in "12" for p in "1247"}
+    for arguments, code in tiles.items():
+        hot = [loop for loop in _inner_loops(code) if any("vpdpbusd" in line for line in loop)]
+        assert hot, f"no loop in dot_tile<{arguments}>"
+        for loop in hot:
+            assert _spills(loop, code) == [], f"dot_tile<{arguments}>"
 
 
 def test_a_spill_is_seen(tmp_path: Path) -> None:

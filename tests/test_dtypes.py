@@ -166,6 +166,37 @@ def test_depthwise_in_strips_and_groups_of_features(
             np.testing.assert_array_equal(got, expected.astype(result))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [
+        ("int8", "int32"),
+        ("int8", "int16"),
+        ("int8", "int8"),
+        ("uint8", "int32"),
+        ("uint8", "uint8"),
+    ],
+)
+@pytest.mark.parametrize("features", [16, 40, 83])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_whole_windows_of_bytes_are_exact(
+    dtype: str, result: str, features: int, padding: int
+) -> None:
+    """Extreme values too, of which products of pairs would not fit 16 bits."""
+    rng = np.random.default_rng(features)
+    sizes = {"padding": ((padding, padding),) * 2, "groups": features}
+    made = functools.partial(problems.make, 2, features, features, (8, 11), (3, 3), **sizes)
+    narrow, wide = made(dtype=dtype, out_dtype=result), made(dtype="float64")
+    assert narrow is not None and wide is not None
+    low, high = (f(np.iinfo(dtype)) for f in (lambda i: i.min, lambda i: i.max))
+    shapes = narrow.lhs_shape, narrow.rhs_shape
+    for values in ([low, high], np.arange(low, high + 1)):
+        x, w = (rng.choice(values, shape).astype(dtype) for shape in shapes)
+        expected = problems.run(wide, *(v.astype("float64") for v in (x, w)), "depthwise")
+        for isa in (row["name"] for row in _registry.registry()["isas"] if row["runnable"]):
+            got = problems.run(narrow, x, w, "depthwise", isa=isa, threads=2)
+            np.testing.assert_array_equal(got, expected.astype("int64").astype(result))
+
+
 def test_integer_sums_wrap_around() -> None:
     """The least int16, squared, twice: 2^31."""
     x = jnp.full((1, 4, 4, 6), -(2**15), jnp.int16)
@@ -231,6 +262,27 @@ def test_narrow_floats_with_an_epilogue(dtype: str, layout: str) -> None:
     wide = jax.jit(conv)(*(v.astype(jnp.float32) for v in (x, w, bias, residual)))
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, wide.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("features", [32, 72, 96, 160])
+def test_results_that_pass_the_caches_by_have_the_same_bits(dtype: str, features: int) -> None:
+    """Whole cache lines of a panel's features, and panels that end within one."""
+    rng = np.random.default_rng(features)
+    made = functools.partial(problems.make, 1, 5, features, (9, 37), (3, 3))
+    narrow, wide = made(dtype=dtype, out_dtype=dtype), made()
+    assert narrow is not None and wide is not None
+    x, w = (problems.values(rng, shape, dtype) for shape in (narrow.lhs_shape, narrow.rhs_shape))
+    bias = problems.values(rng, (features,), dtype)
+    wide_bias = bias.astype("float32")
+    expected = problems.run(wide, *(v.astype("float32") for v in (x, w)), "rows", bias=wide_bias)
+    at = _registry.parameter_names("rows").index("stream")
+    for isa in (row["name"] for row in _registry.registry()["isas"] if row["runnable"]):
+        usual = _ffi.make_plan(narrow.native(), algorithm="rows", isa=isa)["plan"]["params"]
+        for stream in (0, 1):
+            params = (*usual[:at], stream, *usual[at + 1 :])
+            got = problems.run(narrow, x, w, "rows", isa=isa, params=params, bias=bias)
+            np.testing.assert_array_equal(got, expected.astype(dtype))
 
 
 def test_bfloat16_to_float32_is_not_rounded() -> None:

@@ -720,8 +720,7 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
           ? 1
           : 0;
 
-  // Windows that overlap have read most of the next pixels already.
-  const GemmFn* const one_vector = l.p.window() == 1 ? k.narrow_ahead : k.narrow;
+  const bool overlap = l.p.window() > 1;
 
   // The tile of mr pixels from j0 of row r, over args.runs. `column`: of filters, to be fetched
   // ahead, or null; returned is how many were.
@@ -745,11 +744,11 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
       args.ahead_step = ahead->step;
       k.ahead[nv][mr](&args);
       return 1;
-    } else if (dense && nv == 1 && one_vector[mr] != nullptr && args.n_runs > 0 &&
+    } else if (dense && nv == 1 && narrow_form(k, mr, overlap) != nullptr && args.n_runs > 0 &&
                args.runs->len >= 8) {
       // The next pixels follow these.
       args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
-      one_vector[mr](&args);
+      narrow_form(k, mr, overlap)(&args);
     } else if (fetches && l.follows && block.new_input) {
       args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride + l.next;
       args.ahead_step = ceil_div(mr * l.pixel_stride, l.reduction);  // all that the next tile adds
@@ -826,14 +825,14 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
 }  // namespace
 
 void finish_words(const Problem& p, const Kernels& k, const Operands& o, EpilogueArgs words,
-                  int64_t y_offset, int64_t y_row, int64_t y_col) {
+                  int64_t y_offset, int64_t y_row, int64_t y_col, bool stream) {
   if (o.has_epilogue()) {
     if (o.residual != nullptr) words.residual = o.residual + y_offset;
     words.residual_row = y_row;
     words.residual_col = y_col;
     k.narrow_epilogue[p.dtype](&words);
   }
-  const CopyFn write = k.write[p.out_dtype];
+  const CopyFn write = (stream ? k.stream : k.write)[p.out_dtype];
   const Ptr c{static_cast<char*>(words.c), k.size};
   const Ptr y = o.y + y_offset;
   if (c.at == y.at) return;
@@ -849,12 +848,12 @@ void finish_words(const Problem& p, const Kernels& k, const Operands& o, Epilogu
 }
 
 void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
-                 int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset) {
+                 int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset, bool stream) {
   // y_offset addresses (pixel, feature k0).
   if (!p.plain()) {
     const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k + k0;
     const EpilogueArgs words{c, ld, rows, cols, bias, 0, 1, nullptr, 0, o.activation};
-    finish_words(p, k, o, words, y_offset, p.y.sp[2], p.y.k);
+    finish_words(p, k, o, words, y_offset, p.y.sp[2], p.y.k, stream);
     return;
   }
   Ptr y = o.y + y_offset;
@@ -1064,8 +1063,9 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   zeros.zero(l.zero_floats);
   const Threads pool = useful_pool(problem, e);
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
-  const bool stream =
-      params[kStream] != 0 && !l.buffered && !o.has_epilogue() && streamable(p, k, o.y);
+  const bool streams = params[kStream] != 0 && streamable(p, k, o.y);
+  const bool stream = streams && !l.buffered && !o.has_epilogue();
+  const bool stream_pieces = streams && l.piece > 0 && k.stream[p.out_dtype] != nullptr;
   // Row R of all_rows is row r of image n.
   const auto input = [&](int64_t g, int64_t row) {
     return o.x + g * p.x.g + row / l.out_rows * p.x.n;
@@ -1272,7 +1272,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
             look_at(r, buffer + (l.marked - j) * l.panel, features);
           }
           finish_rows(p, k, o, buffer, l.panel, part.cols, features, g, panel * l.panel,
-                      at + j * p.y.sp[2]);
+                      at + j * p.y.sp[2],
+                      stream_pieces && features * o.y.size % (k.width * k.size) == 0);
         }
       }
     };
@@ -1311,7 +1312,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
     }
-    if (stream) publish_streams();
+    if (streams) publish_streams();
   });
   if (suspicious && p.panel == 0) add_skipped_nonfinite(p, o, e);
   if (suspicious && p.panel > 0) add_skipped_by_panel(p, o, e);
@@ -1471,8 +1472,8 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
   } else {
     // In place, features that do not fill a vector would not reach the narrow form.
-    const GemmFn form = (p.window() == 1 ? k.narrow_ahead : k.narrow)[tile.mr];
-    const bool narrow = p.k < k.width && p.c >= 8 && form != nullptr;
+    const bool narrow =
+        p.k < k.width && p.c >= 8 && narrow_form(k, tile.mr, p.window() > 1) != nullptr;
     // Nor would their vectors begin on cache lines.
     const bool split = p.w.c % k.width != 0 && pixels >= 8 * tile.mr;
     params[kPack] = p.plain() && p.w.k == 1 && p.k <= 2 * panel && !apart && !narrow && !split
@@ -1483,6 +1484,13 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     if (lowering == Lowering::kDirect && p.window() == 1 && all_rows == 1 && p.k > panel) {
       const int64_t fit = caches().l1 / k.size / p.c;
       const int64_t cols = round_up(std::clamp<int64_t>(fit, 48, 192), tile.mr);
+      if (2 * cols < p.out[2]) params[kCols] = cols;
+    }
+    // As many as it holds beside the filters, where they are made words for it.
+    if (lowering == Lowering::kWindow && p.window() == 1 && all_rows == 1 && !p.plain()) {
+      const int64_t fit = caches().l1 / 2 / k.size / p.c;
+      const int64_t most = std::max<int64_t>(112, 3584 / p.c);
+      const int64_t cols = round_up(std::clamp<int64_t>(fit, 48, most), tile.mr);
       if (2 * cols < p.out[2]) params[kCols] = cols;
     }
   }
@@ -1515,13 +1523,16 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   // Results that would not stay in the caches until they are read. With few products to a result,
   // fetching the lines that are written takes a good part of the time, and a last-level cache that
   // other cores share is no better than memory.
-  const int64_t bytes = p.g * p.n * p.k * p.pixels() * k.size;
+  const int64_t bytes = p.g * p.n * p.k * p.pixels() * kDtypeRows[p.out_dtype].size;
   // With hardly any, and whole panels of the widest tile, that begins as soon as they leave the
-  // second-level cache; narrower tiles lose by it in fresh memory.
+  // second-level cache; narrower tiles lose by it in fresh memory. Elements that sums are made at
+  // last wait for nothing else.
   const bool hardly_any = p.reduction() <= 16 && params[kNv] == kMaxNv;
-  const int64_t kept =
-      std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, (hardly_any ? 2 : 4) * caches().l2);
-  params[kStream] = p.y.k == 1 && is_word(k, p.out_dtype) && bytes >= kept ? 1 : 0;
+  const bool words = is_word(k, p.out_dtype);
+  const int64_t few = (words ? 4 : 2) * caches().l2 / (hardly_any ? 2 : 1);
+  const int64_t kept = std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, few);
+  const bool can_stream = words || k.stream[p.out_dtype] != nullptr;
+  params[kStream] = p.y.k == 1 && can_stream && bytes >= kept ? 1 : 0;
   // Sums that cannot be written to the result itself lie beside the strip, in the same limit.
   while (is_buffered(p, k)) {
     const Layout l = make_layout(problem, t, params, lowering);

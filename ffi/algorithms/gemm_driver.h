@@ -69,15 +69,17 @@ double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
 Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most = kMaxMr);
 
 // Applies the epilogue to `words` (all set but the residual) and writes them to y as its
-// elements, where those are not words: element [r][j] to y_offset + r * y_row + j * y_col.
+// elements, where those are not words: element [r][j] to y_offset + r * y_row + j * y_col. Stream:
+// past the caches, as Kernels::stream demands it.
 void finish_words(const Problem& p, const Kernels& k, const Operands& o, EpilogueArgs words,
-                  int64_t y_offset, int64_t y_row, int64_t y_col);
+                  int64_t y_offset, int64_t y_row, int64_t y_col, bool stream = false);
 
 // Writes `rows x cols` finished results (leading dimension ld) to y and applies the epilogue.
 // What is not plain is changed in c on its way. Row r is output pixel x = j0 + r of the output row
 // at `y_offset` (from o.y), columns are features k0... of group g.
 void finish_rows(const Problem& p, const Kernels& k, const Operands& o, Ptr c, int64_t ld,
-                 int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset);
+                 int64_t rows, int64_t cols, int64_t g, int64_t k0, int64_t y_offset,
+                 bool stream = false);
 
 // The same for c[feature][pixel]: pixels [0, n) of features k0 .. k0 + features, which may be in y
 // already where neighbouring pixels are neighbours there. p.y.sp[2] is the distance of two pixels.

@@ -98,7 +98,8 @@ bool readable_in_place(const Problem& p, const Kernels& k) {
 
 // Whether the micro-kernel stores to y; an epilogue then works on words there.
 bool writes_in_place(const Problem& p, const Kernels& k, const Operands& o) {
-  return p.y.k == 1 && k.stores[p.out_dtype] && (is_word(k, p.out_dtype) || !o.has_epilogue());
+  return p.y.k == 1 && stores_result(k, p.dtype, p.out_dtype) &&
+         (is_word(k, p.out_dtype) || !o.has_epilogue());
 }
 
 constexpr int64_t kFewFeatures = 32;  // one group is taken for a few vectors of them only
@@ -241,7 +242,7 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
       args.n_runs = static_cast<int64_t>(runs.size());
       args.a_row = along_y ? p.stride[1] * p.x.sp[1] : p.stride[2] * p.x.sp[2];
       args.c_row = in_place ? line.y.sp[2] : f.width;
-      args.result = in_place ? p.out_dtype : k.word;
+      args.result = k.stores[in_place ? p.out_dtype : k.word];
       const int64_t tiles = ceil_div(pixels, f.pixels);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i0 = pixels * t / tiles;
@@ -363,7 +364,7 @@ void run_sweep(const Problem& p, const Params& params, const Operands& o, const 
   shared.table = table.data();
   shared.features = p.k;
   shared.zeros = zeros;
-  shared.result = in_place ? p.out_dtype : k.word;
+  shared.result = k.stores[in_place ? p.out_dtype : k.word];
   shared.follow = p.win[0] == 1 && p.stride[1] == p.rhs_dilation[1] ? 1 : 0;
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
@@ -465,6 +466,9 @@ void run_window(const Problem& p, const Params& params, const Operands& o, const
   pack_filters(p, f, k, o.w, pool, packed);
   const bool in_place = writes_in_place(p, k, o);
   const int64_t stride = p.stride[2];
+  if (k.window_filters[p.dtype][stride] != nullptr) {
+    k.window_filters[p.dtype][stride](packed, f.blocks);
+  }
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
     const int64_t rblock = task % f.row_blocks;
@@ -479,7 +483,7 @@ void run_window(const Problem& p, const Params& params, const Operands& o, const
     args.cols = flat.k;
     args.x_row = p.x.sp[1];
     args.x_col = p.x.sp[2];
-    args.result = in_place ? p.out_dtype : k.word;
+    args.result = k.stores[in_place ? p.out_dtype : k.word];
     for (int64_t r = rblock * f.rows; r < r1;) {
       const int64_t rows = std::min(params[kLanesWindow], r1 - r);
       const int64_t iy = r * stride - p.pad[1];
@@ -573,7 +577,7 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
       args.n_runs = reduction;
       args.a_row = a_row;
       args.c_row = in_place ? line.y.sp[2] : f.width;
-      args.result = in_place ? p.out_dtype : k.word;
+      args.result = k.stores[in_place ? p.out_dtype : k.word];
       args.cols = lanes;
       args.blocks = 1;
       const int64_t tiles = ceil_div(pixels, f.pixels);
@@ -731,7 +735,7 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
           }
           args.a = at;
           Ptr to = partial + (u - u0) * f.outputs * f.width;
-          const int64_t tiles = ceil_div(f.outputs, k.max_pixels);
+          const int64_t tiles = ceil_div(f.outputs, max_lanes(k, k.word));
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t q0 = f.outputs * t / tiles;
             const int64_t q1 = f.outputs * (t + 1) / tiles;
@@ -803,9 +807,11 @@ int64_t rows_of_strip(const Problem& p, const Target& t, const Params& params) {
   return round_up(ceil_div(p.out[1], tasks), tile);
 }
 
+int64_t most_pixels(const Target& t) { return max_lanes(*t.kernels, t.kernels->word); }
+
 Params lanes_defaults(const Problem& p, const Target& t) {
   Params params{};
-  params[kLanesPixels] = t.kernels->max_pixels;
+  params[kLanesPixels] = most_pixels(t);
   params[kLanesStrip] = 1;
   if (p.chunk_rows > 0) return params;
   const int64_t threads = useful_threads(p, t.threads);
@@ -836,7 +842,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   const bool in_place = pays && readable_in_place(p, *t.kernels);
   if (params[kLanesSweep] > 0 || in_place) params[kLanesStrip] = 0;
   if (params[kLanesStrip] == 0) {
-    params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, t.kernels->max_pixels);
+    params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, most_pixels(t));
     params[kLanesRows] = rows_of_tasks(p, threads);
     if (params[kLanesSweep] > 0 && !sweeps_elements(p, *t.kernels)) {
       params[kLanesRows] = rows_of_strip(p, t, params);
@@ -848,7 +854,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   const int64_t column = p.c * t.kernels->width;
   const int64_t rows1 = p.win[0] * ((p.win[1] - 1) * p.rhs_dilation[1] + 1);
   const int64_t window_cols = (p.win[2] - 1) * p.rhs_dilation[2] + 1;
-  const int64_t max_pixels = t.kernels->max_pixels;
+  const int64_t max_pixels = most_pixels(t);
   int64_t cols = p.out[2];
   while (cols > 2 * max_pixels &&
          rows1 * ((cols - 1) * p.stride[2] + window_cols) * column > limit) {
@@ -866,7 +872,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
 }
 
 std::string lanes_check(const Problem& p, const Target& t, const Params& params) {
-  if (params[kLanesPixels] < 1 || params[kLanesPixels] > t.kernels->max_pixels) {
+  if (params[kLanesPixels] < 1 || params[kLanesPixels] > most_pixels(t)) {
     return "pixels: no such tile";
   }
   if (params[kLanesRows] < 0 || params[kLanesCols] < 0) return "rows, cols: negative";

@@ -111,8 +111,9 @@ double lone_element_cycles(const Problem& p) {
 }
 
 bool streamable(const Problem& p, const Kernels& k, ConstPtr y) {
-  const auto whole = [&](int64_t stride) { return stride % k.width == 0; };
-  return p.y.k == 1 && reinterpret_cast<uintptr_t>(y.at) % (k.width * k.size) == 0 &&
+  const int64_t vector = k.width * k.size;
+  const auto whole = [&](int64_t stride) { return stride * y.size % vector == 0; };
+  return p.y.k == 1 && reinterpret_cast<uintptr_t>(y.at) % vector == 0 &&
          (p.n == 1 || whole(p.y.n)) && (p.g == 1 || whole(p.y.g)) &&
          (p.out[0] == 1 || whole(p.y.sp[0])) && (p.out[1] == 1 || whole(p.y.sp[1])) &&
          (p.out[2] == 1 || whole(p.y.sp[2]));

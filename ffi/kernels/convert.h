@@ -22,13 +22,29 @@ inline void widen_row(float* dst, const S* src, int64_t n) {
 #if defined(__AVX2__)
   for (; i + kWidth<float> <= n; i += kWidth<float>) store(dst + i, widen_load<float>(src + i));
 #endif
+#if defined(__AVX512F__)
+  const Mask<float> m = make_mask<float>(n - i);
+  if (i < n) store(dst + i, widen_load<float>(src + i, m), m);
+#else
   for (; i < n; ++i) dst[i] = widen(src[i]);
+#endif
 }
 template <typename S>
 inline void narrow_row(S* dst, const float* src, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX2__)
-  for (; i + kWidth<float> <= n; i += kWidth<float>) narrow_store(dst + i, load(src + i));
+  constexpr int W = kWidth<float>;
+  if constexpr (!std::is_integral_v<S>) {
+    for (; i + 2 * W <= n; i += 2 * W) narrow_store(dst + i, load(src + i), load(src + i + W));
+  }
+  for (; i + W <= n; i += W) narrow_store(dst + i, load(src + i));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (!std::is_integral_v<S>) {
+    const Mask<float> m = make_mask<float>(n - i);
+    if (i < n) narrow_store(dst + i, load(src + i, m), m);
+    return;
+  }
 #endif
   for (; i < n; ++i) narrow(src[i], dst + i);
 }
@@ -199,6 +215,22 @@ inline void write(void* to, int64_t dst_ld, const void* from, int64_t src_ld, in
     ++j;
   }
 }
+
+#if defined(__AVX2__)
+// Whole vectors of results, which pass the caches by.
+template <typename S>
+inline void narrow_streams(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int64_t,
+                           int64_t n, int64_t count) {
+  constexpr int W = kWidth<float>;
+  S* dst = static_cast<S*>(to);
+  const float* src = static_cast<const float*>(from);
+  for (int64_t j = 0; j < n; ++j, dst += dst_ld, src += src_ld) {
+    for (int64_t i = 0; i < count; i += 2 * W) {
+      narrow_stream(dst + i, load(src + i), load(src + i + W));
+    }
+  }
+}
+#endif
 
 // The epilogue on words of floats, its bias and residual being of S.
 template <typename S>

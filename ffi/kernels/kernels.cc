@@ -14,6 +14,7 @@
 #include "kernels/gemm.h"
 #include "kernels/lanes.h"
 #include "kernels/window.h"
+#include "kernels/window_dots.h"
 
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
@@ -138,9 +139,8 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
   k.activations = activations;
   if constexpr (!std::is_same_v<T, Pair>) {
     constexpr int kPixels = kRegisters >= 32 ? 16 : 12;
-    k.max_pixels = kPixels;
     k.word = sizeof(T) == sizeof(float) ? kF32 : kF64;
-    k.stores[k.word] = true;
+    k.stores[k.word] = kStoreWords;
     fill_lanes<T, T, kPixels>(k, k.word);
     if constexpr (std::is_same_v<T, float>) {  // they take long to compile
       fill_own_sweeps<T, T>(k, k.word);
@@ -189,13 +189,21 @@ constexpr Kernels make_float() {
   fill_elements<Float16>(k, kF16);
   fill_elements<int8_t>(k, kS8);
   fill_elements<uint8_t>(k, kU8);
-  k.stores[kBF16] = k.stores[kF16] = k.stores[kS32] = k.stores[kU32] = true;
+  k.stores[kBF16] = kStoreBF16;
+  k.stores[kF16] = kStoreF16;
+  k.stores[kS32] = k.stores[kU32] = kStoreS32;
+  k.stream[kBF16] = narrow_streams<BFloat16>;
+  k.stream[kF16] = narrow_streams<Float16>;
 #endif
   add_operand<BFloat16, float>(k, kBF16);
   add_operand<Float16, float>(k, kF16);
   add_operand<int8_t, float>(k, kS8);
   add_operand<uint8_t, float>(k, kU8);
   k.write[kBF16] = write<float, BFloat16>;
+#if defined(JAXWIN_BF16_BY_CPU)
+  k.write_bf16_by_cpu = write<float, BFloat16ByCpu>;
+  k.stream_bf16_by_cpu = narrow_streams<BFloat16ByCpu>;
+#endif
   k.write[kF16] = write<float, Float16>;
   k.write[kS8] = k.write[kU8] = write<float, uint8_t>;
   k.write[kS16] = k.write[kU16] = write<float, uint16_t>;
@@ -229,9 +237,31 @@ constexpr Kernels make_pair() {
   return k;
 }
 
+#if defined(__AVX512VNNI__)
+template <typename S, int R, int... P>
+constexpr void fill_dots(Kernels& k, Dtype dtype, std::integer_sequence<int, P...>) {
+  ((k.window[dtype][1][R][P] = dot_tile<R, P, S>), ...);
+}
+
+template <typename S>
+constexpr void fill_dots(Kernels& k, Dtype dtype) {
+  using Pixels = std::integer_sequence<int, 1, 2, 4, 7>;
+  fill_dots<S, 1>(k, dtype, Pixels{});
+  fill_dots<S, 2>(k, dtype, Pixels{});
+  k.window_filters[dtype][1] = dot_filters<S>;
+}
+
+constexpr Kernels make_dots() {
+  Kernels k{};
+  fill_dots<int8_t>(k, kS8);
+  fill_dots<uint8_t>(k, kU8);
+  return k;
+}
+#endif
+
 // Constants: looking at the table of a set that this CPU lacks executes none of its instructions.
 #if defined(__AVX512VNNI__)
-constexpr Kernels kTables[kWords] = {{}, {}, make_pair()};
+constexpr Kernels kTables[kWords] = {make_dots(), {}, make_pair()};
 #else
 constexpr Kernels kTables[kWords] = {make_float(), make_double(), make_pair()};
 #endif

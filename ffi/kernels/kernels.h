@@ -14,6 +14,10 @@
 
 namespace jaxwin {
 
+// How kernels store results: as words, or made elements in one of these ways. Bfloat16 is rounded
+// by integers, or by the CPU (AVX512-BF16), which gives the same bits where denormals are flushed.
+enum Store { kStoreNot, kStoreWords, kStoreBF16, kStoreBF16ByCpu, kStoreF16, kStoreS32 };
+
 // One contiguous piece of the reduction: `len` steps, starting at these offsets in A and B.
 struct Run {
   int64_t a;
@@ -56,7 +60,7 @@ struct GemmArgs {
   const void* zeros;
   const void* ahead;  // these two: the forms with prefetches only
   int64_t ahead_step;
-  int64_t result;  // LanesFn only: Dtype of C, one that kernels store (Kernels::stores)
+  int64_t result;  // LanesFn only: how C is stored, a Store
 };
 using GemmFn = void (*)(const GemmArgs*);
 
@@ -106,7 +110,7 @@ struct SweepArgs {
   const int32_t* table;
   int64_t first, features;  // broadcast: features before these, features of a group
   const void* zeros;        // and `channels` zeros
-  int64_t result;           // Dtype of Y, one that kernels store
+  int64_t result;           // how Y is stored, a Store
   int64_t follow;           // row r + 1 of a run is row r of the next one; a hint
 };
 using SweepFn = void (*)(const SweepArgs*);
@@ -119,6 +123,7 @@ using SweepFn = void (*)(const SweepArgs*);
 // without the rows a whose bit of `rows` is not set, without the window's first column for the
 // first pixel where `edges` has kWindowLeft, its last column for the last pixel where kWindowRight.
 // x and y are addresses of row and column 0, where that is input or not. Reads of B: whole vectors.
+// Kernels::window_filters may have made something else of w, block by block.
 inline constexpr int kWindow = 3;
 inline constexpr int64_t kWindowLeft = 1;
 inline constexpr int64_t kWindowRight = 2;
@@ -131,9 +136,10 @@ struct WindowArgs {
   int64_t y_row, y_col;
   int64_t rows;
   int64_t edges;
-  int64_t result;  // Dtype of Y, one that kernels store
+  int64_t result;  // how Y is stored, a Store
 };
 using WindowFn = void (*)(const WindowArgs*);
+using WindowFiltersFn = void (*)(void* filters, int64_t blocks);
 
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kGelu, kSilu, kLeakyRelu, kTanh, kSigmoid };
 inline constexpr const char* kActivationNames[] = {"none", "relu",       "relu6", "gelu",
@@ -177,13 +183,13 @@ struct Kernels {
   int max_mr[kMaxNv + 1];                 // by NV; 0: no such tile
   GemmFn packed[kMaxNv + 1][kMaxMr + 1];  // [NV][MR]
   GemmFn ahead[kMaxNv + 1][kMaxMr + 1];   // may be null
-  GemmFn narrow[kMaxMr + 1];              // NV = 1; may be null, as
+  GemmFn narrow[kMaxMr + 1];              // NV = 1; may be null, as the next two
   GemmFn narrow_ahead[kMaxMr + 1];
   GemmFn near[kMaxMr + 1];
+  bool loads_two;  // the CPU loads as many vectors in a cycle as it multiplies
   GemmFn strided[kMaxNv + 1][kMaxMr + 1];
   GemmFn indirect[kMaxNv + 1][kMaxMr + 1];  // up to kMaxIndirectMr
   Dtype word;                               // arrays of this type are words
-  int max_pixels;
   // The kernels with channels as lanes: by the type of their input, one of whose elements is a
   // word.
   LanesFn lanes[kDtypes][kMaxMr + 1];  // [P]; may be null
@@ -192,7 +198,9 @@ struct Kernels {
   SweepFn sweep[kDtypes][kSweepForms][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
   // [SX][R][P]; may be null
   WindowFn window[kDtypes][kMaxWindowStride + 1][kMaxWindowRows + 1][kMaxWindowPixels + 1];
-  bool stores[kDtypes];  // results of these types, without an epilogue
+  // Makes of packed filters what these tiles read in their place; null where that is the same.
+  WindowFiltersFn window_filters[kDtypes][kMaxWindowStride + 1];
+  Store stores[kDtypes];  // results of a type, without an epilogue; see stores_result
   void (*epilogue)(const EpilogueArgs*);
   // dst[j * dst_ld + c] = src[j * src_ld + c * src_step], j < n, c < count.
   CopyFn copy;
@@ -201,6 +209,10 @@ struct Kernels {
   CopyFn read[kDtypes];
   CopyFn pack[kDtypes];
   CopyFn write[kDtypes];
+  // Write where `count` neighbours are whole vectors of the array, on whole vectors; they pass the
+  // caches by. May be null.
+  CopyFn stream[kDtypes];
+  CopyFn write_bf16_by_cpu, stream_bf16_by_cpu;  // may be null
   // The epilogue on words, with bias and residual of this type, neither of which is the words'.
   void (*narrow_epilogue[kDtypes])(const EpilogueArgs*);
   // dst[i * dst_ld + r * count + c] = rows[r][i * src_ld + c] for i < n, r < n_rows, c < count
@@ -222,6 +234,13 @@ struct Kernels {
   const void* nan;       // one element
   uint32_t activations;  // bit i: the epilogue has Activation i
 };
+
+// The form for one vector of columns and runs of eight steps or more, if any is better than the
+// packed one. Windows that `overlap` have read most of the next pixels already.
+static inline GemmFn narrow_form(const Kernels& k, int64_t mr, bool overlap) {
+  if (k.loads_two) return overlap ? nullptr : k.near[mr];
+  return overlap ? k.narrow[mr] : k.narrow_ahead[mr];
+}
 
 // Output pixels of the widest tile of channels as lanes; 0: there is none.
 static inline int max_lanes(const Kernels& k, Dtype dtype) {
@@ -247,6 +266,12 @@ static inline int max_window(const Kernels& k, Dtype dtype, int64_t stride, int6
   return pixels;
 }
 
+// Whether those that read one type store results of another themselves.
+static inline bool stores_result(const Kernels& k, Dtype operand, Dtype result) {
+  const Store store = k.stores[result];
+  return store == kStoreWords || store == kStoreS32 || (store != kStoreNot && operand == result);
+}
+
 // Whether results of this type are words as they are.
 static inline bool is_word(const Kernels& k, Dtype result) { return k.write[result] == k.copy; }
 
@@ -262,7 +287,7 @@ const Kernels* kernels(Word word);  // null where there are none
 namespace avx2 {
 const Kernels* kernels(Word word);  // null where there are none
 }
-namespace avx512vnni {  // avx512 with vpdpwssd: integers only
+namespace avx512vnni {  // avx512 with dot products: of pairs, and of floats windows of bytes only
 const Kernels* kernels(Word word);
 }
 namespace avx512 {

@@ -37,16 +37,11 @@ void lanes_block(const GemmArgs* g, int64_t i, Mask<T> tail) {
       acc[p] = fma(kWhole ? widen_load<T>(at) : widen_load<T>(at, tail), w, acc[p]);
     }
   }
-  with_results<T, true>(
+  with_results<T, S, true>(
       g->result, g->c, [&](auto* c) __attribute__((always_inline)) {
         JAXWIN_UNROLL
         for (int p = 0; p < P; ++p) {
-          auto* to = c + (j + p * g->c_row);
-          if (kWhole) {
-            result_store(to, acc[p]);
-          } else {
-            result_store(to, acc[p], tail);
-          }
+          result_store<kWhole>(c + (j + p * g->c_row), acc[p], tail);
         }
       });
 }
@@ -210,17 +205,13 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, S>* s,
   if (s->o >= kLive - 1) {
     // Words that are read for themselves, or spread, come from arrays: the results are words too.
     constexpr bool kAny = !std::is_same_v<S, T> || kForm == kSweepBroadcast;
-    with_results<T, kAny>(
+    with_results<T, S, kAny>(
         g->result, g->y, [&](auto* y) __attribute__((always_inline)) {
           JAXWIN_UNROLL
           for (int r = 0; r < R; ++r) {
             auto* to = y + (s->y + r * g->y_row);
-            if (kPlain) {
-              result_store(to, acc[kDone][r]);
-              if (kExpand) __builtin_prefetch(to + kWidth<T>, 1);
-            } else {
-              result_store(to, acc[kDone][r], s->tail);
-            }
+            result_store<kPlain>(to, acc[kDone][r], s->tail);
+            if (kPlain && kExpand) __builtin_prefetch(to + kWidth<T>, 1);
           }
         });
     s->y += g->y_col;

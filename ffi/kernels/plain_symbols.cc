@@ -63,7 +63,8 @@ JAXWIN_SYMBOL(jaxwin_test_convert_)
   const jaxwin::Kernels& k = JAXWIN_TABLE;
   (kind == 0   ? k.read
    : kind == 1 ? k.pack
-               : k.write)[dtype](dst, dst_ld, src, src_ld, src_step, n, count);
+   : kind == 2 ? k.write
+               : k.stream)[dtype](dst, dst_ld, src, src_ld, src_step, n, count);
 }
 JAXWIN_SYMBOL(jaxwin_test_narrow_epilogue_)
 (int64_t word, int64_t dtype, const jaxwin::EpilogueArgs* args) {

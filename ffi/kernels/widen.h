@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "dtypes.h"
+#include "kernels/kernels.h"
 #include "kernels/vec.h"
 
 namespace jaxwin::JAXWIN_TARGET {
@@ -19,6 +19,13 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Stored only: rounded by an instruction of AVX512-BF16, for which no target is compiled. It makes
+// denormals zero, and kernels run where no sum is one.
+#if defined(__AVX512F__) && __GNUC__ >= 10
+#define JAXWIN_BF16_BY_CPU
+struct BFloat16ByCpu : BFloat16 {};
+#endif
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -128,8 +135,36 @@ inline __m256i narrow_vector(V a, BFloat16) {
   result = _mm512_mask_or_epi32(result, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves(), result));
 }
+#if defined(JAXWIN_BF16_BY_CPU)
+inline __m256i narrow_vector(V a, BFloat16ByCpu) {
+  __m256i result;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(result) : "v"(a.v));
+  return result;
+}
+#endif
 inline __m256i narrow_vector(V a, Float16) {
   return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+}
+// Two vectors to one.
+template <typename S>
+inline __m512i narrow_pair(V low, V high, S s) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_vector(low, s)), narrow_vector(high, s),
+                            1);
+}
+#if defined(JAXWIN_BF16_BY_CPU)
+inline __m512i narrow_pair(V low, V high, BFloat16ByCpu) {
+  __m512i result;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(result) : "v"(low.v), "v"(high.v));
+  return result;
+}
+#endif
+template <typename S>
+inline void narrow_store(S* p, V low, V high) {
+  _mm512_storeu_si512(p, narrow_pair(low, high, S{}));
+}
+template <typename S>
+inline void narrow_stream(S* p, V low, V high) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(low, high, S{}));
 }
 template <typename S>
 inline void narrow_store(S* p, V a) {
@@ -186,17 +221,34 @@ inline __m128i low_halves(__m256i a) {
   const __m256i low = _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF));
   return _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
 }
-inline void narrow_store(BFloat16* p, V a) {
+inline __m128i narrow_vector(V a, BFloat16) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), even);
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i result = _mm256_blendv_epi8(rounded, quiet, nan);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), low_halves(_mm256_srli_epi32(result, 16)));
+  return low_halves(_mm256_srli_epi32(result, 16));
 }
-inline void narrow_store(Float16* p, V a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+inline __m128i narrow_vector(V a, Float16) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+}
+// Two vectors to one.
+template <typename S>
+inline __m256i narrow_pair(V low, V high, S s) {
+  return _mm256_set_m128i(narrow_vector(high, s), narrow_vector(low, s));
+}
+template <typename S>
+inline void narrow_store(S* p, V low, V high) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(low, high, S{}));
+}
+template <typename S>
+inline void narrow_stream(S* p, V low, V high) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(low, high, S{}));
+}
+template <typename S>
+inline void narrow_store(S* p, V a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_vector(a, S{}));
 }
 inline void narrow_store(int32_t* p, V a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(a.v));
@@ -238,40 +290,38 @@ inline Vec<T> widen_load(const S* p, Mask<T> m) {
   }
 }
 
-// Results, words or rounded to elements.
-template <typename S, typename T>
-JAXWIN_INLINE void result_store(S* p, Vec<T> a) {
-  if constexpr (std::is_same_v<S, T>) {
-    store(p, a);
-  } else {
-    narrow_store(p, a);
-  }
-}
-template <typename S, typename T>
+// Results, words or made elements: whole vectors, or the first lanes.
+template <bool kWhole, typename S, typename T>
 JAXWIN_INLINE void result_store(S* p, Vec<T> a, Mask<T> m) {
   if constexpr (std::is_same_v<S, T>) {
-    store(p, a, m);
+    kWhole ? store(p, a) : store(p, a, m);
   } else {
-    narrow_store(p, a, m);
+    kWhole ? narrow_store(p, a) : narrow_store(p, a, m);
   }
 }
 
-// f(y), y as the address of results of this type: words, or where `any` another one that kernels
-// store (Kernels::stores).
-template <typename T, bool kAny, typename F>
-JAXWIN_INLINE void with_results([[maybe_unused]] int64_t dtype, void* y, const F& f) {
+// f(y), y as the address of results that are stored so. Kernels that read elements store words or
+// elements of that type, or of integers int32 (stores_result); those that read words do so in every
+// way where `any`, as words may be what a strip was made of. The usual way last, as the likely one.
+template <typename T, typename S, bool kAny, typename F>
+JAXWIN_INLINE void with_results([[maybe_unused]] int64_t store, void* y, const F& f) {
 #if defined(__AVX2__)
   if constexpr (kAny && std::is_same_v<T, float>) {
-    switch (dtype) {
-      case kBF16:
-        return f(static_cast<BFloat16*>(y));
-      case kF16:
-        return f(static_cast<Float16*>(y));
-      case kS32:
-      case kU32:
-        return f(static_cast<int32_t*>(y));
-      default:
-        break;
+    constexpr bool kWords = std::is_same_v<S, T>;
+    if (!kWords && store == kStoreWords) return f(static_cast<T*>(y));
+    if constexpr (kWords || std::is_same_v<S, BFloat16>) {
+#if defined(JAXWIN_BF16_BY_CPU)
+      if (store == kStoreBF16) return f(static_cast<BFloat16*>(y));
+      if (!kWords || store == kStoreBF16ByCpu) return f(static_cast<BFloat16ByCpu*>(y));
+#else
+      if (!kWords || store == kStoreBF16) return f(static_cast<BFloat16*>(y));
+#endif
+    }
+    if constexpr (kWords || std::is_same_v<S, Float16>) {
+      if (!kWords || store == kStoreF16) return f(static_cast<Float16*>(y));
+    }
+    if constexpr (kWords || std::is_integral_v<S>) {
+      if (!kWords || store == kStoreS32) return f(static_cast<int32_t*>(y));
     }
   }
 #endif

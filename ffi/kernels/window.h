@@ -83,18 +83,13 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
       }
     }
   }
-  with_results<T, !std::is_same_v<S, T>>(
+  with_results<T, S, !std::is_same_v<S, T>>(
       g->result, g->y, [&](auto* y) __attribute__((always_inline)) {
         JAXWIN_UNROLL
         for (int r = 0; r < R; ++r) {
           JAXWIN_UNROLL
           for (int p = 0; p < P; ++p) {
-            auto* to = y + (j + r * g->y_row + p * g->y_col);
-            if (kWhole) {
-              result_store(to, acc[r][p]);
-            } else {
-              result_store(to, acc[r][p], tail);
-            }
+            result_store<kWhole>(y + (j + r * g->y_row + p * g->y_col), acc[r][p], tail);
           }
         }
       });
