@@ -9,30 +9,20 @@
 namespace jaxwin {
 namespace {
 
-// __builtin_cpu_supports knows it since GCC 11.
-bool has_f16c() {
-  unsigned int a = 0;
-  unsigned int b = 0;
-  unsigned int c = 0;
-  unsigned int d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+struct Cpuid {
+  unsigned int a, b, c, d;
+};
+// All zero where the CPU has no such leaf.
+Cpuid cpuid(unsigned int leaf, unsigned int subleaf) {
+  Cpuid r{};
+  if (__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d) == 0) return {};
+  return r;
 }
 
-// Older compilers do not know the names of these.
-bool has_avx512_fp16() {
-  unsigned int a = 0;
-  unsigned int b = 0;
-  unsigned int c = 0;
-  unsigned int d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 23 & 1U) != 0;
-}
-bool has_avx512_bf16() {
-  unsigned int a = 0;
-  unsigned int b = 0;
-  unsigned int c = 0;
-  unsigned int d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1U) != 0;
-}
+// What __builtin_cpu_supports knows since GCC 11 only, or later.
+bool has_f16c() { return (cpuid(1, 0).c & bit_F16C) != 0; }
+bool has_avx512_fp16() { return (cpuid(7, 0).d >> 23 & 1U) != 0; }
+bool has_avx512_bf16() { return (cpuid(7, 1).a >> 5 & 1U) != 0; }
 
 const Kernels* avx512_kernels(Word word) {
   static const bool vnni = __builtin_cpu_supports("avx512vnni");
