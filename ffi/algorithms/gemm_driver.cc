@@ -142,6 +142,11 @@ int64_t steps_in_order(const Problem& p, const Kernels& k, int64_t most) {
   return 0;
 }
 
+// Whether that many reduction steps always are one piece of the filters' memory.
+bool in_one_piece(const Problem& p, const Kernels& k, int64_t steps) {
+  return p.w.k == 1 && p.w.c == p.k && k.channels == 1 && p.c % steps == 0;
+}
+
 Problem words_of(const Problem& problem, const Kernels& k) {
   Problem p = collapse(problem);
   p.c = ceil_div(p.c, k.channels);
@@ -299,9 +304,10 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
             : l.pack == kShared ? 1
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
                                                       1, ceil_div(l.panels, l.panel_split));
-  l.streams = l.pack != kLocal && p.k * l.reduction * t.kernels->size > caches().l2 / 2;
-  l.in_order = l.streams && l.pack == kInPlace && l.panel_split == 1 && l.group >= l.panels &&
-               steps_in_order(p, *t.kernels, l.kc) == l.kc;
+  l.streams = p.k * l.reduction * t.kernels->size > caches().l2 / 2;
+  l.in_order = l.streams && l.panel_split == 1 && l.group >= l.panels &&
+               (l.pack == kInPlace ? steps_in_order(p, *t.kernels, l.kc) == l.kc
+                                   : l.pack == kLocal && in_one_piece(p, *t.kernels, l.kc));
   l.follows = (lowering == Lowering::kDirect || l.bare) && p.window() == p.win[2] && p.x.c == 1 &&
               p.x.sp[2] == p.c && l.pixel_stride <= l.reduction && l.panels <= 2 &&
               (p.window() == 1 || l.mr * l.pixel_stride * t.kernels->size >= kManyAhead);
@@ -744,11 +750,11 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
       args.ahead_step = ahead->step;
       k.ahead[nv][mr](&args);
       return 1;
-    } else if (dense && nv == 1 && narrow_form(k, mr, overlap) != nullptr && args.n_runs > 0 &&
-               args.runs->len >= 8) {
+    } else if (const GemmFn narrow = dense && nv == 1 ? narrow_form(k, mr, overlap) : nullptr;
+               narrow != nullptr && args.n_runs > 0 && args.runs->len >= 8) {
       // The next pixels follow these.
       args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride;
-      narrow_form(k, mr, overlap)(&args);
+      narrow(&args);
     } else if (fetches && l.follows && block.new_input) {
       args.ahead = block.a + r * block.row_stride + (j0 + mr) * l.pixel_stride + l.next;
       args.ahead_step = ceil_div(mr * l.pixel_stride, l.reduction);  // all that the next tile adds
@@ -1194,7 +1200,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     const int64_t panel_end = l.panels * (split + 1) / l.panel_split;
     // The filters that are read after panel `panel` of block kb.
     const auto ahead_of = [&](int64_t panel, int64_t first, int64_t kb) -> Ahead {
-      if (!l.streams) return {};
+      if (!l.streams || l.pack == kLocal) return {};
       int64_t next = panel + 1;
       int64_t next_kb = kb;
       if (next == std::min(first + l.group, panel_end)) {
@@ -1217,9 +1223,12 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         steps += kinds.runs[kinds.of_row[r % l.out_rows]][kb].steps;
       }
       steps = std::max<int64_t>(1, steps * l.panels * ceil_div(block.cols, l.mr));
-      const int64_t words = l.kc * p.w.c;
-      return {o.w + g * p.w.g + filter_row(p, (kb + 1) * l.kc),
-              std::clamp<int64_t>(ceil_div(words, steps), l.width / 2, l.width), 0, words};
+      const int64_t words = l.kc * p.w.c * o.w.size / k.size;
+      const ConstPtr from = o.w + g * p.w.g + filter_row(p, (kb + 1) * l.kc);
+      return {{from.at, k.size},
+              std::clamp<int64_t>(ceil_div(words, steps), l.width / 2, l.width),
+              0,
+              words};
     };
     Ahead after{};
     // A filter value that is not finite leaves its mark on every output that did not skip it: one
@@ -1229,13 +1238,17 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       if (r >= l.out_rows || kinds.first_row[kinds.of_row[r]] != r) return;
       if (k.all_finite(pixel, features) == 0) suspicious = true;
     };
+    // Where the sums of a panel are, and how far apart those of neighbouring pixels.
+    const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
+    const auto sums_of = [&](int64_t panel, int64_t first) {
+      return l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
+    };
     const auto one_panel = [&](int64_t panel, int64_t first, int64_t kb) {
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       ConstPtr b = l.pack == kInPlace ? o.w + g * p.w.g + panel * l.panel
                    : l.pack == kLocal ? local + (panel - first) * l.panel * l.kc
                                       : packed + (g * l.panels + panel) * l.panel * l.reduction;
-      Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
-      const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
+      const Ptr c = sums_of(panel, first);
       Ahead of_panel = l.in_order ? Ahead{} : ahead_of(panel, first, kb);
       Ahead* ahead = l.in_order ? &after : &of_panel;
       if (!apart && l.piece == 0) {
@@ -1280,8 +1293,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
     const auto finish_panel = [&](int64_t panel, int64_t first) {
       if (l.piece > 0) return;
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
-      const Ptr c = l.buffered ? buffer + (panel - first) * l.panel : o.y + panel * l.panel;
-      const int64_t c_pixel = l.buffered ? buffer_ld : p.y.sp[2];
+      const Ptr c = sums_of(panel, first);
       for (int64_t r = r0; r < r1 && l.marked >= j0 && l.marked < j1; ++r) {
         look_at(r, c + c_rows[r - r0] + (l.marked - j0) * c_pixel, features);
       }
@@ -1470,6 +1482,12 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
+    // Few pixels wait for the filters: all features of some rows, of which the next are fetched
+    // meanwhile.
+    const int64_t all = panel_floats(k) / round_up(p.k, panel) / 8 * 8;
+    if (!p.plain() && pixels <= int64_t{8} * k.width && all >= 128 && in_one_piece(p, k, all)) {
+      params[kKc] = all;
+    }
   } else {
     // In place, features that do not fill a vector would not reach the narrow form.
     const bool narrow =

@@ -159,11 +159,11 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, S>* s,
           if (follows && r + 1 < R) continue;
           const S* from = at + run->a + r * g->x_row;
           if (kPlain) {
-            in[r] = widen_load<T>(from);
+            in[r] = widen_load<T, false>(from);
           } else {
             const auto row = static_cast<uint64_t>(run->len + r * g->row_step);
             const bool real = row < static_cast<uint64_t>(g->rows);
-            in[r] = real ? widen_load<T>(from, s->in_tail) : zero<T>();
+            in[r] = real ? widen_load<T, false>(from, s->in_tail) : zero<T>();
           }
         }
         if (kExpand) {

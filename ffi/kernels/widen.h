@@ -91,6 +91,12 @@ inline void narrow(float x, Float16* to) {
   to->bits = static_cast<uint16_t>(sign | result);
 }
 
+// A vector of elements, or the first lanes of one; see widen_load. Not defined for the baseline.
+template <bool kSpare, typename S>
+V widen_vector(const S* p);
+template <bool kSpare, typename S>
+V widen_vector(const S* p, Mask<float> m);
+
 #if defined(__AVX512F__)
 
 inline V widen_vector(__m256i bits, BFloat16) {
@@ -103,20 +109,35 @@ inline V widen_vector(__m128i bits, int8_t) {
 inline V widen_vector(__m128i bits, uint8_t) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bits))};
 }
-template <typename S>
+template <bool kSpare, typename B, typename S>
+inline V widen_bits(B bits, S s) {
+  return widen_vector(bits, s);
+}
+// With a register to spare for where the halves of lanes come from, in one step: to extend and to
+// shift takes the port of a product as well.
+template <bool kSpare>
+inline V widen_bits(__m256i bits, BFloat16 s) {
+  if constexpr (!kSpare) return widen_vector(bits, s);
+  alignas(64) static constexpr uint16_t kIndex[32] = {0, 0,  0, 1,  0, 2,  0, 3,  0, 4, 0,
+                                                      5, 0,  6, 0,  7, 0,  8, 0,  9, 0, 10,
+                                                      0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_load_si512(kIndex),
+                                                             _mm512_castsi256_si512(bits)))};
+}
+template <bool kSpare, typename S>
 inline V widen_vector(const S* p) {
   if constexpr (sizeof(S) == 2) {
-    return widen_vector(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), S{});
+    return widen_bits<kSpare>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), S{});
   } else {
-    return widen_vector(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), S{});
+    return widen_bits<kSpare>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), S{});
   }
 }
-template <typename S>
+template <bool kSpare, typename S>
 inline V widen_vector(const S* p, Mask<float> m) {
   if constexpr (sizeof(S) == 2) {
-    return widen_vector(_mm256_maskz_loadu_epi16(m.m, p), S{});
+    return widen_bits<kSpare>(_mm256_maskz_loadu_epi16(m.m, p), S{});
   } else {
-    return widen_vector(_mm_maskz_loadu_epi8(m.m, p), S{});
+    return widen_bits<kSpare>(_mm_maskz_loadu_epi8(m.m, p), S{});
   }
 }
 
@@ -198,7 +219,7 @@ inline V widen_vector(__m128i bits, int8_t) {
 inline V widen_vector(__m128i bits, uint8_t) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bits))};
 }
-template <typename S>
+template <bool kSpare, typename S>
 inline V widen_vector(const S* p) {
   const auto* at = reinterpret_cast<const __m128i*>(p);
   return widen_vector(sizeof(S) == 2 ? _mm_loadu_si128(at) : _mm_loadl_epi64(at), S{});
@@ -207,13 +228,13 @@ inline V widen_vector(const S* p) {
 inline int active_lanes(Mask<float> m) {
   return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m.m)));
 }
-template <typename S>
+template <bool kSpare, typename S>
 inline V widen_vector(const S* p, Mask<float> m) {
   const int n = active_lanes(m);
-  if (n == 8) return widen_vector(p);
+  if (n == 8) return widen_vector<kSpare>(p);
   S lanes[8] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
-  return widen_vector(lanes);
+  return widen_vector<kSpare>(lanes);
 }
 
 // The low halves of eight integers.
@@ -272,21 +293,21 @@ inline void narrow_store(S* p, V a, Mask<float> m) {
 #endif
 
 // A vector of words from neighbouring elements; with a mask some first lanes of one, the others
-// zero. The baseline has them for words alone.
-template <typename T, typename S>
+// zero. The baseline has them for words alone. Spare: the kernel has a register for a constant.
+template <typename T, bool kSpare = true, typename S>
 inline Vec<T> widen_load(const S* p) {
   if constexpr (std::is_same_v<S, T>) {
     return load(p);
   } else {
-    return widen_vector(p);
+    return widen_vector<kSpare>(p);
   }
 }
-template <typename T, typename S>
+template <typename T, bool kSpare = true, typename S>
 inline Vec<T> widen_load(const S* p, Mask<T> m) {
   if constexpr (std::is_same_v<S, T>) {
     return load(p, m);
   } else {
-    return widen_vector(p, m);
+    return widen_vector<kSpare>(p, m);
   }
 }
 
