@@ -8,12 +8,13 @@ this machine.
 """
 
 from jaxwin._accelerate import accelerate
-from jaxwin._batch_norm import fold_batch_norm
+from jaxwin._batch_norm import batch_norm, fold_batch_norm
 from jaxwin._conv import conv, pack
 from jaxwin._deviation import Deviation, Difference, LayerDeviation, deviation
 from jaxwin._explain import Explanation, ExplanationRow, explain
 from jaxwin._install import install, installed, is_installed, uninstall
 from jaxwin._layouts import from_layout, to_layout
+from jaxwin._memory import keep_memory
 from jaxwin._pack import PackedWeights, unpack
 from jaxwin._primitive import conv_general_dilated, conv_transpose, export_safety_checks
 from jaxwin._problem import Problem
@@ -32,6 +33,7 @@ __all__ = [
     "Problem",
     "Recording",
     "accelerate",
+    "batch_norm",
     "best_layout",
     "conv",
     "conv_general_dilated",
@@ -44,6 +46,7 @@ __all__ = [
     "install",
     "installed",
     "is_installed",
+    "keep_memory",
     "pack",
     "record",
     "to_layout",

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalisation of inference, folded into the convolution before it."""
+"""Batch normalisation: of training, and that of inference folded into a convolution."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
+
+from jaxwin._fused import ACTIVATIONS
 
 
 def fold_batch_norm(
@@ -73,3 +79,131 @@ def fold_batch_norm(
     along[feature_axis] = features
     folded = w.astype(wide) * factor.reshape(along)
     return folded.astype(w.dtype), offset.astype(w.dtype)
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    eps: float = 1e-5,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A batch normalisation with the batch's own statistics, as in training, channels last.
+
+    ``activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, in a form that XLA makes
+    few passes over memory of: ``x * a + b`` with one `a` and `b` per channel, and derivatives
+    written in the same way, which need `x` and the result and no third array.
+
+    Args:
+      x: (..., C), floating point; as a convolution gives it.
+      scale, bias: (C,), or None for ones and zeros.
+      residual: of the shape of `x`; added before the activation.
+      activation: one of those of `conv`, or None.
+      eps: what is added to the variance.
+
+    Returns:
+      (y, mean, var): `y` has shape and dtype of `x`; `mean` and `var` of shape (C,) are the
+      statistics of this batch, for running ones, in float32 for 16-bit `x`. `var` is divided by
+      the number of values, not by one less.
+
+    Raises:
+      ValueError: `x` is not floating point or has no values, a shape does not fit, or the
+        activation is unknown.
+
+    Numerical contract: sums and statistics are computed in float32 at least. `var` is
+    ``mean(x**2) - mean(x)**2``, no less than zero, as Flax's default: where the mean is far larger
+    than the deviation, digits are lost. The sums are XLA's, so that the bits may depend on the
+    batch and on the version of JAX. Derivatives of any order and mode work.
+
+    Source: Ioffe and Szegedy, arXiv 1502.03167, section 3.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0 or x.size == 0:
+        raise ValueError(
+            f"batch_norm: x must be floating point, (..., C), with at least one value per channel, "
+            f"got {x.dtype} of shape {x.shape}"
+        )
+    channels = x.shape[-1]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def vector(name: str, value: ArrayLike | None, default: float) -> jax.Array:
+        array = jnp.full((channels,), default, wide) if value is None else jnp.asarray(value)
+        if array.shape != (channels,):
+            raise ValueError(
+                f"batch_norm: {name} must have shape ({channels},), one value per channel of x, "
+                f"got {array.shape}"
+            )
+        return array.astype(wide)
+
+    if residual is not None:
+        residual = jnp.asarray(residual)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"batch_norm: residual must have the shape of x, {x.shape}, got {residual.shape}"
+            )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"batch_norm: unknown activation {activation!r}; choose one of "
+            f"{', '.join(map(repr, ACTIVATIONS))} or None"
+        )
+    # Where the derivative does not follow from the result, the activation keeps its own.
+    fused = activation if activation and ACTIVATIONS[activation].from_output else None
+    y, mean, var = _normalise(
+        x, vector("scale", scale, 1.0), vector("bias", bias, 0.0), residual, fused, eps
+    )
+    return y if activation == fused else ACTIVATIONS[str(activation)].function(y), mean, var
+
+
+def _mean(x: jax.Array, dtype: Any) -> jax.Array:
+    """Over all axes but the last one."""
+    pixels = tuple(range(x.ndim - 1))
+    return jnp.mean(x, pixels, dtype=dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _normalise(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None,
+    activation: str | None,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    wide = scale.dtype
+    mean = _mean(x, wide)
+    squares = _mean(lax.square(x.astype(wide)), wide)
+    var = jnp.maximum(squares - lax.square(mean), 0)
+    a = lax.rsqrt(var + eps) * scale
+    y = x * a + (bias - mean * a)
+    if residual is not None:
+        y = y + residual
+    if activation is not None:
+        y = ACTIVATIONS[activation].function(y)
+    return y.astype(x.dtype), mean, var
+
+
+@_normalise.defjvp
+def _normalise_jvp(
+    activation: str | None, eps: float, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    x, scale, _, residual = primals
+    dx, dscale, dbias, dresidual = tangents
+    wide = scale.dtype
+    y, mean, var = _normalise(*primals, activation, eps)
+    root = lax.rsqrt(var + eps)
+    a = root * scale
+    dmean = _mean(dx, wide)
+    dvar = 2 * (_mean(x * dx.astype(wide), wide) - mean * dmean)
+    da = root * dscale - a * lax.square(root) / 2 * dvar
+    # Sums of what one channel shares come first: there are two passes over pixels, not five.
+    dy = dx * a + (x * da + (dbias - mean * da - a * dmean))
+    if residual is not None:
+        dy = dy + dresidual
+    dy = dy.astype(x.dtype)
+    if activation is not None:
+        from_output = ACTIVATIONS[activation].from_output
+        assert from_output is not None  # batch_norm asks for no other
+        dy = from_output(y, dy)
+    return (y, mean, var), (dy, dmean, dvar)

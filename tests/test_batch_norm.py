@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalisation folded into weights."""
+"""Batch normalisation: of training, and folded into weights."""
 
 from __future__ import annotations
 
@@ -145,3 +145,117 @@ def test_flax_layers(transposed: bool | None) -> None:
         assert type(folded) is type(layer)
         np.testing.assert_allclose(folded(x), norm(layer(x)), rtol=1e-4, atol=1e-5)
         jax.tree.map(np.testing.assert_array_equal, before, nnx.state(layer))
+
+
+def _plain(x, scale, bias, residual=None, activation=None, eps=1e-5):
+    """As one would write it, for whatever precision x has."""
+    pixels = tuple(range(x.ndim - 1))
+    mean, var = jnp.mean(x, pixels), jnp.var(x, pixels)
+    y = (x - mean) / jnp.sqrt(var + eps) * scale + bias
+    if residual is not None:
+        y = y + residual
+    functions = {"gelu": lambda z: jax.nn.gelu(z, approximate=True), None: lambda z: z}
+    return functions.get(activation, getattr(jax.nn, activation or "relu"))(y), mean, var
+
+
+ACTIVATIONS = [None, "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "silu", "gelu"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 6), (40, 5), (2, 3, 4, 5, 2)])
+def test_the_normalisation_of_training_and_its_derivatives(
+    shape: tuple[int, ...], with_residual: bool, activation: str | None
+) -> None:
+    """Values and reverse mode, of all three results, against float64 written plainly."""
+    channels = shape[-1]
+    x, residual, dy = _draw(4, shape, shape, shape)
+    scale, bias, dmean, dvar = _draw(5, *[(channels,)] * 4)
+    x = 2 * x + 3
+    args = (x, scale, bias, residual) if with_residual else (x, scale, bias)
+
+    def ours(x, scale, bias, residual=None):
+        return jaxwin.batch_norm(x, scale, bias, residual=residual, activation=activation, eps=1e-3)
+
+    def plain(x, scale, bias, residual=None):
+        return _plain(x, scale, bias, residual, activation, 1e-3)
+
+    got, pull = jax.vjp(ours, *args)
+    slopes = pull((dy, dmean, dvar))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(a, jnp.float64) for a in args]
+        expected, pull64 = jax.vjp(plain, *wide)
+        expected_slopes = pull64(tuple(jnp.asarray(a, jnp.float64) for a in (dy, dmean, dvar)))
+    assert [a.dtype for a in (*got, *slopes)] == [np.float32] * (3 + len(args))
+    for name, a, b in zip(("y", "mean", "var"), got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=name)
+    for name, a, b in zip(
+        ("x", "scale", "bias", "residual"), slopes, expected_slopes, strict=False
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "tanh", "gelu"])
+def test_the_normalisation_of_training_is_differentiated_in_every_mode(
+    activation: str | None,
+) -> None:
+    x, tangent = _draw(6, (6, 3, 4), (6, 3, 4))
+    scale, bias, weights = _draw(7, (4,), (4,), (4,))
+
+    def ours(x):
+        y, mean, var = jaxwin.batch_norm(x, scale, bias, activation=activation)
+        return jnp.sum(y * y * weights) + jnp.sum(mean * var)
+
+    def plain(x):
+        y, mean, var = _plain(x, scale, bias, None, activation)
+        return jnp.sum(y * y * weights) + jnp.sum(mean * var)
+
+    for order in (
+        lambda f: jax.jvp(f, (x,), (tangent,))[1],
+        lambda f: jax.grad(f)(x),
+        lambda f: jax.jvp(jax.grad(f), (x,), (tangent,))[1],
+        lambda f: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) * tangent))(x),
+        lambda f: jax.jit(jax.vmap(jax.grad(f)))(jnp.stack([x, tangent])),
+    ):
+        np.testing.assert_allclose(order(ours), order(plain), rtol=1e-3, atol=1e-3)
+
+
+def test_the_normalisation_of_training_without_scale_bias_and_in_16_bits() -> None:
+    (x,) = _draw(8, (4, 6, 6, 8))
+    y, mean, var = jaxwin.batch_norm(x, None, None)
+    np.testing.assert_allclose(mean, x.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(var, x.var((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(np.asarray(var) + 1e-5), atol=1e-5)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    y16, mean16, var16 = jaxwin.batch_norm(narrow, None, None, residual=narrow, activation="relu")
+    assert (y16.dtype, mean16.dtype, var16.dtype) == (jnp.bfloat16, np.float32, np.float32)
+    expected = _plain(narrow.astype(np.float32), 1.0, 0.0, narrow.astype(np.float32), "relu")[0]
+    np.testing.assert_allclose(y16.astype(np.float32), expected, rtol=2**-8, atol=1e-5)
+    slope = jax.grad(lambda x: jnp.sum(jaxwin.batch_norm(x, None, None)[0] ** 2))(narrow)
+    assert slope.dtype == jnp.bfloat16
+
+
+def test_a_constant_channel_has_no_negative_variance() -> None:
+    x = jnp.full((64, 9, 9, 3), 1000.1)
+    y, _, var = jaxwin.batch_norm(x, None, None)
+    assert (np.asarray(var) >= 0).all() and np.isfinite(y).all()
+    slope = jax.grad(lambda x: jnp.sum(jaxwin.batch_norm(x, None, None)[0] ** 2))(x)
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(x=np.ones((2, 3), np.int32)), "x must be floating point"),
+        (dict(x=np.float32(1)), "x must be floating point"),
+        (dict(x=np.ones((0, 3), np.float32)), "at least one value per channel"),
+        (dict(scale=np.ones(2, np.float32)), r"scale must have shape \(3,\)"),
+        (dict(bias=np.ones((1, 3), np.float32)), r"bias must have shape \(3,\)"),
+        (dict(residual=np.ones((2, 1), np.float32)), "residual must have the shape of x"),
+        (dict(activation="swish"), "unknown activation 'swish'; choose one of 'relu', "),
+    ],
+)
+def test_what_cannot_be_normalised_is_said(arguments: dict, message: str) -> None:
+    usual = dict(x=np.ones((2, 3), np.float32), scale=None, bias=None)
+    with pytest.raises(ValueError, match=f"batch_norm: .*{message}"):
+        jaxwin.batch_norm(**{**usual, **arguments})

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -204,3 +209,49 @@ def test_large_results_ask_for_huge_pages() -> None:
     address = large.unsafe_buffer_pointer()
     assert _advised(address)
     assert _advised(address + large.nbytes - 1)
+
+
+FAULTS = """
+import resource
+import sys
+
+import jax
+import jax.numpy as jnp
+
+import jaxwin
+
+kept = sys.argv[1] == "keep" and jaxwin.keep_memory()
+add = jax.jit(lambda x: x + 1)
+x = jnp.zeros(1 << 24)
+for _ in range(30):  # blocks find their places in the first few
+    add(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+add(x).block_until_ready()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_kept_memory_is_not_mapped_again() -> None:
+    """A result of 64 MiB, in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    faults = {}
+    for how in ("keep", "return"):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, how],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+            timeout=120,
+        )
+        kept, count = done.stdout.split()
+        assert kept == str(how == "keep")
+        faults[how] = int(count)
+    # The system's own pages are 4 KiB, or 2 MiB where it gives those without being asked.
+    assert faults["keep"] < 10 < 32 <= faults["return"]
+
+
+def test_another_c_library_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert jaxwin.keep_memory() is False

@@ -91,13 +91,15 @@ def test_dtypes() -> None:
 
 def test_networks() -> None:
     packed = ("jaxwin", "jaxwin-fused", "jaxwin-packed", "xla", "xla-eigen", "torch")
+    training = ("jaxwin", "jaxwin-fused", "xla", "xla-eigen", "torch")
     columns = {
-        "inference": (*packed, "torch-frozen"),
-        "training": ("jaxwin", "xla", "xla-eigen", "torch"),
+        "inference_t1": (*packed, "torch-frozen"),
+        "training_t1": training,
+        "training_kept_t1": training,
     }
     lines = [cells for cells in _lines(_section("Measure")) if ", batch" in cells[0]]
     for kind, names in columns.items():
-        for row in _read(f"models_{kind}_t1")["rows"]:
+        for row in _read(f"models_{kind}")["rows"]:
             taken = [f"{row['cells'][name]['median_ns'] / 1e6:.0f}" for name in names]
             assert any(cells[1:-1] == taken for cells in lines), (row["name"], taken)
 

@@ -46,7 +46,10 @@ NOISY = 0.1  # deviation of a timing from its median, likewise
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to measure; `min_seconds` per sample, `budget_seconds` per peer and row."""
+    """How to measure; `min_seconds` per sample, `budget_seconds` per peer and row.
+
+    keep_memory: whether the process keeps its memory, for every peer: `jaxwin.keep_memory`.
+    """
 
     threads: int = 1
     layout: str = "nhwc"
@@ -54,6 +57,7 @@ class Options:
     min_seconds: float = 0.02
     budget_seconds: float = 20.0
     seed: int = 0
+    keep_memory: bool = False
 
 
 @dataclasses.dataclass
@@ -659,6 +663,8 @@ def notes(
         f"median of {options.rounds} samples of at least {options.min_seconds * 1e3:g} ms, "
         f"{clock}; arrays of jax peers are {options.layout.upper()}",
     ]
+    if options.keep_memory:
+        lines.append("the process keeps its memory (jaxwin.keep_memory), for every peer")
     if result.load_after is not None:
         lines.append(
             f"load average {result.load_before[0]:.2f} before, {result.load_after[0]:.2f} after"

@@ -524,6 +524,11 @@ Example:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the data and the order.")
 @click.option(
+    "--keep-memory",
+    is_flag=True,
+    help="Have the process keep its memory, for every peer: jaxwin.keep_memory.",
+)
+@click.option(
     "--json",
     "json_file",
     type=output.Output(),
@@ -563,6 +568,7 @@ def bench(
     min_time: float,
     budget: float,
     seed: int,
+    keep_memory: bool,
     json_file: str | None,
     markdown_file: str | None,
     fail_under: float | None,
@@ -599,7 +605,10 @@ def bench(
         min_seconds=min_time / 1e3,
         budget_seconds=budget,
         seed=seed,
+        keep_memory=keep_memory,
     )
+    if keep_memory and not jaxwin.keep_memory():
+        raise click.UsageError("--keep-memory: needs glibc, which is not this C library")
     try:
         result = work.prepare(chosen, settings)
     except ValueError as error:

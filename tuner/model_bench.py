@@ -96,20 +96,22 @@ class _ModelPeer(Peer):
 class _JaxModel(_ModelPeer):
     options: ClassVar[dict[str, Any]] = {}
     folds: ClassVar[bool] = False
-    net: ClassVar[type[models.JaxNet]] = models.JaxNet
+    net: ClassVar[type[models.JaxNet]] = models.JaxNet  # of inference
+    training_net: ClassVar[type[models.JaxNet]] = models.JaxNet
 
     def function(self, model: Model) -> Callable[..., Any]:
-        return (
-            models.jax_training(model) if model.training else models.jax_inference(model, self.net)
-        )
+        if model.training:
+            return models.jax_training(model, self.training_net)
+        return models.jax_inference(model, self.net)
 
     def prepare_model(self, task: Task) -> Prepared:
         model = task.model
         if model.training and not self.training:
             raise Unsupported("inference only")
         fn = self.function(model)
+        folds = self.folds and not model.training
         layers = {
-            name: models.arrays(models.folded(of) if self.folds else of)
+            name: models.arrays(models.folded(of) if folds else of)
             for name, of in task.layers.items()
         }
         data = [jnp.asarray(x) for x in task.inputs]
@@ -184,14 +186,17 @@ class Jaxwin(_JaxModel):
         return jaxwin.accelerate(super().function(model))
 
 
-class JaxwinFused(_JaxModel):
-    """What the user of jaxwin writes for inference."""
+class JaxwinFused(Jaxwin):
+    """What the user of jaxwin writes."""
 
     name = "jaxwin-fused"
-    summary = "jaxwin.conv with bias, residual and activation, normalisation folded; inference only"
-    training = False
+    summary = (
+        "jaxwin.conv with bias, residual and activation, normalisation folded; in training "
+        "jaxwin.accelerate and jaxwin.batch_norm"
+    )
     folds = True
     net: ClassVar[type[models.JaxNet]] = models.FusedNet
+    training_net: ClassVar[type[models.JaxNet]] = models.FusedTrainingNet
 
 
 class JaxwinPacked(JaxwinFused):
@@ -199,6 +204,7 @@ class JaxwinPacked(JaxwinFused):
 
     name = "jaxwin-packed"
     summary = "as jaxwin-fused, weights packed before; inference only"
+    training = False
     packs_ahead = True
 
 

@@ -393,6 +393,46 @@ class FusedNet(JaxNet):
         )
 
 
+class FusedTrainingNet(JaxNet):
+    """Layers of training by `jaxwin.batch_norm`, with residual and activation in the same call."""
+
+    def convolve(
+        self,
+        x: Any,
+        layer: Layer,
+        stride: int,
+        padding: int,
+        groups: int,
+        transposed: bool,
+        activation: str | None,
+        residual: Any,
+    ) -> Any:
+        if "scale" not in layer:
+            return super().convolve(
+                x, layer, stride, padding, groups, transposed, activation, residual
+            )
+        y = self.convolution(x, layer["w"], stride, padding, groups, transposed)
+        z, _, _ = jaxwin.batch_norm(
+            y, layer["scale"], layer["bias"], residual=residual, activation=activation, eps=EPS
+        )
+        return z
+
+    def max_pool(self, x: Any, window: int, stride: int, padding: int = 0) -> Any:
+        # XLA's gradient of reduce_window carries four arrays of indices along. The first of the
+        # largest values has it here as well.
+        pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        x = jnp.pad(x, pads, constant_values=-jnp.inf)
+        n, h, w, c = x.shape
+        h, w = ((size - window) // stride + 1 for size in (h, w))
+        best = None
+        for i in range(window):
+            for j in range(window):
+                last = (n, i + (h - 1) * stride + 1, j + (w - 1) * stride + 1, c)
+                there = lax.slice(x, (0, i, j, 0), last, (1, stride, stride, 1))
+                best = there if best is None else jnp.where(there > best, there, best)
+        return best
+
+
 class _Meeting(FusedNet):
     """Writes down how each layer's weights would be packed for the input that they meet."""
 
@@ -529,7 +569,7 @@ def jax_inference(model: Model, net: type[JaxNet] = JaxNet) -> Callable[..., Any
     return infer
 
 
-def jax_training(model: Model) -> Callable[..., Any]:
+def jax_training(model: Model, net: type[JaxNet] = JaxNet) -> Callable[..., Any]:
     """A function of ((layers, momenta) by network, inputs): both after the step, and the losses."""
 
     def train(state: tuple[Any, Any], data: Sequence[Any]) -> tuple[Any, Any]:
@@ -540,9 +580,9 @@ def jax_training(model: Model) -> Callable[..., Any]:
             def of(own: Layers, moving: str = moving, loss: Loss = loss) -> Any:
                 def apply(name: str, x: Any) -> Any:
                     mine = own if name == moving else weights[name]
-                    return model.networks[name](JaxNet(mine, training=True), x)
+                    return model.networks[name](net(mine, training=True), x)
 
-                return loss(JaxNet([]), apply, data)
+                return loss(net([]), apply, data)
 
             value, slopes = jax.value_and_grad(of)(weights[moving])
             losses.append(value)

@@ -84,6 +84,7 @@ SCHEMA = {
         "min_seconds": NUMBER,
         "budget_seconds": NUMBER,
         "seed": int,
+        "keep_memory": bool,
     },
     "peers": [str],
     "missing": {"*": str},

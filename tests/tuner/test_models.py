@@ -91,15 +91,16 @@ def test_every_way_of_inference_gives_the_same(not_pinned: None) -> None:
 
 
 def test_every_way_of_training_gives_the_same(not_pinned: None) -> None:
-    chosen = ["xla", "jaxwin"] + (["torch"] if importlib.util.find_spec("torch") else [])
+    chosen = ["xla", "jaxwin", "jaxwin-fused"]
+    chosen += ["torch"] if importlib.util.find_spec("torch") else []
     arguments = ("--model", "small-train", *FAST, "--json", "-", "--peers")
-    done = _run(*arguments, ",".join([*chosen, "jaxwin-fused"]))
+    done = _run(*arguments, ",".join([*chosen, "jaxwin-packed"]))
     assert done.exit_code == 0, done.output
     (row,) = json.loads(done.stdout)["rows"]
     for name in chosen:
         assert row["cells"][name]["status"] == "ok", (name, row["cells"][name]["reason"])
         assert row["cells"][name]["error"] < 1e-3
-    assert row["cells"]["jaxwin-fused"]["status"] == "unsupported"
+    assert row["cells"]["jaxwin-packed"]["status"] == "unsupported"
 
 
 @pytest.mark.parametrize("name", ["resnet50", "unet"])
