@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import jaxwin
 from jaxwin import _record, _registry
 from jaxwin._machine import this_machine
 from jaxwin.tuner import bench, machine, measure, peers, problems
@@ -143,6 +144,22 @@ def _forbid(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_memory_is_kept_if_that_is_asked_for_and_possible(
+    can: bool, not_pinned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(jaxwin, "keep_memory", lambda: asked.append(True) or can)
+    done = _run(TINY, "--keep-memory", *FAST)
+    assert asked == [True]
+    if can:
+        assert done.exit_code == 0, done.output
+        assert "the process keeps its memory (jaxwin.keep_memory), for every peer" in done.output
+    else:
+        assert done.exit_code == 2
+        assert "--keep-memory: needs glibc" in done.output
+
+
 def test_json(not_pinned: None) -> None:
     arguments = (TINY, "--direction", "fwd,dx,dw", "--algorithm", "im2win", "--json", "-")
     done = _run(*arguments, *FAST)
@@ -150,6 +167,7 @@ def test_json(not_pinned: None) -> None:
     data = json.loads(done.stdout, parse_constant=_forbid)
     _conforms(data, SCHEMA)
     assert data["schema_version"] == bench.SCHEMA_VERSION
+    assert not data["options"]["keep_memory"]
     assert data["peers"] == ["xla", "jaxwin", "jaxwin:im2win"]
     assert data["complete"]
     assert [row["direction"] for row in data["rows"]] == ["fwd", "dx", "dw"]
