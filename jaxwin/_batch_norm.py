@@ -11,7 +11,25 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxwin._fused import ACTIVATIONS
+from jaxwin._fused import ACTIVATIONS, check_activation
+
+
+def _vector(
+    function: str,
+    each: str,
+    size: int,
+    dtype: Any,
+    name: str,
+    value: ArrayLike | None,
+    default: float,
+) -> jax.Array:
+    """An argument that has one value for each of something, or the default for all."""
+    array = jnp.full((size,), default, dtype) if value is None else jnp.asarray(value)
+    if array.shape != (size,):
+        raise ValueError(
+            f"{function}: {name} must have shape ({size},), one value per {each}, got {array.shape}"
+        )
+    return array.astype(dtype)
 
 
 def fold_batch_norm(
@@ -61,17 +79,7 @@ def fold_batch_norm(
     features = w.shape[feature_axis]
     wide = jnp.promote_types(w.dtype, jnp.float32)
 
-    def vector(name: str, value: ArrayLike | None, default: float) -> jax.Array:
-        if value is None:
-            return jnp.full((features,), default, wide)
-        array = jnp.asarray(value)
-        if array.shape != (features,):
-            raise ValueError(
-                f"fold_batch_norm: {name} must have shape ({features},), one value per output "
-                f"feature of w, got {array.shape}"
-            )
-        return array.astype(wide)
-
+    vector = functools.partial(_vector, "fold_batch_norm", "output feature of w", features, wide)
     factor = vector("scale", scale, 1.0) / jnp.sqrt(vector("var", var, 1.0) + eps)
     shift = vector("bias", bias, 0.0)
     offset = (vector("b", b, 0.0) - vector("mean", mean, 0.0)) * factor + shift
@@ -128,32 +136,22 @@ def batch_norm(
     channels = x.shape[-1]
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
-    def vector(name: str, value: ArrayLike | None, default: float) -> jax.Array:
-        array = jnp.full((channels,), default, wide) if value is None else jnp.asarray(value)
-        if array.shape != (channels,):
-            raise ValueError(
-                f"batch_norm: {name} must have shape ({channels},), one value per channel of x, "
-                f"got {array.shape}"
-            )
-        return array.astype(wide)
-
+    vector = functools.partial(_vector, "batch_norm", "channel of x", channels, wide)
     if residual is not None:
         residual = jnp.asarray(residual)
         if residual.shape != x.shape:
             raise ValueError(
                 f"batch_norm: residual must have the shape of x, {x.shape}, got {residual.shape}"
             )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"batch_norm: unknown activation {activation!r}; choose one of "
-            f"{', '.join(map(repr, ACTIVATIONS))} or None"
-        )
+    check_activation("batch_norm", activation)
     # Where the derivative does not follow from the result, the activation keeps its own.
     fused = activation if activation and ACTIVATIONS[activation].from_output else None
     y, mean, var = _normalise(
         x, vector("scale", scale, 1.0), vector("bias", bias, 0.0), residual, fused, eps
     )
-    return y if activation == fused else ACTIVATIONS[str(activation)].function(y), mean, var
+    if activation is not None and fused is None:
+        y = ACTIVATIONS[activation].function(y)
+    return y, mean, var
 
 
 def _mean(x: jax.Array, dtype: Any) -> jax.Array:

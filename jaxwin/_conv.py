@@ -15,7 +15,7 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from jaxwin import _compat, _explain, _layouts, _pack, _registry
-from jaxwin._fused import ACTIVATIONS, fused_conv
+from jaxwin._fused import check_activation, fused_conv
 from jaxwin._pack import PackedWeights
 from jaxwin._primitive import conv_p
 
@@ -150,10 +150,7 @@ def conv(
     window = [(k - 1) * d + 1 if k else 0 for k, d in zip(w.shape, dilations, strict=False)]
     pads = _pads(padding, spatial, window, strides)
 
-    if activation is not None and activation not in tuple(ACTIVATIONS):
-        raise ValueError(
-            f"conv: unknown activation {activation!r}; choose one of {_names(ACTIVATIONS)} or None"
-        )
+    check_activation("conv", activation)
     max_workspace = _plan_wishes("conv", algorithm, max_workspace)
     if precision not in _PRECISIONS:
         raise ValueError(

@@ -75,6 +75,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(lambda z: jax.nn.gelu(z, approximate=True), None),
 }
 
+
+def check_activation(function: str, activation: str | None) -> None:
+    """Raises ValueError, in the name of `function`, unless it is None or one of ACTIVATIONS."""
+    if activation is not None and activation not in tuple(ACTIVATIONS):
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(
+            f"{function}: unknown activation {activation!r}; choose one of {known} or None"
+        )
+
+
 fused_conv_p: Any = Primitive("jaxwin_fused_conv")
 
 

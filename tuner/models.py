@@ -312,6 +312,10 @@ class JaxNet(Net):
         residual: Any,
     ) -> Any:
         y = self.convolution(x, layer["w"], stride, padding, groups, transposed)
+        return self.finished(y, layer, activation, residual)
+
+    def finished(self, y: Any, layer: Layer, activation: str | None, residual: Any) -> Any:
+        """What follows the convolution."""
         y = self.normalised(y, layer) if "scale" in layer else y + layer["b"]
         if residual is not None:
             y = y + residual
@@ -396,22 +400,9 @@ class FusedNet(JaxNet):
 class FusedTrainingNet(JaxNet):
     """Layers of training by `jaxwin.batch_norm`, with residual and activation in the same call."""
 
-    def convolve(
-        self,
-        x: Any,
-        layer: Layer,
-        stride: int,
-        padding: int,
-        groups: int,
-        transposed: bool,
-        activation: str | None,
-        residual: Any,
-    ) -> Any:
+    def finished(self, y: Any, layer: Layer, activation: str | None, residual: Any) -> Any:
         if "scale" not in layer:
-            return super().convolve(
-                x, layer, stride, padding, groups, transposed, activation, residual
-            )
-        y = self.convolution(x, layer["w"], stride, padding, groups, transposed)
+            return super().finished(y, layer, activation, residual)
         z, _, _ = jaxwin.batch_norm(
             y, layer["scale"], layer["bias"], residual=residual, activation=activation, eps=EPS
         )
