@@ -405,6 +405,40 @@ def test_output_rows_of_few_features_share_loads(isa: str, k: int) -> None:
     assert tested >= 24
 
 
+@pytest.mark.parametrize("k", [1, 3, 9])
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_input_pixel_reaches_its_outputs(isa: str, k: int) -> None:
+    """scatter's walkers, bands of rows and images, that leave the input at either end."""
+    rng = np.random.default_rng(k)
+    tested = 0
+    for size, window, padding, dilation, out_layout in (
+        ((13, 9), (3, 3), ((1, 1), (1, 1)), (1, 1), "NHWC"),
+        ((7, 6), (4, 5), ((2, 1), (2, 3)), (2, 3), "NHWC"),  # inserted zeros
+        ((8, 11), (2, 3), ((-2, 0), (4, -3)), (1, 2), "NCHW"),  # outputs that nothing reaches
+        ((1, 20), (1, 4), ((0, 0), (3, 3)), (1, 1), "NHWC"),
+        ((3, 4), (1, 1), ((0, 0), (0, 1)), (3, 3), "NHWC"),  # windows with gaps between
+    ):
+        problem = problems.make(
+            3, 17, k, size, window, padding=padding, lhs_dilation=dilation, out_layout=out_layout
+        )
+        x, w = problems.operands(problem, rng)
+        bias = problems.values(rng, (k,), "float32")
+        features = bias if out_layout == "NHWC" else bias[:, None, None]
+        expected = np.maximum(reference.chain(problem, x, w) + features, 0)
+        for mr, nv, cols, images in itertools.product((1, 2, 5), (1, 2), (0, 4), (0, 1)):
+            chosen = {"mr": mr, "nv": nv, "cols": cols, "images": images}
+            params = tuple(chosen[name] for name in _registry.parameter_names("scatter"))
+            answer = _ffi.make_plan(problem.native(), algorithm="scatter", isa=isa, params=params)
+            if "no such tile" in answer.get("error", ""):
+                continue
+            tested += 1
+            result = problems.run(
+                problem, x, w, "scatter", isa=isa, params=params, bias=bias, activation="relu"
+            )
+            np.testing.assert_array_equal(result, expected, f"{problem} {chosen}")
+    assert tested >= 60
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     ("size", "window", "padding", "c", "k"),
@@ -428,6 +462,21 @@ def test_what_comes_next_is_read_ahead(isa: str, size, window, padding, c: int, 
         for threads in (1, 2):
             result = problems.run(problem, x, w, algorithm, isa=isa, params=params, threads=threads)
             np.testing.assert_array_equal(result, expected, f"{algorithm} {params}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("size", "padding"), [((4, 4), (1, 1)), ((5, 3), (2, 2))])
+def test_transposed_filters_are_read_ahead(isa: str, size, padding) -> None:
+    """Channels innermost, as input gradients have them: a window position is one piece."""
+    problem = problems.make(
+        1, 256, 650, size, (3, 3), padding=(padding, padding), layout=("NHWC", "HWOI")
+    )
+    x, w = problems.operands(problem, np.random.default_rng(3))
+    expected = reference.chain(problem, x, w)
+    for kc, threads in itertools.product((256, 128, 0), (1, 2)):
+        params = _params(problem, "direct", isa, pack=2, kc=kc)
+        result = problems.run(problem, x, w, "direct", isa=isa, params=params, threads=threads)
+        np.testing.assert_array_equal(result, expected, f"{params}")
 
 
 def test_inserted_zeros_are_not_multiplied() -> None:

@@ -59,7 +59,7 @@ struct Layout {
   bool disjoint;        // window order: windows share no column
   bool bare;            // window order: that of the input's rows, but for their padding
   bool streams;         // the filters come from behind the second-level cache in every call
-  bool in_order;        // they are fetched ahead in the order of memory, kc rows of all features
+  bool in_order;        // they are fetched ahead in the order of memory, kc steps at a time
   bool follows;         // columns follow each other in the input, and are read by a panel or two
   int64_t next;         // then: floats from the next pixel's first column to one not yet read
   Edges edges;
@@ -142,9 +142,12 @@ int64_t steps_in_order(const Problem& p, const Kernels& k, int64_t most) {
   return 0;
 }
 
-// Whether that many reduction steps always are one piece of the filters' memory.
+// Whether that many reduction steps always are one piece of the filters' memory, for all features
+// or, where each feature's channels follow each other, for any that do.
 bool in_one_piece(const Problem& p, const Kernels& k, int64_t steps) {
-  return p.w.k == 1 && p.w.c == p.k && k.channels == 1 && p.c % steps == 0;
+  if (k.channels != 1) return false;
+  if (p.w.c == 1) return p.w.k == p.c && steps == p.c;
+  return p.w.k == 1 && p.w.c == p.k && p.c % steps == 0;
 }
 
 Problem words_of(const Problem& problem, const Kernels& k) {
@@ -305,9 +308,10 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
                                                       1, ceil_div(l.panels, l.panel_split));
   l.streams = p.k * l.reduction * t.kernels->size > caches().l2 / 2;
-  l.in_order = l.streams && l.panel_split == 1 && l.group >= l.panels &&
-               (l.pack == kInPlace ? steps_in_order(p, *t.kernels, l.kc) == l.kc
-                                   : l.pack == kLocal && in_one_piece(p, *t.kernels, l.kc));
+  const bool all = l.panel_split == 1 && l.group >= l.panels;
+  l.in_order = l.streams && (l.pack == kInPlace ? all && steps_in_order(p, *t.kernels, l.kc) == l.kc
+                                                : l.pack == kLocal && (all || p.w.c == 1) &&
+                                                      in_one_piece(p, *t.kernels, l.kc));
   l.follows = (lowering == Lowering::kDirect || l.bare) && p.window() == p.win[2] && p.x.c == 1 &&
               p.x.sp[2] == p.c && l.pixel_stride <= l.reduction && l.panels <= 2 &&
               (p.window() == 1 || l.mr * l.pixel_stride * t.kernels->size >= kManyAhead);
@@ -1215,16 +1219,26 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       }
       return {packed + ((g * l.panels + next) * l.reduction + r) * l.panel, l.panel, columns};
     };
-    // The filters of block kb + 1, for which all panels of block kb have time.
-    const auto block_after = [&](int64_t kb) -> Ahead {
-      if (!l.in_order || kb + 1 == n_blocks) return {};
+    // The filters that are read after those of block kb, for which its panels, [first, last), have
+    // time.
+    const auto block_after = [&](int64_t first, int64_t last, int64_t kb) -> Ahead {
+      const bool same = kb + 1 < n_blocks;
+      const int64_t next = same ? first : last;
+      if (!l.in_order || next == panel_end) return {};
       int64_t steps = 0;
       for (int64_t r = r0; r < r1; ++r) {
-        steps += kinds.runs[kinds.of_row[r % l.out_rows]][kb].steps;
+        const Runs& runs = kinds.runs[kinds.of_row[r % l.out_rows]][kb];
+        if (l.edges != Edges::kByColumn) steps += runs.steps * ceil_div(block.cols, l.mr);
+        for (int64_t v = 0; v < p.win[2] && l.edges == Edges::kByColumn; ++v) {
+          const Range real = pixels_at(p, v, j0, j1);
+          steps += (runs.before[v + 1] - runs.before[v]) * ceil_div(real.end - real.begin, l.mr);
+        }
       }
-      steps = std::max<int64_t>(1, steps * l.panels * ceil_div(block.cols, l.mr));
-      const int64_t words = l.kc * p.w.c * o.w.size / k.size;
-      const ConstPtr from = o.w + g * p.w.g + filter_row(p, (kb + 1) * l.kc);
+      steps = std::max<int64_t>(1, steps * (last - first));
+      const int64_t features = std::min(std::min(next + l.group, panel_end) * l.panel, p.k);
+      const int64_t words = l.kc * (features - next * l.panel) * o.w.size / k.size;
+      const ConstPtr from =
+          o.w + g * p.w.g + filter_row(p, same ? (kb + 1) * l.kc : 0) + next * l.panel * p.w.k;
       return {{from.at, k.size},
               std::clamp<int64_t>(ceil_div(words, steps), l.width / 2, l.width),
               0,
@@ -1319,7 +1333,7 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
         if (l.pack == kLocal) {
           pack_panels(l, k, o.w, g, first, last, k0, k1, local, l.panel * l.kc);
         }
-        after = block_after(kb);
+        after = block_after(first, last, kb);
         for (int64_t panel = first; panel < last; ++panel) one_panel(panel, first, kb);
       }
       for (int64_t panel = first; panel < last; ++panel) finish_panel(panel, first);
@@ -1487,6 +1501,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     const int64_t all = panel_floats(k) / round_up(p.k, panel) / 8 * 8;
     if (!p.plain() && pixels <= int64_t{8} * k.width && all >= 128 && in_one_piece(p, k, all)) {
       params[kKc] = all;
+    }
+    // Filters that are transposed besides: a window position's, while those before compute.
+    if (p.w.c == 1 && pixels <= int64_t{8} * k.width && p.c >= 256 && p.c <= params[kKc] &&
+        in_one_piece(p, k, p.c)) {
+      params[kKc] = p.c;
     }
   } else {
     // In place, features that do not fill a vector would not reach the narrow form.

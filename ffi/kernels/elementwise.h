@@ -211,11 +211,15 @@ inline void copy(void* to, int64_t dst_ld, const void* from, int64_t src_ld, int
       }
       return;
     }
-    for (int64_t r = 0; r < n; r += B) {
-      const int64_t row = r + B <= n ? r : n - B;
-      int64_t c = 0;
-      for (; c + B <= count; c += B) block(row, c);
-      if (c < count) block(row, count - B);
+    // The other way about, lines of what is read.
+    const int step = n >= 2 * B ? 2 * B : B;
+    for (int64_t r = 0; r < n; r += step) {
+      const int64_t row = r + step <= n ? r : n - step;
+      for (int64_t c = 0; c < count; c += B) {
+        const int64_t column = c + B <= count ? c : count - B;
+        block(row, column);
+        if (step > B) block(row + B, column);
+      }
     }
     return;
   }
