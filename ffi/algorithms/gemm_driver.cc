@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace jaxwin {
 namespace {
@@ -148,6 +149,26 @@ bool in_one_piece(const Problem& p, const Kernels& k, int64_t steps) {
   if (k.channels != 1) return false;
   if (p.w.c == 1) return p.w.k == p.c && steps == p.c;
   return p.w.k == 1 && p.w.c == p.k && p.c % steps == 0;
+}
+
+// Rows of a panel of filters in place that the second-level cache holds at a time: they lie as far
+// apart as all features of all groups, and meet in the same few of its sets where that is a
+// multiple of many.
+int64_t rows_held(const Problem& p, const Kernels& k, int64_t panel) {
+  constexpr int64_t kWays = 16;
+  const int64_t apart = std::gcd(p.w.c * k.size, caches().l2 / kWays);
+  return caches().l2 / std::max(apart, panel * k.size);
+}
+
+// Steps per pass over filters in place: near the most of them that stay in the second-level cache
+// for all features, in whole window positions or equal parts of one.
+int64_t steps_in_place(const Problem& p, const Kernels& k) {
+  const int64_t fit = std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
+  const int64_t most = fit * 5 / 4 + 8;
+  const int64_t parts = ceil_div(p.c, most);
+  const int64_t steps = parts == 1 ? most / p.c * p.c : p.c % parts == 0 ? p.c / parts : 0;
+  if (steps % 8 == 0 && steps * 5 >= fit * 3) return steps;
+  return fit;
 }
 
 Problem words_of(const Problem& problem, const Kernels& k) {
@@ -1485,14 +1506,12 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   if (lowering == Lowering::kIndirect) {
     params[kPack] = kShared;
   } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
-             (!far(128) || (threads == 1 && in_order > 0)) &&
-             pixels <= int64_t{p.w.c <= 8 * panel ? 16 : 8} * k.width) {
+             (rows_held(p, k, panel) >= 256 /* two passes */ || (threads == 1 && in_order > 0)) &&
+             pixels <= std::clamp<int64_t>(panel_floats(k) / p.w.c, 8 * k.width, 48 * k.width)) {
     params[kPack] = kInPlace;
     // Of groups, the filters of one: all of them, where they fit.
     const bool fit = p.g > 1 && p.k * p.reduction() <= panel_floats(k) / 2;
-    params[kKc] = threads == 1 && in_order > 0 ? in_order
-                  : fit                        ? 0
-                        : std::clamp<int64_t>(panel_floats(k) * 4 / 5 / p.w.c / 8 * 8, 128, 512);
+    params[kKc] = threads == 1 && in_order > 0 ? in_order : fit ? 0 : steps_in_place(p, k);
   } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
