@@ -1507,23 +1507,30 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     params[kPack] = kShared;
   } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
              (rows_held(p, k, panel) >= 256 /* two passes */ || (threads == 1 && in_order > 0)) &&
-             pixels <= std::clamp<int64_t>(panel_floats(k) / p.w.c, 8 * k.width, 48 * k.width)) {
+             pixels <= std::clamp<int64_t>(panel_floats(k) / p.w.c, int64_t{8} * k.width,
+                                           int64_t{48} * k.width)) {
     params[kPack] = kInPlace;
     // Of groups, the filters of one: all of them, where they fit.
     const bool fit = p.g > 1 && p.k * p.reduction() <= panel_floats(k) / 2;
     params[kKc] = threads == 1 && in_order > 0 ? in_order : fit ? 0 : steps_in_place(p, k);
   } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
-    params[kKc] = std::max<int64_t>(128, panel_floats(k) / (2 * panel) / 8 * 8);
+    // A panel and what its tiles read fill the second-level cache: sums are seldom put aside. Of
+    // few pixels, a panel is still there when it is read.
+    const bool few_pixels = pixels <= int64_t{8} * k.width;
+    const int64_t room = few_pixels ? panel_floats(k) / 2 : panel_floats(k) * 9 / 8;
+    params[kKc] = std::max<int64_t>(128, room / panel / 8 * 8);
+    if (!few_pixels) {
+      params[kKc] = round_up(ceil_div(p.reduction(), ceil_div(p.reduction(), params[kKc])), 8);
+    }
     // Few pixels wait for the filters: all features of some rows, of which the next are fetched
     // meanwhile.
     const int64_t all = panel_floats(k) / round_up(p.k, panel) / 8 * 8;
-    if (!p.plain() && pixels <= int64_t{8} * k.width && all >= 128 && in_one_piece(p, k, all)) {
+    if (!p.plain() && few_pixels && all >= 128 && in_one_piece(p, k, all)) {
       params[kKc] = all;
     }
     // Filters that are transposed besides: a window position's, while those before compute.
-    if (p.w.c == 1 && pixels <= int64_t{8} * k.width && p.c >= 256 && p.c <= params[kKc] &&
-        in_one_piece(p, k, p.c)) {
+    if (p.w.c == 1 && few_pixels && p.c >= 256 && p.c <= params[kKc] && in_one_piece(p, k, p.c)) {
       params[kKc] = p.c;
     }
   } else {
