@@ -104,11 +104,13 @@ def describe_error(error: sqlite3.Error) -> tuple[str, str]:
 def check_header(path: Path, connection: sqlite3.Connection) -> int:
     """The schema version of a tuning database; 0 for an empty file.
 
+    The connection must have a transaction open: another process may just be making the file, and
+    what is read here must be all of it or nothing.
+
     Raises:
         Unusable: it is another program's database, or of a newer schema.
         sqlite3.Error: whatever reading its header meets.
     """
-    # In this order: where another process is just making the file, all of it appears at once.
     (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()

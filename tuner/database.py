@@ -352,7 +352,12 @@ class Database:
         return None
 
     def _prepare(self, connection: sqlite3.Connection, *, existing: bool) -> None:
-        version = _tuning.check_header(self.path, connection)
+        connection.execute("BEGIN")
+        try:
+            version = _tuning.check_header(self.path, connection)
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
         if existing:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":

@@ -195,6 +195,24 @@ def test_prune(path: Path) -> None:
 # --- several processes, and their deaths -----------------------------------------------------
 
 
+def test_a_file_that_is_just_being_made_is_seen_whole_or_not_at_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its marks are read in one transaction, by writers and by readers, of any file."""
+    check = _tuning.check_header
+    seen: list[int] = []
+
+    def checked(path: Path, connection: sqlite3.Connection) -> int:
+        assert connection.in_transaction
+        seen.append(check(path, connection))
+        return seen[-1]
+
+    monkeypatch.setattr(_tuning, "check_header", checked)
+    with Database(path), _tuning.reading(path), Database(path):
+        pass
+    assert seen == [0, 0, *[_tuning.SCHEMA_VERSION] * 2]
+
+
 @pytest.mark.parametrize("journal", ["wal", "delete"])
 def test_eight_writers(journal: str, path: Path) -> None:
     _writers("many", str(path), journal)
