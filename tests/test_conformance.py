@@ -405,9 +405,10 @@ def test_output_rows_of_few_features_share_loads(isa: str, k: int) -> None:
     assert tested >= 24
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("k", [1, 3, 9])
 @pytest.mark.parametrize("isa", ISAS)
-def test_each_input_pixel_reaches_its_outputs(isa: str, k: int) -> None:
+def test_each_input_pixel_reaches_its_outputs(isa: str, k: int, dtype: str) -> None:
     """scatter's walkers, bands of rows and images, that leave the input at either end."""
     rng = np.random.default_rng(k)
     tested = 0
@@ -419,12 +420,21 @@ def test_each_input_pixel_reaches_its_outputs(isa: str, k: int) -> None:
         ((3, 4), (1, 1), ((0, 0), (0, 1)), (3, 3), "NHWC"),  # windows with gaps between
     ):
         problem = problems.make(
-            3, 17, k, size, window, padding=padding, lhs_dilation=dilation, out_layout=out_layout
+            *(3, 17, k, size, window),
+            padding=padding,
+            lhs_dilation=dilation,
+            out_layout=out_layout,
+            dtype=dtype,
+            out_dtype="int32" if dtype == "int8" else "",
         )
         x, w = problems.operands(problem, rng)
-        bias = problems.values(rng, (k,), "float32")
-        features = bias if out_layout == "NHWC" else bias[:, None, None]
-        expected = np.maximum(reference.chain(problem, x, w) + features, 0)
+        expected = reference.chain(problem, x, w)
+        epilogue = {}
+        if dtype == "float32":
+            bias = problems.values(rng, (k,), "float32")
+            features = bias if out_layout == "NHWC" else bias[:, None, None]
+            expected = np.maximum(expected + features, 0)
+            epilogue = {"bias": bias, "activation": "relu"}
         for mr, nv, cols, images in itertools.product((1, 2, 5), (1, 2), (0, 4), (0, 1)):
             chosen = {"mr": mr, "nv": nv, "cols": cols, "images": images}
             params = tuple(chosen[name] for name in _registry.parameter_names("scatter"))
@@ -432,11 +442,25 @@ def test_each_input_pixel_reaches_its_outputs(isa: str, k: int) -> None:
             if "no such tile" in answer.get("error", ""):
                 continue
             tested += 1
-            result = problems.run(
-                problem, x, w, "scatter", isa=isa, params=params, bias=bias, activation="relu"
-            )
+            result = problems.run(problem, x, w, "scatter", isa=isa, params=params, **epilogue)
             np.testing.assert_array_equal(result, expected, f"{problem} {chosen}")
     assert tested >= 60
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_few_columns_become_words_at_a_time(isa: str) -> None:
+    """A large image of elements that are not words, in scatter's strip."""
+    for batch, images in ((1, 0), (3, 1)):
+        problem = problems.make(
+            batch, 1600, 2, (21, 9), (2, 2), padding=((1, 0), (0, 1)), dtype="bfloat16"
+        )
+        x, w = problems.operands(problem, np.random.default_rng(batch))
+        expected = reference.chain(problem, x, w)
+        for mr, cols in ((2, 0), (3, 4)):
+            chosen = {"mr": mr, "nv": 1, "cols": cols, "images": images}
+            params = tuple(chosen[name] for name in _registry.parameter_names("scatter"))
+            result = problems.run(problem, x, w, "scatter", isa=isa, params=params)
+            np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
