@@ -527,9 +527,9 @@ def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: lis
     high = (rows - 1) * stride + 3
     cases = (
         (2 * full, 2**high - 1, 0),
-        (full + 3, 2**high - 1, left + right),
+        (3 * full + 3, 2**high - 1, left + right),
         (full - 1, 2**high - 2, left),
-        (full, 2 ** (high - 1) - 1, right),
+        (2 * full, 2 ** (high - 1) - 1, right),
         (3, 0, 0),
     )
     for pixels in every:
@@ -546,18 +546,20 @@ def test_window(kernels: Kernels, dtype: str, stride: int, rows: int, every: lis
             values = problems.values(rng, (high * x_row,), dtype)
             x = guarded(values[front:end] if there else values[:1])
             w = _matrix(rng, word, -(-cols // full) * 9 * full)
+            changed = guarded(w)
+            kernels.emulated("window_filters", word, ELEMENTS.index(dtype), stride, changed, cols)
             y_row = pixels * y_col + 5
             start = _untouched(result, (rows - 1) * y_row + (pixels - 1) * y_col + cols)
             y = guarded(start)
             arguments = _words(
                 WindowArgs(
                     x.ctypes.data - front * x.itemsize,
-                    *(w.ctypes.data, y.ctypes.data, cols, x_row, x_col, y_row, y_col, there, edges),
-                    STORES[result],
+                    *(changed.ctypes.data, y.ctypes.data, cols),
+                    *(x_row, x_col, y_row, y_col, there, edges, STORES[result]),
                 )
             )
             form = (ELEMENTS.index(dtype), stride, rows, pixels)
-            kernels.emulated("window", word, *form, arguments, buffers=(x, w, y))
+            kernels.emulated("window", word, *form, arguments, buffers=(x, changed, y))
             wide_values = values.astype(word)
             for isa in REFERENCES:
                 expected = start.copy()

@@ -467,7 +467,7 @@ void run_window(const Problem& p, const Params& params, const Operands& o, const
   const bool in_place = writes_in_place(p, k, o);
   const int64_t stride = p.stride[2];
   if (k.window_filters[p.dtype][stride] != nullptr) {
-    k.window_filters[p.dtype][stride](packed, f.blocks);
+    k.window_filters[p.dtype][stride](packed, flat.k);
   }
 
   pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {

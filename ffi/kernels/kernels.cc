@@ -87,13 +87,19 @@ constexpr void fill_window(Kernels& k, Dtype dtype, std::integer_sequence<int, P
 
 template <typename T, typename S>
 constexpr void fill_windows(Kernels& k, Dtype dtype) {
-  // A tile, with a filter and an input vector, fits the registers.
+  // A tile, with a filter and an input vector, fits the registers; halves have two of each.
+  constexpr bool kFits = kRegisters >= 32 && !kByHalves<S>;
   using Narrow = std::integer_sequence<int, 1, 2, 4, 7>;
-  using Wide = std::conditional_t<kRegisters >= 32, Narrow, std::integer_sequence<int, 1, 2, 4>>;
+  using Wide = std::conditional_t<kFits, Narrow, std::integer_sequence<int, 1, 2, 4>>;
   fill_window<T, S, 1, 1>(k, dtype, Narrow{});
   fill_window<T, S, 1, 2>(k, dtype, Wide{});
   fill_window<T, S, 2, 1>(k, dtype, Narrow{});
   fill_window<T, S, 2, 2>(k, dtype, Wide{});
+#if defined(__AVX512F__)
+  if constexpr (kByHalves<S>) {
+    k.window_filters[dtype][1] = k.window_filters[dtype][2] = halve_filters;
+  }
+#endif
 }
 
 #define JAXWIN_STRING(x) JAXWIN_STRING_(x)

@@ -123,7 +123,7 @@ using SweepFn = void (*)(const SweepArgs*);
 // without the rows a whose bit of `rows` is not set, without the window's first column for the
 // first pixel where `edges` has kWindowLeft, its last column for the last pixel where kWindowRight.
 // x and y are addresses of row and column 0, where that is input or not. Reads of B: whole vectors.
-// Kernels::window_filters may have made something else of w, block by block.
+// Kernels::window_filters may have made something else of w.
 inline constexpr int kWindow = 3;
 inline constexpr int64_t kWindowLeft = 1;
 inline constexpr int64_t kWindowRight = 2;
@@ -139,7 +139,7 @@ struct WindowArgs {
   int64_t result;  // how Y is stored, a Store
 };
 using WindowFn = void (*)(const WindowArgs*);
-using WindowFiltersFn = void (*)(void* filters, int64_t blocks);
+using WindowFiltersFn = void (*)(void* filters, int64_t cols);
 
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kGelu, kSilu, kLeakyRelu, kTanh, kSigmoid };
 inline constexpr const char* kActivationNames[] = {"none", "relu",       "relu6", "gelu",

@@ -39,6 +39,11 @@ JAXWIN_SYMBOL(jaxwin_test_window_)
  const jaxwin::WindowArgs* args) {
   JAXWIN_TABLE.window[dtype][stride][rows][pixels](args);
 }
+JAXWIN_SYMBOL(jaxwin_test_window_filters_)
+(int64_t word, int64_t dtype, int64_t stride, void* filters, int64_t cols) {
+  const auto change = JAXWIN_TABLE.window_filters[dtype][stride];
+  if (change != nullptr) change(filters, cols);
+}
 JAXWIN_SYMBOL(jaxwin_test_epilogue_)(int64_t word, const jaxwin::EpilogueArgs* args) {
   JAXWIN_TABLE.epilogue(args);
 }

@@ -147,14 +147,17 @@ inline __m512i high_halves() {
                                                       17, 19, 21, 23, 25, 27, 29, 31};
   return _mm512_load_si512(kIndex);
 }
-inline __m256i narrow_vector(V a, BFloat16) {
+// The results are the high halves of lanes.
+inline __m512i round_to_bf16(V a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   __m512i result = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
   result = _mm512_mask_add_epi32(result, odd, bits, _mm512_set1_epi32(0x8000));
-  result = _mm512_mask_or_epi32(result, nan, bits, _mm512_set1_epi32(0x400000));
-  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves(), result));
+  return _mm512_mask_or_epi32(result, nan, bits, _mm512_set1_epi32(0x400000));
+}
+inline __m256i narrow_vector(V a, BFloat16) {
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves(), round_to_bf16(a)));
 }
 #if defined(JAXWIN_BF16_BY_CPU)
 inline __m256i narrow_vector(V a, BFloat16ByCpu) {
@@ -195,6 +198,45 @@ template <typename S>
 inline void narrow_store(S* p, V a, Mask<float> m) {
   _mm256_mask_storeu_epi16(p, m.m, narrow_vector(a, S{}));
 }
+
+// Two vectors of bfloat16, the even ones and the odd ones: they are halves of the same lanes, and
+// each takes one step where a vector of neighbours takes two, both on the ports of products.
+template <typename S>
+constexpr bool kByHalves = std::is_same_v<S, BFloat16>;
+inline void widen_halves(const BFloat16* p, V& even, V& odd) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  odd.v = _mm512_castsi512_ps(
+      _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
+}
+// From neighbours to halves, and back.
+inline void split_halves(V low, V high, V& even, V& odd) {
+  const __m512i lanes =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i next = _mm512_add_epi32(lanes, _mm512_set1_epi32(1));
+  even.v = _mm512_permutex2var_ps(low.v, lanes, high.v);
+  odd.v = _mm512_permutex2var_ps(low.v, next, high.v);
+}
+inline void store_halves(float* p, V even, V odd) {
+  const __m512i lanes = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i next = _mm512_add_epi32(lanes, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(even.v, lanes, odd.v));
+  _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(even.v, next, odd.v));
+}
+inline void store_halves(BFloat16* p, V even, V odd) {
+  const __m512i low = _mm512_srli_epi32(round_to_bf16(even), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, low, round_to_bf16(odd)));
+}
+#if defined(JAXWIN_BF16_BY_CPU)
+inline void store_halves(BFloat16ByCpu* p, V even, V odd) {
+  alignas(64) static constexpr uint16_t kIndex[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kIndex),
+                                                  narrow_pair(even, odd, BFloat16ByCpu{})));
+}
+#endif
+
 inline void narrow_store(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(a.v)); }
 inline void narrow_store(int32_t* p, V a, Mask<float> m) {
   _mm512_mask_storeu_epi32(p, m.m, _mm512_cvttps_epi32(a.v));
@@ -290,6 +332,11 @@ inline void narrow_store(S* p, V a, Mask<float> m) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+template <typename S>
+constexpr bool kByHalves = false;
 #endif
 
 // A vector of words from neighbouring elements; with a mask some first lanes of one, the others

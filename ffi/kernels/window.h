@@ -16,8 +16,9 @@ namespace {
 
 constexpr int kTaps = kWindow * kWindow;
 
-// kInside: all window positions of all pixels are input.
-template <int SX, int R, int P, bool kInside, bool kWhole, typename T, typename S>
+// N vectors of channels: neighbours, or where there are two halves (kByHalves). kInside: all window
+// positions of all pixels are input.
+template <int SX, int R, int P, int N, bool kInside, bool kWhole, typename T, typename S>
 JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
   constexpr int kRows = (R - 1) * SX + kWindow;
   constexpr int kCols = (P - 1) * SX + kWindow;
@@ -27,11 +28,14 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
   const S* row[kRows];
   JAXWIN_UNROLL
   for (int i = 0; i < kRows; ++i) row[i] = x + i * g->x_row;
-  Vec<T> acc[R][P];
+  Vec<T> acc[R][P][N];
   JAXWIN_UNROLL
   for (int r = 0; r < R; ++r) {
     JAXWIN_UNROLL
-    for (int p = 0; p < P; ++p) acc[r][p] = zero<T>();
+    for (int p = 0; p < P; ++p) {
+      JAXWIN_UNROLL
+      for (int v = 0; v < N; ++v) acc[r][p][v] = zero<T>();
+    }
   }
   if constexpr (std::is_same_v<S, T>) {
     // All results are under way at once. Inputs that windows share are loaded again: that is free
@@ -52,7 +56,7 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
             }
             const S* at = row[r * SX + ky] + (p * SX + kx) * col;
             const Vec<T> in = kWhole ? widen_load<T>(at) : widen_load<T>(at, tail);
-            acc[r][p] = fma(in, filter, acc[r][p]);
+            acc[r][p][0] = fma(in, filter, acc[r][p][0]);
           }
         }
       }
@@ -68,7 +72,12 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
       for (int i = 0; i < kRows; ++i) {
         if (!kInside && (g->rows >> i & 1) == 0) continue;
         const S* at = row[i] + q * col;
-        const Vec<T> in = kWhole ? widen_load<T>(at) : widen_load<T>(at, tail);
+        Vec<T> in[N];
+        if constexpr (N == 2) {
+          widen_halves(at, in[0], in[1]);
+        } else {
+          in[0] = kWhole ? widen_load<T>(at) : widen_load<T>(at, tail);
+        }
         JAXWIN_UNROLL
         for (int r = 0; r < R; ++r) {
           const int ky = i - r * SX;
@@ -77,7 +86,11 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
           for (int p = 0; p < P; ++p) {
             const int kx = q - p * SX;
             if (kx < 0 || kx >= kWindow) continue;
-            acc[r][p] = fma(in, load(w + (kx * kWindow + ky) * kWidth<T>), acc[r][p]);
+            JAXWIN_UNROLL
+            for (int v = 0; v < N; ++v) {
+              const T* filter = w + (v * kTaps + kx * kWindow + ky) * kWidth<T>;
+              acc[r][p][v] = fma(in[v], load(filter), acc[r][p][v]);
+            }
           }
         }
       }
@@ -89,7 +102,12 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
         for (int r = 0; r < R; ++r) {
           JAXWIN_UNROLL
           for (int p = 0; p < P; ++p) {
-            result_store<kWhole>(y + (j + r * g->y_row + p * g->y_col), acc[r][p], tail);
+            auto* at = y + (j + r * g->y_row + p * g->y_col);
+            if constexpr (N == 2) {
+              store_halves(at, acc[r][p][0], acc[r][p][1]);
+            } else {
+              result_store<kWhole>(at, acc[r][p][0], tail);
+            }
           }
         }
       });
@@ -98,9 +116,14 @@ JAXWIN_INLINE void window_block(const WindowArgs* g, int64_t j, Mask<T> tail) {
 template <int SX, int R, int P, bool kInside, typename T, typename S>
 JAXWIN_INLINE void window_blocks(const WindowArgs* g) {
   constexpr int W = kWidth<T>;
-  const int64_t whole = g->cols / W * W;
-  for (int64_t j = 0; j < whole; j += W) {
-    window_block<SX, R, P, kInside, true, T, S>(g, j, Mask<T>{});
+  int64_t j = 0;
+  if constexpr (kByHalves<S>) {
+    for (; j + 2 * W <= g->cols; j += 2 * W) {
+      window_block<SX, R, P, 2, kInside, true, T, S>(g, j, Mask<T>{});
+    }
+  }
+  for (; j + W <= g->cols; j += W) {
+    window_block<SX, R, P, 1, kInside, true, T, S>(g, j, Mask<T>{});
   }
 }
 
@@ -114,9 +137,27 @@ void window_tile(const WindowArgs* g) {
   }
   const int64_t whole = g->cols / kWidth<T> * kWidth<T>;
   if (whole < g->cols) {
-    window_block<SX, R, P, false, false, T, S>(g, whole, make_mask<T>(g->cols - whole));
+    window_block<SX, R, P, 1, false, false, T, S>(g, whole, make_mask<T>(g->cols - whole));
   }
 }
+
+#if defined(__AVX512F__)
+// Filters in the order of such channels.
+void halve_filters(void* filters, int64_t cols) {
+  constexpr int W = kWidth<float>;
+  for (int64_t j = 0; j + 2 * W <= cols; j += 2 * W) {
+    float* at = static_cast<float*>(filters) + j * kTaps;
+    for (int tap = 0; tap < kTaps; ++tap, at += W) {
+      float* const second = at + kTaps * W;
+      V even;
+      V odd;
+      split_halves(load(at), load(second), even, odd);
+      store(at, even);
+      store(second, odd);
+    }
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace jaxwin::JAXWIN_TARGET

@@ -24,10 +24,10 @@ constexpr int kDotBegin = kWindow;
 
 // Filters as floats to this.
 template <typename S>
-void dot_filters(void* filters, int64_t blocks) {
+void dot_filters(void* filters, int64_t cols) {
   constexpr int W = kWidth<float>;
-  for (int64_t i = 0; i < blocks; ++i) {
-    float* const at = static_cast<float*>(filters) + i * kWindow * kWindow * W;
+  for (int64_t j = 0; j < cols; j += W) {
+    float* const at = static_cast<float*>(filters) + j * kWindow * kWindow;
     const __m512i byte = _mm512_set1_epi32(0xFF);
     __m512i columns[kWindow];
     __m512i sum = _mm512_setzero_si512();
