@@ -1503,6 +1503,13 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
                           lowering != Lowering::kColumns && fewest <= 2 && params[kCols] == 0 &&
                           (p.k > panel || (apart && p.panel == 0));
   const int64_t in_order = steps_in_order(p, k, 512);
+  // Panels that stay in the second-level cache as they lie are read in a single pass, by some more
+  // pixels the fewer of its sets they fill.
+  const int64_t held = rows_held(p, k, panel) / p.reduction();
+  const int64_t most_pixels = (held >= 4 ? 32 : held >= 2 ? 16 : 0) * k.width;
+  const bool one_pass = p.plain() && p.panel == 0 && p.w.k == 1 && p.w.c % k.width == 0 &&
+                        p.k > panel && p.reduction() <= 512 && pixels <= most_pixels &&
+                        lowering != Lowering::kColumns;
   if (lowering == Lowering::kIndirect) {
     params[kPack] = kShared;
   } else if (few_blocks && p.plain() && p.panel == 0 && p.w.k == 1 &&
@@ -1513,6 +1520,9 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     // Of groups, the filters of one: all of them, where they fit.
     const bool fit = p.g > 1 && p.k * p.reduction() <= panel_floats(k) / 2;
     params[kKc] = threads == 1 && in_order > 0 ? in_order : fit ? 0 : steps_in_place(p, k);
+  } else if (one_pass) {
+    params[kPack] = kInPlace;
+    params[kKc] = 0;
   } else if (few_blocks && (p.k * p.reduction() > panel_floats(k) || apart)) {
     params[kPack] = kLocal;
     // A panel and what its tiles read fill the second-level cache: sums are seldom put aside. Of

@@ -60,6 +60,38 @@ struct Words {
   static void pixels(W* dst, const S* src, int64_t, int64_t, int64_t n) { widen_row(dst, src, n); }
   static W word(const S* src, int64_t, int64_t) { return widen(*src); }
 };
+#if defined(__AVX2__)
+// 16 integers as halves of pairs; as the pairs of a vector, `step` apart. By whole vectors, as
+// above.
+template <typename S>
+inline __m256i to_halves(const S* src) {
+  const auto* from = reinterpret_cast<const __m128i*>(src);
+  if constexpr (sizeof(S) == 2) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+  return std::is_signed_v<S> ? _mm256_cvtepi8_epi16(_mm_loadu_si128(from))
+                             : _mm256_cvtepu8_epi16(_mm_loadu_si128(from));
+}
+#if defined(__AVX512F__)
+template <typename S>
+inline void join_vector(Pair* dst, const S* src, int64_t step) {
+  const __m512i low = _mm512_cvtepu16_epi32(to_halves(src));
+  const __m512i high = _mm512_cvtepu16_epi32(to_halves(src + step));
+  _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#else
+template <typename S>
+inline void join_vector(Pair* dst, const S* src, int64_t step) {
+  const __m256i low = to_halves(src);
+  const __m256i high = to_halves(src + step);
+  // Of either half of these a half each: the first and the third, the second and the fourth.
+  const __m256i first = _mm256_unpacklo_epi16(low, high);
+  const __m256i second = _mm256_unpackhi_epi16(low, high);
+  auto* to = reinterpret_cast<__m256i*>(dst);
+  _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
+  _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
+}
+#endif
+#endif
+
 template <typename S>
 struct Words<S, Pair> {
   using W = Pair;
@@ -67,15 +99,32 @@ struct Words<S, Pair> {
   static void row(W* dst, const S* src, int64_t count) {
     using Half __attribute__((may_alias)) = int16_t;
     Half* to = reinterpret_cast<Half*>(dst);
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int16_t>(src[i]);
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; sizeof(S) == 1 && i + 32 <= count; i += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i));
+      _mm512_storeu_si512(
+          to + i, std::is_signed_v<S> ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes));
+    }
+#endif
+#if defined(__AVX2__)
+    for (; i + 16 <= count; i += 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), to_halves(src + i));
+    }
+#endif
+    for (; i < count; ++i) to[i] = static_cast<int16_t>(src[i]);
     if (count % 2 != 0) to[count] = 0;
   }
   static void pixels(W* dst, const S* src, int64_t step, int64_t count, int64_t n) {
+    int64_t i = 0;
     if (count < 2) {
-      for (int64_t i = 0; i < n; ++i) dst[i] = join(src[i], 0);
-    } else {
-      for (int64_t i = 0; i < n; ++i) dst[i] = join(src[i], src[i + step]);
+      for (; i < n; ++i) dst[i] = join(src[i], 0);
+      return;
     }
+#if defined(__AVX2__)
+    for (; i + 16 <= n; i += 16) join_vector(dst + i, src + i, step);
+#endif
+    for (; i < n; ++i) dst[i] = join(src[i], src[i + step]);
   }
   static W word(const S* src, int64_t step, int64_t count) {
     return join(*src, count < 2 ? S{0} : src[step]);
