@@ -1506,9 +1506,9 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   // Panels that stay in the second-level cache as they lie are read in a single pass, by some more
   // pixels the fewer of its sets they fill.
   const int64_t held = rows_held(p, k, panel) / p.reduction();
-  const int64_t most_pixels = (held >= 4 ? 32 : held >= 2 ? 16 : 0) * k.width;
+  const int64_t most_vectors = held >= 4 ? 32 : held >= 2 ? 16 : 0;
   const bool one_pass = p.plain() && p.panel == 0 && p.w.k == 1 && p.w.c % k.width == 0 &&
-                        p.k > panel && p.reduction() <= 512 && pixels <= most_pixels &&
+                        p.k > panel && p.reduction() <= 512 && pixels <= most_vectors * k.width &&
                         lowering != Lowering::kColumns;
   if (lowering == Lowering::kIndirect) {
     params[kPack] = kShared;
