@@ -60,9 +60,9 @@ struct Words {
   static void pixels(W* dst, const S* src, int64_t, int64_t, int64_t n) { widen_row(dst, src, n); }
   static W word(const S* src, int64_t, int64_t) { return widen(*src); }
 };
+
 #if defined(__AVX2__)
-// 16 integers as halves of pairs; as the pairs of a vector, `step` apart. By whole vectors, as
-// above.
+// 16 integers, made halves of pairs.
 template <typename S>
 inline __m256i to_halves(const S* src) {
   const auto* from = reinterpret_cast<const __m128i*>(src);
@@ -70,6 +70,7 @@ inline __m256i to_halves(const S* src) {
   return std::is_signed_v<S> ? _mm256_cvtepi8_epi16(_mm_loadu_si128(from))
                              : _mm256_cvtepu8_epi16(_mm_loadu_si128(from));
 }
+// 16 pairs, of neighbouring integers and of those `step` further on.
 #if defined(__AVX512F__)
 template <typename S>
 inline void join_vector(Pair* dst, const S* src, int64_t step) {
