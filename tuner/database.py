@@ -352,12 +352,8 @@ class Database:
         return None
 
     def _prepare(self, connection: sqlite3.Connection, *, existing: bool) -> None:
-        connection.execute("BEGIN")
-        try:
+        with _transaction(connection, "DEFERRED"):
             version = _tuning.check_header(self.path, connection)
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
         if existing:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
@@ -630,8 +626,8 @@ def _database_error(path: Path, error: sqlite3.Error) -> DatabaseError:
 
 
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
+def _transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+    connection.execute(f"BEGIN {kind}")
     try:
         yield
         connection.execute("COMMIT")
