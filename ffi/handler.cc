@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -17,10 +15,10 @@
 
 #include "algorithms/registry.h"
 #include "attributes.h"
+#include "call.h"
 #include "pages.h"
 #include "plan.h"
 #include "problem.h"
-#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxwin {
@@ -28,28 +26,9 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error invalid(const std::string& text) {
-  return {ffi::ErrorCode::kInvalidArgument, "jaxwin: " + text};
-}
-
 std::vector<int64_t> shape(const ffi::AnyBuffer& buffer) {
   return {buffer.dimensions().begin(), buffer.dimensions().end()};
 }
-
-// Of a buffer's elements; false where there are no kernels for them.
-bool get_dtype(const ffi::AnyBuffer& buffer, Dtype* dtype) {
-  constexpr std::array<ffi::DataType, kDtypes> kTypes{
-      ffi::DataType::F32, ffi::DataType::F64, ffi::DataType::BF16, ffi::DataType::F16,
-      ffi::DataType::S8,  ffi::DataType::U8,  ffi::DataType::S16,  ffi::DataType::U16,
-      ffi::DataType::S32, ffi::DataType::U32};
-  const auto* const found = std::find(kTypes.begin(), kTypes.end(), buffer.element_type());
-  *dtype = static_cast<Dtype>(found - kTypes.begin());
-  return found != kTypes.end();
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
 
 // What a call site keeps: its attributes, decoded once when the program is loaded, and the plan
 // for its shapes, made and checked at the first call.
@@ -220,9 +199,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   std::unique_ptr<void, Free> own;
   if (available < plan.workspace_bytes ||
       reinterpret_cast<uintptr_t>(workspace) % static_cast<uintptr_t>(size) != 0) {
-    constexpr int64_t kAlignment = 64;
-    own.reset(std::aligned_alloc(kAlignment,
-                                 static_cast<size_t>(round_up(plan.workspace_bytes, kAlignment))));
+    own = allocate(plan.workspace_bytes);
     if (own == nullptr) {
       return {ffi::ErrorCode::kResourceExhausted, "jaxwin: no memory for a workspace of " +
                                                       std::to_string(plan.workspace_bytes) +
@@ -232,10 +209,7 @@ ffi::Error convolve(ffi::ThreadPool thread_pool, CallSite* site, ffi::RemainingA
   }
 
   advise_huge_pages((*out)->untyped_data(), static_cast<int64_t>((*out)->size_bytes()));
-  const int64_t threads = std::min<int64_t>(plan.target.threads, thread_pool.num_threads() + 1);
-  const Threads pool(
-      [&thread_pool](std::function<void()> work) { thread_pool.Schedule(std::move(work)); },
-      threads);
+  const Threads pool = threads_of(&thread_pool, plan.target.threads);
   try {
     plan.algorithm->run(problem, plan.params, o,
                         {plan.target, &pool, {workspace, size}, prepared->by_algorithm.get()});

@@ -62,9 +62,9 @@ const std::vector<Isa>& isas() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl");
-    return std::vector<Isa>{{"baseline", baseline::kernels, true},
-                            {"avx2", avx2::kernels, avx2},
-                            {"avx512", avx512_kernels, avx512}};
+    return std::vector<Isa>{{"baseline", baseline::kernels, baseline::channel_kernels, true},
+                            {"avx2", avx2::kernels, avx2::channel_kernels, avx2},
+                            {"avx512", avx512_kernels, avx512::channel_kernels, avx512}};
   }();
   return list;
 }
@@ -84,6 +84,13 @@ const Kernels* find_kernels(const std::string& isa, Word word) {
     if (set.runnable && isa == set.name) return set.kernels(word);
   }
   return nullptr;
+}
+
+const Isa& usable_isa(const std::string& name) {
+  for (const Isa& set : isas()) {
+    if (set.runnable && name == set.name) return set;
+  }
+  return *best_isa("");
 }
 
 }  // namespace jaxwin

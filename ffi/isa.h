@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/channels.h"
 #include "kernels/kernels.h"
 
 namespace jaxwin {
@@ -13,6 +14,7 @@ namespace jaxwin {
 struct Isa {
   const char* name;
   const Kernels* (*kernels)(Word);
+  const ChannelKernels* (*channels)(Word);
   bool runnable;  // by this CPU and operating system
 };
 
@@ -24,5 +26,8 @@ const Isa* best_isa(const std::string& cap);
 
 // The kernels of a set ("" for the best) for a word; null where this CPU does not run it.
 const Kernels* find_kernels(const std::string& isa, Word word);
+
+// The set of this name where this CPU runs it, else the best one.
+const Isa& usable_isa(const std::string& name);
 
 }  // namespace jaxwin

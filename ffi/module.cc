@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "algorithms/registry.h"
+#include "channels.h"
 #include "cuda/bindings.h"
 #include "handler.h"
 #include "isa.h"
@@ -487,6 +488,8 @@ NB_MODULE(_ffi, m) {
     target["state_type"] = type;
     nb::dict targets;
     targets["jaxwin_conv"] = target;
+    targets["jaxwin_scale"] = nb::capsule(jaxwin::scale_handler());
+    targets["jaxwin_moments"] = nb::capsule(jaxwin::moments_handler());
     return targets;
   });
   m.def("registry", &jaxwin::registry);

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxwin import _channels
 from jaxwin._fused import ACTIVATIONS, check_activation
 
 
@@ -100,9 +101,10 @@ def batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A batch normalisation with the batch's own statistics, as in training, channels last.
 
-    ``activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, in a form that XLA makes
-    few passes over memory of: ``x * a + b`` with one `a` and `b` per channel, and derivatives
-    written in the same way, which need `x` and the result and no third array.
+    ``activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, in few passes over
+    memory: ``x * a + b`` with one `a` and `b` per channel, and derivatives written in the same way,
+    which need `x` and the result and no third array. On CPU two sums over `x` are one pass, and the
+    result is stored once, however many operations read it.
 
     Args:
       x: (..., C), floating point; as a convolution gives it.
@@ -122,8 +124,11 @@ def batch_norm(
 
     Numerical contract: sums and statistics are computed in float32 at least. `var` is
     ``mean(x**2) - mean(x)**2``, no less than zero, as Flax's default: where the mean is far larger
-    than the deviation, digits are lost. The sums are XLA's, so that the bits may depend on the
-    batch and on the version of JAX. Derivatives of any order and mode work.
+    than the deviation, digits are lost. On CPU, float32 and float64 sums are taken row by row in
+    pieces of 512 KiB, whose sums are then added in their order, so that their bits depend neither
+    on threads nor on the instruction set. Elsewhere (other platforms, 16-bit types, one channel,
+    under vmap, programs over several devices) they are XLA's, and the bits may depend on the
+    version of JAX. Derivatives of any order and mode work.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167, section 3.
     """
@@ -147,19 +152,25 @@ def batch_norm(
     # Where the derivative does not follow from the result, the activation keeps its own.
     fused = activation if activation and ACTIVATIONS[activation].from_output else None
     y, mean, var = _normalise(
-        x, vector("scale", scale, 1.0), vector("bias", bias, 0.0), residual, fused, eps
+        x.reshape(-1, channels),
+        vector("scale", scale, 1.0),
+        vector("bias", bias, 0.0),
+        None if residual is None else residual.astype(x.dtype).reshape(-1, channels),
+        fused,
+        eps,
     )
+    y = y.reshape(x.shape)
     if activation is not None and fused is None:
         y = ACTIVATIONS[activation].function(y)
     return y, mean, var
 
 
-def _mean(x: jax.Array, dtype: Any) -> jax.Array:
-    """Over all axes but the last one."""
-    pixels = tuple(range(x.ndim - 1))
-    return jnp.mean(x, pixels, dtype=dtype)
+def _means(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Those of g and of x * g, over rows."""
+    return _channels.moments(x, g) / x.shape[0]
 
 
+# Of x as rows: where arrays change their shape between two loops, XLA computes them in both.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _normalise(
     x: jax.Array,
@@ -169,17 +180,11 @@ def _normalise(
     activation: str | None,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = scale.dtype
-    mean = _mean(x, wide)
-    squares = _mean(lax.square(x.astype(wide)), wide)
+    mean, squares = _means(x, x)
     var = jnp.maximum(squares - lax.square(mean), 0)
     a = lax.rsqrt(var + eps) * scale
-    y = x * a + (bias - mean * a)
-    if residual is not None:
-        y = y + residual
-    if activation is not None:
-        y = ACTIVATIONS[activation].function(y)
-    return y.astype(x.dtype), mean, var
+    c = jnp.stack([bias - mean * a, a])
+    return _channels.scaled(x, c, residual, activation), mean, var
 
 
 @_normalise.defjvp
@@ -188,15 +193,15 @@ def _normalise_jvp(
 ) -> tuple[Any, Any]:
     x, scale, _, residual = primals
     dx, dscale, dbias, dresidual = tangents
-    wide = scale.dtype
     y, mean, var = _normalise(*primals, activation, eps)
     root = lax.rsqrt(var + eps)
     a = root * scale
-    dmean = _mean(dx, wide)
-    dvar = 2 * (_mean(x * dx.astype(wide), wide) - mean * dmean)
+    dmean, products = _means(x, dx)
+    dvar = 2 * (products - mean * dmean)
     da = root * dscale - a * lax.square(root) / 2 * dvar
     # Sums of what one channel shares come first: there are two passes over pixels, not five.
-    dy = dx * a + (x * da + (dbias - mean * da - a * dmean))
+    c = jnp.stack([dbias - mean * da - a * dmean, da])
+    dy = dx * a + _channels.line(x, c)
     if residual is not None:
         dy = dy + dresidual
     dy = dy.astype(x.dtype)

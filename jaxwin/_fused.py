@@ -104,7 +104,7 @@ def fused_conv(
 
     packed: how ``w`` is packed, if it is.
     """
-    x, w, *epilogue = _vary_alike(x, w, *(v for v in (bias, residual) if v is not None))
+    x, w, *epilogue = vary_alike(x, w, *(v for v in (bias, residual) if v is not None))
     usual = algorithm == "auto" and max_workspace is None and packed is None
     if not epilogue and activation is None and usual:
         plain: Array = conv_p.bind(x, w, **conv_params)
@@ -407,7 +407,7 @@ def _fold_axis(v: Array, source: int, into: int) -> Array:
     )
 
 
-def _vary_alike(*args: Array) -> list[Array]:
+def vary_alike(*args: Array) -> list[Array]:
     """Inside shard_map: operands that vary over the same mesh axes, as lax makes them."""
     types = [getattr(jax.typeof(a), "manual_axis_type", None) for a in args]
     varying: list[frozenset[Any]] = [getattr(t, "varying", frozenset()) for t in types]

@@ -19,9 +19,10 @@ from jaxwin._problem import Problem, from_parameters
 # Registered at import, so that exported and deserialised programs find their targets.
 _REGISTRATIONS: dict[str, Any] = _ffi.registrations()
 FFI_TARGETS = tuple(_REGISTRATIONS)
-for _name, _parts in _REGISTRATIONS.items():
-    _compat.register_ffi_target(_name, _parts["handlers"], _parts["state_type"])
-TARGET = FFI_TARGETS[0]
+TARGET, SCALE_TARGET, MOMENTS_TARGET = "jaxwin_conv", "jaxwin_scale", "jaxwin_moments"
+_compat.register_ffi_target(TARGET, **_REGISTRATIONS[TARGET])
+for _name in (SCALE_TARGET, MOMENTS_TARGET):
+    jax.ffi.register_ffi_target(_name, _REGISTRATIONS[_name], platform="cpu")
 _cuda.register(TARGET)
 
 

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxwin
 import jaxwin._primitive as ours
 from jaxwin._accelerate import accelerate
 from jaxwin._install import installed
@@ -237,6 +238,47 @@ def test_sharding_error_is_lax_own():
         b = jax.device_put(draw(rhs_shape, 1), P(None, None, None, "y"))
         with pytest.raises(Exception, match="out_sharding"):
             convolve(ours.conv_general_dilated, kwargs)(a, b)
+
+
+def _normalised(x, residual, scale, bias):
+    """A loss of a batch normalisation, and its gradients."""
+
+    def loss(x, residual, scale, bias):
+        y, mean, var = jaxwin.batch_norm(x, scale, bias, residual=residual, activation="relu")
+        return jnp.sum(y * y) + jnp.sum(mean * var)
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3))(x, residual, scale, bias)
+
+
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_batch_norm_over_divided_batches(types):
+    """The statistics are those of the whole batch, and no device takes the others' part of it."""
+    args = [draw((8, 6, 5, 8), i) for i in range(2)] + [draw((8,), i) for i in (2, 3)]
+    want = jax.jit(_normalised)(*args)
+    m = mesh(types)
+    with jax.set_mesh(m):
+        placed = [jax.device_put(a, P("x") if a.ndim == 4 else P()) for a in args]
+        compiled = jax.jit(_normalised).lower(*placed).compile()
+        close(compiled(*placed), want)
+    assert "all-gather" not in collectives(compiled)
+
+
+def test_batch_norm_inside_shard_map():
+    """There, the statistics are those of a device's part, as Flax without an axis name has them."""
+    args = [draw((8, 6, 5, 8), i) for i in range(2)] + [draw((8,), i) for i in (2, 3)]
+
+    def local(x, residual, scale, bias):
+        loss, gradients = _normalised(x, residual, scale, bias)
+        return loss[None], gradients[0]
+
+    f = jax.shard_map(
+        local, mesh=mesh(), in_specs=(P("x"), P("x"), P(), P()), out_specs=(P("x"), P("x"))
+    )
+    assert "jaxwin_moments" in jax.jit(f).lower(*args).as_text()
+    losses, slopes = jax.jit(f)(*args)
+    halves = [local(args[0][part], args[1][part], *args[2:]) for part in (slice(4), slice(4, 8))]
+    close(losses, np.concatenate([half[0] for half in halves]))
+    close(slopes, np.concatenate([half[1] for half in halves]))
 
 
 def test_pmap():

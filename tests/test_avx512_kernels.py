@@ -160,6 +160,24 @@ class EpilogueArgs(ctypes.Structure):
     ]
 
 
+class ScaleArgs(ctypes.Structure):
+    """ScaleArgs of ffi/kernels/channels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "line", "residual", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "activation")),
+    ]
+
+
+class MomentsArgs(ctypes.Structure):
+    """MomentsArgs of ffi/kernels/channels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "g", "moments")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols")),
+    ]
+
+
 @dataclass
 class Kernels:
     """The plain symbols, and the emulated CPU that runs those of AVX-512."""
@@ -888,6 +906,63 @@ def test_transform(kernels: Kernels, dtype: str, kind: int, what: str, cols: int
             expected = start.copy()
             kernels.native(isa, "transform", dtype, kind, scheme, arguments(src, expected))
             _same(result, expected, f"{isa} {what} scheme {scheme}")
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [(d, a) for d in DTYPES for a in REGISTRY["dtypes"][d]["activations"]],
+)
+def test_scale(kernels: Kernels, dtype: str, activation: str, with_residual: bool) -> None:
+    full = _width("avx512", dtype)
+    number = REGISTRY["activations"].index(activation)
+    for rows, cols in ((1, 1), (3, full), (2, 2 * full - 1), (5, full + 3)):
+        rng = np.random.default_rng([rows, cols])
+        x, residual = _matrix(rng, dtype, rows * cols), _matrix(rng, dtype, rows * cols)
+        line = _matrix(rng, dtype, 2 * cols)
+        start = np.full(rows * cols, np.nan, dtype)
+
+        def arguments(y: np.ndarray) -> np.ndarray:
+            pointers = {"x": x, "line": line, "y": y}  # noqa: B023
+            if with_residual:
+                pointers["residual"] = residual  # noqa: B023
+            addresses = {name: array.ctypes.data for name, array in pointers.items()}
+            return _words(ScaleArgs(**addresses, rows=rows, cols=cols, activation=number))  # noqa: B023
+
+        y = guarded(start)
+        kernels.emulated("scale", dtype, arguments(y), buffers=(x, residual, line, y))
+        if activation == "none":
+            expected = x.reshape(rows, cols) * line[cols:] + line[:cols]
+            _same(y, (expected.ravel() + residual) if with_residual else expected.ravel(), "numpy")
+        for isa in REFERENCES:
+            expected = start.copy()
+            kernels.native(isa, "scale", dtype, arguments(expected))
+            _same(y, expected, f"{isa} {rows}x{cols}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments(kernels: Kernels, dtype: str) -> None:
+    full = _width("avx512", dtype)
+    for rows, cols in ((1, 1), (8, full), (17, 2 * full - 1), (10, full + 3)):
+        rng = np.random.default_rng([rows, cols])
+        x, g = _matrix(rng, dtype, rows * cols), _matrix(rng, dtype, rows * cols)
+        start = _matrix(rng, dtype, 2 * cols)
+
+        def arguments(sums: np.ndarray) -> np.ndarray:
+            pointers = {"x": x, "g": g, "moments": sums}  # noqa: B023
+            addresses = {name: array.ctypes.data for name, array in pointers.items()}
+            return _words(MomentsArgs(**addresses, rows=rows, cols=cols))  # noqa: B023
+
+        sums = guarded(start)
+        kernels.emulated("moments", dtype, arguments(sums), buffers=(x, g, sums))
+        expected = start.reshape(2, cols).copy()
+        for a, b in zip(x.reshape(rows, cols), g.reshape(rows, cols), strict=True):
+            expected += np.stack([b, a * b])
+        _same(sums, expected.ravel(), f"numpy {rows}x{cols}")
+        for isa in REFERENCES:
+            other = start.copy()
+            kernels.native(isa, "moments", dtype, arguments(other))
+            _same(sums, other, f"{isa} {rows}x{cols}")
 
 
 def test_every_plain_symbol_was_emulated(kernels: Kernels, request: pytest.FixtureRequest) -> None:

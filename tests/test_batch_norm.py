@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxwin
+from jaxwin import _channels, _registry
+
+ISAS = [row["name"] for row in _registry.registry()["isas"] if row["runnable"]]
 
 
 def _draw(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -241,6 +247,147 @@ def test_a_constant_channel_has_no_negative_variance() -> None:
     assert (np.asarray(var) >= 0).all() and np.isfinite(y).all()
     slope = jax.grad(lambda x: jnp.sum(jaxwin.batch_norm(x, None, None)[0] ** 2))(x)
     assert np.isfinite(slope).all()
+
+
+# Rows and channels; the last but one has sums of several chunks, the last one rows beyond a chunk.
+SIZES = [(1, 2), (7, 3), (9, 16), (33, 17), (300, 64), (20000, 40), (3, 150000)]
+
+
+def _moments_in_order(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """What ffi/channels.cc says: row by row within 512 KiB of rows, and then those sums."""
+    step = max(1, (1 << 19) // (x.shape[1] * x.itemsize))
+    total = None
+    for first in range(0, len(x), step):
+        own = slice(first, first + step)
+        sums = np.zeros((2, x.shape[1]), x.dtype)
+        for a, b in zip(x[own], g[own], strict=True):
+            sums += np.stack([b, a * b])
+        total = sums if total is None else total + sums
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", SIZES)
+def test_passes_by_channel_have_the_same_bits_everywhere(
+    size: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(size)
+    with jax.enable_x64(dtype == "float64"):
+        x, g = (rng.standard_normal(size).astype(dtype) for _ in range(2))
+        c = rng.standard_normal((2, size[1])).astype(dtype)
+        moments = _moments_in_order(x, g)
+        scaled = np.maximum((x * c[1] + c[0]) + g, 0)
+        for isa in ISAS:
+            for threads in ("1", "3"):
+                monkeypatch.setenv("JAXWIN_MAX_ISA", isa)
+                monkeypatch.setenv("NPROC", threads)
+
+                def passes(x, g, c):
+                    return _channels.moments(x, g), _channels.scaled(x, c, g, "relu")
+
+                program = jax.jit(passes).lower(x, g, c)
+                text = program.as_text()
+                assert f'isa = "{isa}"' in text and f"threads = {threads}" in text
+                got = program.compile()(x, g, c)
+                np.testing.assert_array_equal(got[0], moments)
+                np.testing.assert_array_equal(got[1], scaled)
+    np.testing.assert_allclose(moments[0], g.astype(np.float64).sum(0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (np.ones((40, 1), np.float32), "one channel"),
+        (np.ones((40, 8), jnp.bfloat16), "16 bits"),
+        (np.ones((3, 40, 8), np.float32), "vmap"),
+        (np.ones((40, 8), np.float32), "JAXWIN_DISABLE"),
+    ],
+)
+def test_where_xla_makes_the_passes(
+    x: np.ndarray, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "JAXWIN_DISABLE":
+        monkeypatch.setenv(why, "1")
+
+    def ours(x):
+        return jaxwin.batch_norm(x, None, None, residual=x, activation="relu")[0]
+
+    ours = jax.vmap(ours) if why == "vmap" else ours
+    program = jax.jit(ours).lower(x)
+    assert "custom_call" not in program.as_text()
+    np.testing.assert_array_equal(program.compile()(x), x)  # 0 + 1
+
+
+def test_a_normalisation_is_exported() -> None:
+    """For CPU with our kernels, and with a symbolic batch through JAX's operations."""
+    x = _draw(9, (4, 5, 8))[0]
+
+    @jax.jit
+    def ours(x):
+        return jaxwin.batch_norm(x, None, None, activation="relu")[0]
+
+    checks = jaxwin.export_safety_checks()
+    program = jax.export.export(ours, disabled_checks=checks)(x)
+    assert "jaxwin_scale" in program.mlir_module()
+    np.testing.assert_array_equal(jax.export.deserialize(program.serialize()).call(x), ours(x))
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 5, 8"), np.float32)
+    program = jax.export.export(ours)(symbolic)
+    assert "jaxwin_scale" not in program.mlir_module()
+    np.testing.assert_allclose(program.call(x), ours(x), atol=1e-5)
+
+
+def _calls(target: str, *shapes: tuple[int, ...], dtype: Any = np.float32, **attributes: Any):
+    """A custom call as nobody but an edited program makes it; the last shape is the result's."""
+    *operands, out = shapes
+    arrays = [np.zeros(shape, dtype) for shape in operands]
+    attributes = dict(isa="avx2", threads=np.int64(1)) | attributes
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(out, dtype))
+    return jax.block_until_ready(call(*arrays, **attributes))
+
+
+RELU = np.int64(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _calls("jaxwin_moments", (4, 3), (4, 2), (2, 3)), "g: must have the shape"),
+        (lambda: _calls("jaxwin_moments", (4, 3), (4, 3), (3, 2)), "result: must have two rows"),
+        (lambda: _calls("jaxwin_moments", (4, 3, 1), (4, 3, 1), (2, 3)), "x: must have two"),
+        (
+            lambda: _calls("jaxwin_moments", (4, 3), (4, 3), (2, 3), dtype=np.int32),
+            "x: no kernels for its element type",
+        ),
+        (
+            lambda: _calls("jaxwin_scale", (4, 3), (3,), (4, 3), activation=RELU),
+            "line: must have two rows",
+        ),
+        (
+            lambda: _calls("jaxwin_scale", (4, 3), (2, 3), (4, 4), activation=RELU),
+            "result: must have the shape",
+        ),
+        (
+            lambda: _calls("jaxwin_scale", (4, 3), (2, 3), (1, 3), (4, 3), activation=RELU),
+            "residual: must have the shape",
+        ),
+        (
+            lambda: _calls("jaxwin_scale", (4, 3), (2, 3), (4, 3), activation=np.int64(64)),
+            "activation: unknown",
+        ),
+    ],
+)
+def test_an_edited_call_is_refused(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
+        call()
+    assert "INVALID_ARGUMENT" in str(caught.value) and "jaxwin: " in str(caught.value)
+
+
+def test_calls_for_other_machines_and_without_rows() -> None:
+    """An unknown instruction set is the best one here; no rows sum up to zero."""
+    assert (_calls("jaxwin_moments", (0, 3), (0, 3), (2, 3), isa="a_future_one") == 0).all()
+    assert (_calls("jaxwin_moments", (4, 3), (4, 3), (2, 3), isa="a_future_one") == 0).all()
+    assert _calls("jaxwin_scale", (0, 3), (2, 3), (0, 3), activation=RELU).shape == (0, 3)
+    assert _calls("jaxwin_moments", (4, 0), (4, 0), (2, 0)).shape == (2, 0)
 
 
 @pytest.mark.parametrize(

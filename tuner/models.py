@@ -410,18 +410,18 @@ class FusedTrainingNet(JaxNet):
 
     def max_pool(self, x: Any, window: int, stride: int, padding: int = 0) -> Any:
         # XLA's gradient of reduce_window carries four arrays of indices along. The first of the
-        # largest values has it here as well.
+        # largest values has it here as well: of a row, and then of the rows.
         pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         x = jnp.pad(x, pads, constant_values=-jnp.inf)
-        n, h, w, c = x.shape
-        h, w = ((size - window) // stride + 1 for size in (h, w))
-        best = None
-        for i in range(window):
-            for j in range(window):
-                last = (n, i + (h - 1) * stride + 1, j + (w - 1) * stride + 1, c)
-                there = lax.slice(x, (0, i, j, 0), last, (1, stride, stride, 1))
+        for axis in (2, 1):
+            count = (x.shape[axis] - window) // stride + 1
+            best = None
+            for i in range(window):
+                last = i + (count - 1) * stride + 1
+                there = lax.slice_in_dim(x, i, last, stride, axis)
                 best = there if best is None else jnp.where(there > best, there, best)
-        return best
+            x = best
+        return x
 
 
 class _Meeting(FusedNet):

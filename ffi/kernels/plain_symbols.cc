@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/channels.h"
 #include "kernels/kernels.h"
 #include "kernels/transforms.h"
 
@@ -81,5 +82,12 @@ JAXWIN_SYMBOL(jaxwin_test_transform_)
 (int64_t word, int64_t kind, int64_t scheme, const jaxwin::TransformArgs* args) {
   const auto& t = *jaxwin::JAXWIN_TARGET::transforms(static_cast<jaxwin::Word>(word));
   (kind == 0 ? t.input : kind == 1 ? t.filter : t.output)[scheme](args);
+}
+#define JAXWIN_CHANNELS (*jaxwin::JAXWIN_TARGET::channel_kernels(static_cast<jaxwin::Word>(word)))
+JAXWIN_SYMBOL(jaxwin_test_scale_)(int64_t word, const jaxwin::ScaleArgs* args) {
+  JAXWIN_CHANNELS.scale(args);
+}
+JAXWIN_SYMBOL(jaxwin_test_moments_)(int64_t word, const jaxwin::MomentsArgs* args) {
+  JAXWIN_CHANNELS.moments(args);
 }
 }
