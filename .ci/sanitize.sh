@@ -10,7 +10,10 @@ build=$PWD/build/sanitize
 cxx=${CXX:-g++}
 [ $# -gt 0 ] || set -- tests/test_conformance.py tests/test_faults.py \
     tests/test_memory.py tests/test_numerics.py tests/test_conv.py::test_values \
-    tests/test_conv.py::test_activation_over_its_whole_range
+    tests/test_conv.py::test_activation_over_its_whole_range \
+    tests/test_batch_norm.py::test_passes_by_channel_have_the_same_bits_everywhere \
+    tests/test_batch_norm.py::test_an_edited_call_is_refused \
+    tests/test_batch_norm.py::test_calls_for_other_machines_and_without_rows
 
 # Python is not instrumented, so the runtime must be there before it; and libstdc++ with it, since
 # the runtime looks up at once what a C++ exception needs.

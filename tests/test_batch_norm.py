@@ -318,6 +318,13 @@ def test_where_xla_makes_the_passes(
     np.testing.assert_array_equal(program.compile()(x), x)  # 0 + 1
 
 
+def test_programs_for_other_platforms_have_no_call() -> None:
+    ours = jax.jit(jax.grad(lambda x: jnp.sum(jaxwin.batch_norm(x, None, None)[0] ** 2)))
+    traced = ours.trace(np.ones((40, 8), np.float32))
+    assert "jaxwin_moments" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "custom_call" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_a_normalisation_is_exported() -> None:
     """For CPU with our kernels, and with a symbolic batch through JAX's operations."""
     x = _draw(9, (4, 5, 8))[0]
