@@ -21,8 +21,10 @@ namespace ffi = xla::ffi;
 
 // What one task takes at a time, in bytes of an array.
 constexpr int64_t kTask = int64_t{1} << 18;
-// The rows of a partial sum; part of what the numbers are, so that it depends on nothing else.
+// A partial sum has so many bytes of rows, and no more rows than leave a long sum its digits. Part
+// of what the numbers are, so it depends on the shape alone.
 constexpr int64_t kChunk = int64_t{1} << 19;
+constexpr int64_t kChunkRows = 4096;
 
 struct Rows {
   int64_t rows = 0;
@@ -105,14 +107,15 @@ ffi::Error moments(ffi::ThreadPool thread_pool, std::string_view isa, int64_t th
   const std::string wrong = get_rows(x, &a);
   if (!wrong.empty()) return invalid(wrong);
   if (!has_shape(g, a, a.rows)) return invalid("g: must have the shape and type of x");
-  if (!has_shape(*out, a, 2))
+  if (!has_shape(*out, a, 2)) {
     return invalid("result: must have two rows of the width and type of x");
+  }
   if (a.cols == 0) return ffi::Error::Success();
   const Isa& set = usable_isa(std::string(isa));
   const Word word = kDtypeRows[a.dtype].word;
   const ChannelKernels& k = *set.channels(word);
 
-  const int64_t step = std::max<int64_t>(1, kChunk / a.row_bytes());
+  const int64_t step = std::clamp<int64_t>(kChunk / a.row_bytes(), 1, kChunkRows);
   const int64_t chunks = std::max<int64_t>(1, (a.rows + step - 1) / step);
   const int64_t pair = 2 * a.row_bytes();
   auto* result = static_cast<char*>(out->untyped_data());

@@ -125,10 +125,10 @@ def batch_norm(
     Numerical contract: sums and statistics are computed in float32 at least. `var` is
     ``mean(x**2) - mean(x)**2``, no less than zero, as Flax's default: where the mean is far larger
     than the deviation, digits are lost. On CPU, float32 and float64 sums are taken row by row in
-    pieces of 512 KiB, whose sums are then added in their order, so that their bits depend neither
-    on threads nor on the instruction set. Elsewhere (other platforms, 16-bit types, one channel,
-    under vmap, programs over several devices) they are XLA's, and the bits may depend on the
-    version of JAX. Derivatives of any order and mode work.
+    pieces of 512 KiB and at most 4096 rows, whose sums are then added in their order, so that their
+    bits depend neither on threads nor on the instruction set. Elsewhere (other platforms, 16-bit
+    types, one channel, under vmap, programs over several devices) they are XLA's, and the bits may
+    depend on the version of JAX. Derivatives of any order and mode work.
 
     Source: Ioffe and Szegedy, arXiv 1502.03167, section 3.
     """
@@ -155,7 +155,7 @@ def batch_norm(
         x.reshape(-1, channels),
         vector("scale", scale, 1.0),
         vector("bias", bias, 0.0),
-        None if residual is None else residual.astype(x.dtype).reshape(-1, channels),
+        None if residual is None else residual.reshape(-1, channels),
         fused,
         eps,
     )

@@ -239,6 +239,12 @@ def test_the_normalisation_of_training_without_scale_bias_and_in_16_bits() -> No
     np.testing.assert_allclose(y16.astype(np.float32), expected, rtol=2**-8, atol=1e-5)
     slope = jax.grad(lambda x: jnp.sum(jaxwin.batch_norm(x, None, None)[0] ** 2))(narrow)
     assert slope.dtype == jnp.bfloat16
+    # A wider residual is not rounded before it is added.
+    wide = narrow.astype(np.float32) / 3
+    y16, _, _ = jaxwin.batch_norm(narrow, None, None, residual=wide)
+    exact = _plain(narrow.astype(np.float32), 1.0, 0.0, wide)[0]
+    assert y16.dtype == jnp.bfloat16
+    assert np.mean(y16 == exact.astype(jnp.bfloat16)) > 0.99
 
 
 def test_a_constant_channel_has_no_negative_variance() -> None:
@@ -249,13 +255,13 @@ def test_a_constant_channel_has_no_negative_variance() -> None:
     assert np.isfinite(slope).all()
 
 
-# Rows and channels; the last but one has sums of several chunks, the last one rows beyond a chunk.
-SIZES = [(1, 2), (7, 3), (9, 16), (33, 17), (300, 64), (20000, 40), (3, 150000)]
+# Rows and channels; the last three have sums of several chunks: by rows, by bytes, and of a row.
+SIZES = [(1, 2), (7, 3), (9, 16), (33, 17), (300, 64), (9000, 3), (9000, 40), (3, 150000)]
 
 
 def _moments_in_order(x: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """What ffi/channels.cc says: row by row within 512 KiB of rows, and then those sums."""
-    step = max(1, (1 << 19) // (x.shape[1] * x.itemsize))
+    """What `batch_norm` says: row by row within 512 KiB or 4096 rows, and then those sums."""
+    step = min(4096, max(1, (1 << 19) // (x.shape[1] * x.itemsize)))
     total = None
     for first in range(0, len(x), step):
         own = slice(first, first + step)

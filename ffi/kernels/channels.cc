@@ -11,7 +11,7 @@
 namespace jaxwin::JAXWIN_TARGET {
 namespace {
 
-// Calls body(c, mask) for every vector of columns; the mask's type says whether it is a whole one.
+// The mask of a vector with all its lanes.
 struct Whole {};
 template <typename T>
 JAXWIN_INLINE Vec<T> load(const T* p, Whole /*mask*/) {
@@ -21,6 +21,8 @@ template <typename T>
 JAXWIN_INLINE void store(T* p, Vec<T> a, Whole /*mask*/) {
   store(p, a);
 }
+
+// Calls body(c, mask) for every vector of columns; the mask's type says whether it is a whole one.
 template <typename T, typename Body>
 JAXWIN_INLINE void over_columns(int64_t cols, const Body& body) {
   int64_t c = 0;
