@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -51,6 +52,12 @@ std::string get_rows(const ffi::AnyBuffer& x, Rows* a) {
   return {};
 }
 
+// Those of the named set, or of the best one where the program comes from another machine.
+const Isa& isa_of_call(std::string_view name) {
+  const Isa* set = find_isa(std::string(name));
+  return set == nullptr ? *best_isa("") : *set;
+}
+
 // One thread per task's worth of bytes, and no more than there are.
 Threads pool_for(ffi::ThreadPool* pool, int64_t threads, int64_t bytes) {
   return threads_of(pool, std::clamp<int64_t>(bytes / kTask, 1, std::max<int64_t>(1, threads)));
@@ -74,7 +81,7 @@ ffi::Error scale(ffi::ThreadPool thread_pool, std::string_view isa, int64_t thre
     }
     residual = static_cast<const char*>(buffer->untyped_data());
   }
-  const ChannelKernels& k = *usable_isa(std::string(isa)).channels(kDtypeRows[a.dtype].word);
+  const ChannelKernels& k = *isa_of_call(isa).channels(kDtypeRows[a.dtype].word);
   if (activation < 0 || activation >= kActivationCount || (k.activations >> activation & 1U) == 0) {
     return invalid("activation: unknown, or not one of the kernels for this element type");
   }
@@ -111,7 +118,7 @@ ffi::Error moments(ffi::ThreadPool thread_pool, std::string_view isa, int64_t th
     return invalid("result: must have two rows of the width and type of x");
   }
   if (a.cols == 0) return ffi::Error::Success();
-  const Isa& set = usable_isa(std::string(isa));
+  const Isa& set = isa_of_call(isa);
   const Word word = kDtypeRows[a.dtype].word;
   const ChannelKernels& k = *set.channels(word);
 

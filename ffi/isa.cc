@@ -78,19 +78,17 @@ const Isa* best_isa(const std::string& cap) {
   return cap.empty() ? best : nullptr;
 }
 
-const Kernels* find_kernels(const std::string& isa, Word word) {
-  if (isa.empty()) return best_isa("")->kernels(word);
+const Isa* find_isa(const std::string& name) {
+  if (name.empty()) return best_isa("");
   for (const Isa& set : isas()) {
-    if (set.runnable && isa == set.name) return set.kernels(word);
+    if (set.runnable && name == set.name) return &set;
   }
   return nullptr;
 }
 
-const Isa& usable_isa(const std::string& name) {
-  for (const Isa& set : isas()) {
-    if (set.runnable && name == set.name) return set;
-  }
-  return *best_isa("");
+const Kernels* find_kernels(const std::string& isa, Word word) {
+  const Isa* set = find_isa(isa);
+  return set == nullptr ? nullptr : set->kernels(word);
 }
 
 }  // namespace jaxwin

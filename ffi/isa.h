@@ -24,10 +24,9 @@ const std::vector<Isa>& isas();
 // The best set that does not lie above `cap` ("" for no cap); null where the cap is no known name.
 const Isa* best_isa(const std::string& cap);
 
-// The kernels of a set ("" for the best) for a word; null where this CPU does not run it.
+// The set of this name ("" for the best), and its kernels for a word; null where this CPU does not
+// run it.
+const Isa* find_isa(const std::string& name);
 const Kernels* find_kernels(const std::string& isa, Word word);
-
-// The set of this name where this CPU runs it, else the best one.
-const Isa& usable_isa(const std::string& name);
 
 }  // namespace jaxwin

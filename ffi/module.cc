@@ -439,7 +439,9 @@ nb::dict registry() {
   for (int d = 0; d < kDtypes; ++d) {
     if (kDtypeRows[d].word == kWords) continue;
     const Kernels* k = isas()[0].kernels(kDtypeRows[d].word);
-    nb::list fused, results;
+    const ChannelKernels* channels = isas()[0].channels(kDtypeRows[d].word);
+    const bool plain = is_plain(static_cast<Dtype>(d), static_cast<Dtype>(d));
+    nb::list fused, scaled, results;
     for (int r = 0; r < kDtypes; ++r) {
       if (has_kernels(static_cast<Dtype>(d), static_cast<Dtype>(r))) {
         results.append(kDtypeRows[r].name);
@@ -449,12 +451,14 @@ nb::dict registry() {
       if (has_activation(*k, static_cast<Dtype>(d), static_cast<Activation>(i))) {
         fused.append(kActivationNames[i]);
       }
+      if (plain && (channels->activations >> i & 1U) != 0) scaled.append(kActivationNames[i]);
     }
     nb::dict row;
     row["word"] = kWordSizes[kDtypeRows[d].word];  // bytes
     row["results"] = results;
-    row["takes_packed"] = is_plain(static_cast<Dtype>(d), static_cast<Dtype>(d));
+    row["takes_packed"] = plain;
     row["activations"] = fused;
+    row["scale_activations"] = scaled;  // of passes by channel; empty: there are none
     dtype_rows[kDtypeRows[d].name] = row;
   }
   nb::dict cache_sizes;

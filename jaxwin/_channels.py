@@ -32,8 +32,6 @@ from jaxwin._settings import settings
 
 Array = jax.Array
 
-_KERNEL_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
-
 
 def moments(x: Array, g: Array) -> Array:
     """(2, C): the sums over rows of g, and of x * g."""
@@ -102,8 +100,8 @@ def _lower_natively(primitive: Any, plain: Callable[..., Array], target: str) ->
             return lowered
         attributes = {"isa": _registry.isa(), "threads": np.int64(_registry.threads())}
         if "activation" in params:
-            names = _registry.registry()["activations"]
-            attributes["activation"] = np.int64(names.index(params["activation"] or "none"))
+            number = _registry.activation_number(params["activation"])
+            attributes["activation"] = np.int64(number)
         return jax.ffi.ffi_lowering(target)(ctx, *args, **attributes)
 
     _compat.register_lowering(primitive, {"cpu": lower}, through_jax)
@@ -112,14 +110,13 @@ def _lower_natively(primitive: Any, plain: Callable[..., Array], target: str) ->
 
 def _has_kernels(ctx: Any, activation: str | None = None) -> bool:
     x = ctx.avals_in[0]
-    if settings().disable or x.dtype not in _KERNEL_DTYPES or _compat.placement(ctx) != "local":
-        return False
-    if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
+    if settings().disable or _compat.placement(ctx) != "local" or not _compat.is_static(ctx):
         return False
     if x.shape[1] == 1:  # lanes are channels; to XLA it is a row of numbers
         return False
-    fused = _registry.registry()["dtypes"][x.dtype.name]["activations"]
-    return (activation or "none") in fused and all(a.dtype == x.dtype for a in ctx.avals_in)
+    row = _registry.registry()["dtypes"].get(x.dtype.name, {})
+    known = (activation or "none") in row.get("scale_activations", ())
+    return known and all(a.dtype == x.dtype for a in ctx.avals_in)
 
 
 _moments_p = _primitive("jaxwin_moments", _plain_moments)

@@ -163,11 +163,11 @@ def forget_device_requirements() -> None:
     _dispatch.jaxpr_has_prim_requiring_devices.cache_clear()
 
 
-def is_static(ctx: Any, params: dict[str, Any]) -> bool:
-    """Whether every size in a convolution's operands, result and padding is a plain integer."""
+def is_static(ctx: Any, padding: Sequence[tuple[Any, Any]] = ()) -> bool:
+    """Whether every size in the operands, the result and the padding is a plain integer."""
     shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
-    return all(isinstance(size, (int, np.integer)) for shape in shapes for size in shape) and all(
-        isinstance(size, (int, np.integer)) for pair in params["padding"] for size in pair
+    return all(
+        isinstance(size, (int, np.integer)) for sizes in (*shapes, *padding) for size in sizes
     )
 
 

@@ -426,7 +426,7 @@ def _lower(platform: str, ctx: Any, x: Any, w: Any, *epilogue: Any, **params: An
 
     The decomposition's convolution knows how a program is divided over devices.
     """
-    if _compat.placement(ctx) == "local" and _compat.is_static(ctx, params):
+    if _compat.placement(ctx) == "local" and _compat.is_static(ctx, params["padding"]):
         try:
             return _lowering.lower_conv(ctx, x, w, *epilogue, platform=platform, **params)
         except _lowering.NoEpilogueError:

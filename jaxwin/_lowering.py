@@ -116,7 +116,6 @@ def attributes(problem: Problem, plan: Plan) -> dict[str, Any]:
             "rhs_dilation",
         )
     }
-    activations = _registry.registry()["activations"]
     result.update(
         padding=ints(sum(problem.padding, ())),
         rhs_reversal=ints(problem.rhs_reversal or (False,) * problem.spatial_rank),
@@ -128,7 +127,7 @@ def attributes(problem: Problem, plan: Plan) -> dict[str, Any]:
         params=ints(plan.params),
         has_bias=np.int64(problem.bias),
         has_residual=np.int64(problem.residual),
-        activation=np.int64(activations.index(problem.activation or "none")),
+        activation=np.int64(_registry.activation_number(problem.activation)),
         rhs_panel=np.int64(problem.rhs_panel),
     )
     if problem.rhs_panel:

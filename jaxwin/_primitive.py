@@ -225,7 +225,7 @@ def lower_on_cpu(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Sequence[Any]:
     """CPU, for `conv_p` and, under `install()`, for lax's primitive: same operands, parameters."""
     placement = _compat.placement(ctx)
     nested = getattr(_lowering_now, "value", False)
-    if nested or placement == "opaque" or not _compat.is_static(ctx, params):
+    if nested or placement == "opaque" or not _compat.is_static(ctx, params["padding"]):
         return _compat.lower_through_lax(ctx, lhs, rhs, **params)
     if placement == "local":
         _lowering_now.value = True
@@ -243,7 +243,7 @@ def lower_on_cpu(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Sequence[Any]:
 def lower_on_cuda(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Sequence[Any]:
     """CUDA, as `lower_on_cpu`; lax computes what is divided over several devices."""
     nested = getattr(_lowering_now, "value", False)
-    if nested or _compat.placement(ctx) != "local" or not _compat.is_static(ctx, params):
+    if nested or _compat.placement(ctx) != "local" or not _compat.is_static(ctx, params["padding"]):
         return _compat.lower_through_lax(ctx, lhs, rhs, platform="cuda", **params)
     _lowering_now.value = True
     try:

@@ -66,6 +66,12 @@ def takes_packed(algorithm: str, dtype: str) -> bool:
     )
 
 
+def activation_number(activation: str | None) -> int:
+    """How the native core is told an activation."""
+    numbers: list[str] = registry()["activations"]
+    return numbers.index(activation or "none")
+
+
 @functools.cache
 def width(isa: str, dtype: str) -> int:
     """Lanes of an instruction set's vectors where operands are of this dtype.
