@@ -4,6 +4,7 @@
 
 #include <cpuid.h>
 
+#include <array>
 #include <cstring>
 
 namespace jaxwin {
@@ -24,33 +25,41 @@ bool has_f16c() { return (cpuid(1, 0).c & bit_F16C) != 0; }
 bool has_avx512_fp16() { return (cpuid(7, 0).d >> 23 & 1U) != 0; }
 bool has_avx512_bf16() { return (cpuid(7, 1).a >> 5 & 1U) != 0; }
 
-const Kernels* avx512_kernels(Word word) {
-  static const bool vnni = __builtin_cpu_supports("avx512vnni");
-  static const Kernels floats = [] {
-    Kernels k = *avx512::kernels(kFloat);
+// The tables of avx512, with what this CPU has besides.
+std::array<Kernels, kWords> avx512_tables() {
+  const bool vnni = __builtin_cpu_supports("avx512vnni") != 0;
+  std::array<Kernels, kWords> tables{};
+  for (const Word word : {kFloat, kDouble, kPair}) {
+    Kernels& k = tables[word];
+    k = *(word == kPair && vnni ? avx512vnni::kernels(word) : avx512::kernels(word));
     // CPUs of the kind that has AVX512-FP16, Golden Cove and later, load two vectors of 512 bits in
     // a cycle: there the narrow forms only keep the ports of the products from their work (124
-    // instead of 164 GFLOP/s for 16x1).
+    // instead of 164 GFLOP/s for 16x1), and tiles of few columns are as good as wide ones.
     k.loads_two = has_avx512_fp16();
-    if (vnni) {
-      const Kernels& dots = *avx512vnni::kernels(kFloat);
-      for (int d = 0; d < kDtypes; ++d) {
-        for (int stride = 0; stride <= kMaxWindowStride; ++stride) {
-          if (dots.window_filters[d][stride] == nullptr) continue;
-          k.window_filters[d][stride] = dots.window_filters[d][stride];
-          std::memcpy(k.window[d][stride], dots.window[d][stride], sizeof k.window[d][stride]);
-        }
+  }
+  Kernels& floats = tables[kFloat];
+  if (vnni) {
+    const Kernels& dots = *avx512vnni::kernels(kFloat);
+    for (int d = 0; d < kDtypes; ++d) {
+      for (int stride = 0; stride <= kMaxWindowStride; ++stride) {
+        if (dots.window_filters[d][stride] == nullptr) continue;
+        floats.window_filters[d][stride] = dots.window_filters[d][stride];
+        std::memcpy(floats.window[d][stride], dots.window[d][stride],
+                    sizeof floats.window[d][stride]);
       }
     }
-    if (has_avx512_bf16() && k.write_bf16_by_cpu != nullptr) {
-      k.stores[kBF16] = kStoreBF16ByCpu;
-      k.write[kBF16] = k.write_bf16_by_cpu;
-      k.stream[kBF16] = k.stream_bf16_by_cpu;
-    }
-    return k;
-  }();
-  if (word == kFloat) return &floats;
-  return word == kPair && vnni ? avx512vnni::kernels(word) : avx512::kernels(word);
+  }
+  if (has_avx512_bf16() && floats.write_bf16_by_cpu != nullptr) {
+    floats.stores[kBF16] = kStoreBF16ByCpu;
+    floats.write[kBF16] = floats.write_bf16_by_cpu;
+    floats.stream[kBF16] = floats.stream_bf16_by_cpu;
+  }
+  return tables;
+}
+
+const Kernels* avx512_kernels(Word word) {
+  static const std::array<Kernels, kWords> tables = avx512_tables();
+  return &tables[word];
 }
 
 }  // namespace

@@ -245,6 +245,17 @@ Progression window_positions(const Problem& p, int d, int64_t o) {
   return {first, step, n, q / ld, q_step / ld};
 }
 
+double real_share(const Problem& p, int d) {
+  if (p.lhs_dilation[d] > 64) return 1 / static_cast<double>(p.lhs_dilation[d]);
+  // Borders count where there are few outputs: of more, those at even distances stand for all.
+  const int64_t samples = std::clamp<int64_t>(p.out[d], 1, 64);
+  int64_t real = 0;
+  for (int64_t i = 0; i < samples; ++i) {
+    real += window_positions(p, d, p.out[d] * (2 * i + 1) / (2 * samples)).n;
+  }
+  return static_cast<double>(real) / static_cast<double>(samples * p.win[d]);
+}
+
 int64_t residue_period(const Problem& p, int d) {
   return p.lhs_dilation[d] / std::gcd(p.lhs_dilation[d], p.stride[d]);
 }

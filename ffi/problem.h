@@ -96,6 +96,9 @@ struct Progression {
 };
 Progression window_positions(const Problem& p, int dim, int64_t out_position);
 
+// Of the window positions of one dimension, for all its outputs, the share that reads real input.
+double real_share(const Problem& p, int dim);
+
 // With lhs_dilation l and stride s, the outputs o = r + t * period (period = l / gcd(l, s)) of one
 // dimension see the same window positions of the dilated input, and among themselves form an
 // ordinary convolution: window positions first + i * step, i < win (0: none is real), reading input

@@ -207,13 +207,14 @@ bool meets_padding(const Problem& p, int64_t j0, int64_t j1) {
 }
 
 // Cycles of a reduction step over so many pixels and a panel, in tiles of nearly equal height.
-double step_cycles(const Kernels& k, int64_t pixels, int64_t mr, int64_t nv) {
+double step_cycles(const Kernels& k, int64_t pixels, int64_t mr, int64_t nv,
+                   double a_cycles = kNearCycles) {
   if (pixels == 0) return 0;
   const int64_t most = std::max<int64_t>(1, k.max_mr[nv]);  // 0: no such tile, which is refused
   const int64_t tiles = ceil_div(pixels, std::min(mr, most));
   const int64_t high = pixels % tiles;
-  return static_cast<double>(high) * tile_step_cycles(k, pixels / tiles + 1, nv) +
-         static_cast<double>(tiles - high) * tile_step_cycles(k, pixels / tiles, nv);
+  return static_cast<double>(high) * tile_step_cycles(k, pixels / tiles + 1, nv, a_cycles) +
+         static_cast<double>(tiles - high) * tile_step_cycles(k, pixels / tiles, nv, a_cycles);
 }
 
 // Cycles of a window row and a panel over the pixels of an output row: all of them, or at each
@@ -1371,26 +1372,36 @@ int64_t gemm_workspace(const Problem& p, const Target& t, const Params& params, 
          l.thread_floats() * useful_threads(p, t.threads);
 }
 
-double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv) {
-  // Two FMA ports with four cycles of latency, B from the second-level cache at 28 bytes a cycle,
-  // and something for every load: fitted on Ice Lake, where 6x4 beats 14x2 by an eighth, and 10x2
-  // does not reach 5x4.
+double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv, double a_cycles) {
+  // What a step waits for: two FMA ports, the four cycles until a sum can be added to again, the
+  // loads of A and B, and B's way from the second-level cache. They overlap, but less where two
+  // take nearly as long: the sum of fourth powers is within a twentieth of what was measured for
+  // nearly every tile. Golden Cove and later load two vectors of 512 bits in a cycle, Ice Lake one:
+  // there 6x4 beats 14x2 by an eighth, here they are equal, and 10x2 is faster than 5x4.
   const double m = static_cast<double>(mr);
   const double v = static_cast<double>(nv);
-  const double b_bytes = v * static_cast<double>(k.width * k.size);
-  return std::max({m * v / 2.0, b_bytes / 28.0, 5.0}) + 0.45 * m + 0.6 * v;
+  const int64_t vector = k.width * k.size;
+  const double loads = vector == 64 && !k.loads_two ? 1.0 : 2.0;
+  const double l2_bytes = k.loads_two ? 36.0 : 28.0;
+  const auto fourth = [](double x) { return x * x * x * x; };
+  const double waits = fourth(m * v / 2.0) + fourth(4.0) + fourth((m + v) / loads) +
+                       fourth(v * static_cast<double>(vector) / l2_bytes);
+  const double a_waits = a_cycles * m * static_cast<double>(vector) / 64.0;
+  // By experience a step takes a third to a half more: runs and panels begin and end.
+  return (vector == 64 ? 1.3 : 1.5) * (std::sqrt(std::sqrt(waits)) + a_waits);
 }
 
-Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most) {
+Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most, double a_cycles,
+               int64_t unit) {
   Tile best{1, 1};
   double best_cost = 1e300;
-  for (int64_t nv = 1; nv <= kMaxNv; ++nv) {
+  for (int64_t nv = unit; nv <= kMaxNv; nv += unit) {
     if (k.max_mr[nv] == 0) continue;
     const int64_t panels = ceil_div(columns, nv * k.width);
     const int64_t last_nv = ceil_div(columns - (panels - 1) * nv * k.width, k.width);
     const int64_t mr = ceil_div(rows, ceil_div(rows, std::min<int64_t>(most, k.max_mr[nv])));
-    const double cost = static_cast<double>(panels - 1) * step_cycles(k, rows, mr, nv) +
-                        step_cycles(k, rows, mr, last_nv);
+    const double cost = static_cast<double>(panels - 1) * step_cycles(k, rows, mr, nv, a_cycles) +
+                        step_cycles(k, rows, mr, last_nv, a_cycles);
     if (cost < best_cost * 0.999) {
       best_cost = cost;
       best = {mr, nv};
@@ -1409,12 +1420,36 @@ std::string gemm_rejects(const Problem& p, Lowering lowering) {
   return {};
 }
 
+namespace {
+
+// Whether results of a tile of nv vectors should pass the caches by, as they would not stay there
+// until they are read. With few products to a result, fetching the lines that are written takes a
+// good part of the time, and a last-level cache that other cores share is no better than memory.
+bool passes_by(const Problem& p, const Kernels& k, int64_t nv) {
+  const int64_t bytes = p.g * p.n * p.k * p.pixels() * kDtypeRows[p.out_dtype].size;
+  // With hardly any, and whole panels of the widest tile, that begins as soon as they leave the
+  // second-level cache; narrower tiles lose by it in fresh memory. Elements that sums are made at
+  // last wait for nothing else.
+  const bool hardly_any = p.reduction() <= 16 && nv == kMaxNv;
+  const bool words = is_word(k, p.out_dtype);
+  const int64_t few = (words ? 4 : 2) * caches().l2 / (hardly_any ? 2 : 1);
+  const int64_t kept = std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, few);
+  const bool can_stream = words || k.stream[p.out_dtype] != nullptr;
+  return p.y.k == 1 && can_stream && bytes >= kept;
+}
+
+}  // namespace
+
 Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering) {
   const Kernels& k = *t.kernels;
   const Problem p = words_of(problem, k);
   Params params{};
   const int64_t highest = lowering == Lowering::kIndirect ? kMaxIndirectMr : kMaxMr;
-  Tile tile = best_tile(k, p.out[2], p.k, highest);
+  // Without a window, an element is read once in each pass: from where all of them fit. And short
+  // sums are stored as often as they are added to, the better the more neighbours there are.
+  const bool far_off =
+      p.reduction() <= 64 || (p.window() == 1 && p.n * p.pixels() * p.c * k.size > caches().l2 / 2);
+  Tile tile = best_tile(k, p.out[2], p.k, highest, far_off ? kFarCycles : kNearCycles);
   int64_t widest = 0;
   for (int64_t v = 0; v < p.win[2]; ++v) {
     const Range real = pixels_at(p, v, 0, p.out[2]);
@@ -1423,6 +1458,11 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
   if (widest > 0 && widest < p.out[2]) {
     const Tile trimmed = best_tile(k, widest, p.k, highest);
     if (row_cycles(p, k, lowering, trimmed) < row_cycles(p, k, lowering, tile)) tile = trimmed;
+  }
+  // Results that pass the caches by leave in whole cache lines, or slowly.
+  const int64_t line = std::max<int64_t>(1, 64 / (k.width * k.size));
+  if (tile.nv % line != 0 && p.k > tile.nv * k.width && passes_by(p, k, tile.nv)) {
+    tile = best_tile(k, p.out[2], p.k, highest, kFarCycles, line);
   }
   if (p.panel > 0) {
     tile.nv = std::clamp<int64_t>(p.panel / k.width, 1, kMaxNv);
@@ -1593,19 +1633,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
       p.reduction() * panel <= panel_floats(k) * 5 / 2) {
     params[kKc] = 0;
   }
-  // Results that would not stay in the caches until they are read. With few products to a result,
-  // fetching the lines that are written takes a good part of the time, and a last-level cache that
-  // other cores share is no better than memory.
-  const int64_t bytes = p.g * p.n * p.k * p.pixels() * kDtypeRows[p.out_dtype].size;
-  // With hardly any, and whole panels of the widest tile, that begins as soon as they leave the
-  // second-level cache; narrower tiles lose by it in fresh memory. Elements that sums are made at
-  // last wait for nothing else.
-  const bool hardly_any = p.reduction() <= 16 && params[kNv] == kMaxNv;
-  const bool words = is_word(k, p.out_dtype);
-  const int64_t few = (words ? 4 : 2) * caches().l2 / (hardly_any ? 2 : 1);
-  const int64_t kept = std::max(p.reduction() <= 128 ? 0 : caches().l3 / 2, few);
-  const bool can_stream = words || k.stream[p.out_dtype] != nullptr;
-  params[kStream] = p.y.k == 1 && can_stream && bytes >= kept ? 1 : 0;
+  params[kStream] = passes_by(p, k, tile.nv) ? 1 : 0;
   // Sums that cannot be written to the result itself lie beside the strip, in the same limit.
   while (is_buffered(p, k)) {
     const Layout l = make_layout(problem, t, params, lowering);
@@ -1673,7 +1701,8 @@ double pack_cycles(const Problem& p, const Kernels& k) {
   const double width = static_cast<double>(k.width);
   if (p.w.k == 1) return 3 / width;
   const int64_t bytes = p.g * p.k * p.reduction() * k.size;
-  if (p.w.c == 1 || bytes <= caches().l2 / 2) return 6 / width;
+  if (bytes <= caches().l2 / 2) return 6 / width;
+  if (p.w.c == 1) return 12 / width;
   return bytes <= caches().l3 / 4 ? 4.5 : 9.0;
 }
 
@@ -1688,7 +1717,9 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
   const double tiles = static_cast<double>(ceil_div(p.out[2], params[kMr]));
   const double rows = static_cast<double>(p.g * p.n * p.out[0] * p.out[1]);
   const double step = tile_step_cycles(k, params[kMr], params[kNv]);
-  double cost = rows * tiles * panels * static_cast<double>(p.reduction()) * step;
+  // Window rows on padding are left out.
+  double cost = rows * tiles * panels * static_cast<double>(p.reduction()) * step *
+                real_share(p, 0) * real_share(p, 1);
   const int64_t vectors = std::min(params[kNv], ceil_div(p.k, k.width));
   const Edges edges = edges_of(p, k, lowering, params[kMr], vectors);
   if (edges == Edges::kByColumn) {
@@ -1729,8 +1760,11 @@ double gemm_cost(const Problem& problem, const Target& t, const Params& params, 
     // as well as a strip does, channels that lie apart do not.
     cost += rows * tiles * panels * 0.5 * static_cast<double>(p.window());
     if (p.x.c != 1) cost *= 1.3;
-    // Few channels of many: pixels that meet in the same sets of the first-level cache.
-    if (p.x.c == 1 && p.x.sp[2] > p.c && p.c <= int64_t{2} * k.width) cost *= 1.05;
+    // Few channels of many: pixels that meet in the same sets of the first-level cache, or all in
+    // one.
+    const bool one_set = p.stride[2] * p.x.sp[2] * k.size % 4096 == 0;
+    const bool few = p.c <= int64_t{2} * k.width;
+    if (p.x.c == 1 && p.x.sp[2] > p.c) cost *= one_set ? (few ? 1.5 : 1.15) : few ? 1.05 : 1.0;
   }
   // Measured: never faster than im2win and direct, where the model sees no difference.
   if (lowering == Lowering::kWidth || lowering == Lowering::kIndirect) cost *= 1.2;

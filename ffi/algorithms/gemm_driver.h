@@ -62,11 +62,17 @@ Algorithm gemm_algorithm(const char* name, const char* summary, const char* sour
 }
 
 // Modelled cycles of one reduction step of a tile; the tile that this prefers for rows x columns.
+// a_cycles: what an element of A takes besides, each time that a tile of vectors of 512 bits reads
+// it: where the caches near by have it, or where each pass over A finds it further away. unit: nv
+// is a multiple of it.
 struct Tile {
   int64_t mr, nv;
 };
-double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv);
-Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most = kMaxMr);
+inline constexpr double kNearCycles = 0.09;
+inline constexpr double kFarCycles = 0.25;
+double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv, double a_cycles = kNearCycles);
+Tile best_tile(const Kernels& k, int64_t rows, int64_t columns, int64_t most = kMaxMr,
+               double a_cycles = kNearCycles, int64_t unit = 1);
 
 // Applies the epilogue to `words` (all set but the residual) and writes them to y as its
 // elements, where those are not words: element [r][j] to y_offset + r * y_row + j * y_col. Stream:

@@ -919,22 +919,31 @@ void lanes_run(const Problem& p, const Params& params, const Operands& o, const 
 double lanes_cost(const Problem& p, const Target& t, const Params& params) {
   const double vectors = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width));
   const double taps = static_cast<double>(p.n * p.pixels()) * static_cast<double>(p.reduction());
-  // One load per fma; several channels per group are copied into lanes first.
+  // One load per fma. Where a vector's lanes read few elements, or several channels per group,
+  // these are copied into lanes first.
+  const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
   if (p.chunk_rows > 0) {
     const double channels = static_cast<double>(p.n);
-    return vectors * taps * (channels == 1 ? 0.9 : 1.35 + channels / 16.0);
+    if (channels > 1) return vectors * taps * (1.35 + channels / 16.0);
+    return vectors * (taps * 0.9 + (p.k > 1 ? read * 3.2 : 0.0));
   }
-  if (p.c == 1) return vectors * taps * 0.9;
+  if (p.c == 1) return vectors * (taps * 0.9 + (params[kLanesStrip] != 0 ? read * 3.2 : 0.0));
+  // Filters are put into the order of lanes.
+  const int64_t words = p.g * p.k * p.reduction();
+  const double filters =
+      static_cast<double>(words) * (words * t.kernels->size <= caches().l2 / 2 ? 0.4 : 1.6);
   // A permutation or a broadcast for every three of them, no copy. Broadcasts are for one vector of
   // features; where the window moves by two columns, some are for a single product.
   if (params[kLanesSweep] > 0 && sweep_form(p, t.kernels->width) == kSweepPermuted) {
-    return vectors * taps * (p.g == 1 ? 1.5 : 0.75);  // one group leaves lanes empty
+    return filters + vectors * taps * (p.g == 1 ? 1.5 : 0.75);  // one group leaves lanes empty
   }
   if (params[kLanesSweep] > 0) {
-    return vectors * taps * (p.stride[2] > 1 ? 1.02 : p.k > t.kernels->width ? 0.85 : 0.6);
+    return filters + vectors * taps *
+                         (p.stride[2] > 1          ? 1.02
+                          : p.k > t.kernels->width ? 0.85
+                                                   : 0.6);
   }
-  const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
-  return vectors * (taps * 1.3 + read * 3.2);
+  return filters + vectors * (taps * 1.3 + read * 3.2);
 }
 
 std::vector<ParamSpec> lanes_param_specs() {

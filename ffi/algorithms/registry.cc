@@ -95,13 +95,16 @@ Threads useful_pool(const Problem& p, const Execution& e) {
 }
 
 double lone_element_cycles(const Problem& p) {
-  // Each one from a cache line of its own, which other images need again when it is gone.
+  // Each one from a cache line of its own, which other images need again when it is gone. Not those
+  // of which the next group follows: they are the channels of a weight gradient.
   constexpr double kCycles = 40;
   const auto lone = [](int64_t channels, int64_t channel, int64_t pixels, int64_t pixel) {
     return !(channels > 1 && channel == 1) && !(pixels > 1 && pixel == 1);
   };
   double total = 0;
-  if (p.n > 1 && p.x.n == 1 && lone(p.g * p.c, p.c > 1 ? p.x.c : p.x.g, p.in[2], p.x.sp[2])) {
+  const bool groups_follow = p.g > 1 && p.x.g == p.n;
+  if (p.n > 1 && p.x.n == 1 && !groups_follow &&
+      lone(p.g * p.c, p.c > 1 ? p.x.c : p.x.g, p.in[2], p.x.sp[2])) {
     total += kCycles * static_cast<double>(p.n * p.g * p.c * p.in[0] * p.in[1] * p.in[2]);
   }
   if (p.n > 1 && p.y.n == 1 && lone(p.g * p.k, p.k > 1 ? p.y.k : p.y.g, p.out[2], p.y.sp[2])) {

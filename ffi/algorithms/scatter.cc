@@ -315,6 +315,10 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   const double ahead = l.strip > 0 ? 0 : walkers * rows * as_double(p.c) * kLineBytes;
   if (l.walkers > 8 && apart % 4096 == 0) products *= 1.5;
   if (ahead > as_double(caches().l2)) products *= 1.7;
+  // Each tile reads the filters anew.
+  if (p.k * p.reduction() * t.kernels->size > caches().l2 / 2) {
+    products += as_double(l.lanes * l.words * t.kernels->size) / 8.0;
+  }
   const double outputs = as_double(p.g * p.n * p.pixels()) * (6.0 + 2.0 * as_double(p.k));
   const double reads =
       l.strip > 0 ? as_double(p.g * p.n * p.in[1] * p.in[2] * l.words) * kReadCycles : 0;

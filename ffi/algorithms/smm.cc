@@ -12,6 +12,7 @@
 // vectors of pixels are in registers. With a vertical stride the rows of each residue lie together.
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <vector>
 
@@ -207,19 +208,26 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   const auto as_double = [](int64_t v) { return static_cast<double>(v); };
   const double blocks = as_double(p.g * p.n * p.out[0] * ceil_div(p.out[1], l.rows) * p.win[2]);
   const double tiles = as_double(ceil_div(p.k, l.mr) * ceil_div(l.rows * p.out[2], l.nv * k.width));
-  const double products = tiles * (as_double(p.win[1] * p.win[0] * p.c) *
-                                       (tile_step_cycles(k, l.mr, l.nv) + 0.5 * as_double(l.nv)) +
-                                   3.0 * as_double(l.mr * l.nv) + 20.0);
+  // Filters whose channels are neighbours are read as they lie; of others each step is on other
+  // lines.
+  const bool in_order = p.w.c == 1;
+  const double step = in_order ? 1.15 * tile_step_cycles(k, l.mr, l.nv)
+                               : 1.2 * (tile_step_cycles(k, l.mr, l.nv) + 0.5 * as_double(l.nv));
+  const double products =
+      tiles * (as_double(p.win[1] * p.win[0] * p.c) * step + 3.0 * as_double(l.mr * l.nv) + 20.0);
   const bool vectors = p.x.sp[2] == 1 && p.stride[2] == 1;
   const double copies =
       as_double(p.win[0] * p.c * l.channel) * (vectors ? 2.0 / as_double(k.width) : 0.8);
   // Where filters lie one after another (OIHW), every column of the window reads all of their
   // lines.
   const double w_bytes = as_double(p.k * p.reduction() * k.size);
-  const double filters = w_bytes / (w_bytes <= as_double(caches().l2 / 2) ? 32.0
-                                    : p.w.c <= p.w.k                      ? 8.0
-                                                                          : 2.0);
-  return 1.2 * blocks * (products + copies + filters);
+  const bool window_last = std::abs(p.w.sp[2]) < std::max(p.w.c, p.w.k);
+  const double read = window_last ? w_bytes : w_bytes / as_double(p.win[2]);
+  const double filters = read / (w_bytes <= as_double(caches().l2 / 2) ? 32.0
+                                 : in_order                            ? 24.0
+                                 : p.w.c <= p.w.k                      ? 8.0
+                                                                       : 2.0);
+  return blocks * (products + 1.2 * (copies + filters));
 }
 
 }  // namespace

@@ -323,12 +323,18 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   const double nv = static_cast<double>(l.nv);
   const double tiles = static_cast<double>(p.g * l.positions[0] * l.positions[1] * l.positions[2] *
                                            ceil_div(l.rows, l.mr) * l.panels);
-  const double step = tile_step_cycles(*t.kernels, l.mr, l.nv);
-  const double reduction = p.flops() / 2 / static_cast<double>(p.n * p.g * p.k * p.pixels());
+  const double step = tile_step_cycles(*t.kernels, l.mr, l.nv, kFarCycles);
+  const double reduction =
+      static_cast<double>(p.reduction()) * real_share(p, 0) * real_share(p, 1) * real_share(p, 2);
   double total = tiles * (reduction * step * 1.15 + mr * nv);
+  // Each output position reads the filters anew.
+  const double w_bytes = reduction * static_cast<double>(p.g * p.k * t.kernels->size);
+  if (!l.chunked && w_bytes > static_cast<double>(caches().l2) / 2) {
+    total += static_cast<double>(p.pixels()) * w_bytes / 8.0;
+  }
   // Images next to each other, channels pages apart: measured.
   if (!l.chunked && p.x.n == 1 && p.x.c != 1 && p.c > 1) total *= 1.7;
-  if (images_innermost(p)) total *= 2;
+  if (l.chunked && images_innermost(p)) total *= 2;
   if (l.copy_w) total += static_cast<double>(l.w_floats);
   return total;
 }
@@ -365,6 +371,11 @@ std::string check(const Problem& problem, const Target& t, const Params& params)
   return {};
 }
 
+// Each step is at another pixel of A, and runs are short: narrow tiles lose by it (measured).
+Tile tile_of(const Kernels& k, int64_t rows, int64_t columns) {
+  return best_tile(k, rows, columns, kMaxMr, kFarCycles);
+}
+
 Params defaults(const Problem& problem, const Target& t) {
   Params params{};
   if (problem.chunk_rows > 0 && images_innermost(problem)) {
@@ -373,12 +384,12 @@ Params defaults(const Problem& problem, const Target& t) {
     return params;
   }
   const Problem p = thinned(problem);
-  const Tile tile = best_tile(*t.kernels, std::max<int64_t>(p.n, 1), p.k);
+  const Tile tile = tile_of(*t.kernels, std::max<int64_t>(p.n, 1), p.k);
   params[kGradMr] = tile.mr;
   params[kGradNv] = tile.nv;
   const Layout l = make_layout(p, t, params);
   if (l.merged) {
-    const Tile merged = best_tile(*t.kernels, l.rows, p.k);
+    const Tile merged = tile_of(*t.kernels, l.rows, p.k);
     params[kGradMr] = merged.mr;
     params[kGradNv] = merged.nv;
     if (!make_layout(p, t, params).merged) {
@@ -413,7 +424,7 @@ Params defaults(const Problem& problem, const Target& t) {
   if (p.chunk_rows > 0 && is_product(p) && p.x.n == 1 && p.w.k == 1 && p.n > p.k &&
       p.reduction() * (p.n - p.k) >= 2 * p.n * p.k) {
     Params other{};
-    const Tile swapped = best_tile(*t.kernels, p.k, p.n);
+    const Tile swapped = tile_of(*t.kernels, p.k, p.n);
     other[kGradMr] = swapped.mr;
     other[kGradNv] = swapped.nv;
     other[kGradSwap] = other[kGradPack] = other[kGradTile] = 1;
@@ -426,7 +437,7 @@ Params defaults(const Problem& problem, const Target& t) {
   // Half empty vectors of features against full ones of images.
   const int64_t width = t.kernels->width;
   if (p.x.n == 1 && 2 * p.k <= width && p.n >= 2 * p.k) {
-    const Tile swapped = best_tile(*t.kernels, p.k, p.n);
+    const Tile swapped = tile_of(*t.kernels, p.k, p.n);
     Params other{};
     other[kGradMr] = swapped.mr;
     other[kGradNv] = swapped.nv;
