@@ -246,14 +246,18 @@ Progression window_positions(const Problem& p, int d, int64_t o) {
 }
 
 double real_share(const Problem& p, int d) {
-  if (p.lhs_dilation[d] > 64) return 1 / static_cast<double>(p.lhs_dilation[d]);
-  // Borders count where there are few outputs: of more, those at even distances stand for all.
-  const int64_t samples = std::clamp<int64_t>(p.out[d], 1, 64);
+  if (p.out[d] == 0) return 1;
+  // Of a few window positions at even distances, the outputs for which they lie inside the input.
+  const int64_t samples = std::min<int64_t>(p.win[d], 16);
+  const int64_t last = (p.in[d] - 1) * p.lhs_dilation[d];
   int64_t real = 0;
   for (int64_t i = 0; i < samples; ++i) {
-    real += window_positions(p, d, p.out[d] * (2 * i + 1) / (2 * samples)).n;
+    const int64_t first = p.win[d] * (2 * i + 1) / (2 * samples) * p.rhs_dilation[d] - p.pad[d];
+    const int64_t begin = first >= 0 ? 0 : ceil_div(-first, p.stride[d]);
+    const int64_t end = first > last ? 0 : (last - first) / p.stride[d] + 1;
+    real += std::max<int64_t>(0, std::min(end, p.out[d]) - begin);
   }
-  return static_cast<double>(real) / static_cast<double>(samples * p.win[d]);
+  return static_cast<double>(real) / static_cast<double>(samples * p.out[d] * p.lhs_dilation[d]);
 }
 
 int64_t residue_period(const Problem& p, int d) {
