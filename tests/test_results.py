@@ -104,6 +104,31 @@ def test_networks() -> None:
             assert any(cells[1:-1] == taken for cells in lines), (row["name"], taken)
 
 
+def test_a_second_machine() -> None:
+    found: dict[str, str] = {}
+    for path in RESULTS.glob("graniterapids_*.json"):
+        data, subject = json.loads(path.read_text()), path.stem.split("_")[1]
+        if subject in ("inference", "training"):
+            kept = ", memory kept" if "kept" in path.stem else ""
+            for row in data["rows"]:
+                name = {"resnet50": "ResNet-50", "mobilenetv2": "MobileNetV2", "unet": "U-Net"}.get(
+                    row["name"].removesuffix("-train"), "DCGAN"
+                )
+                images = "one image" if row["batch"] == 1 else f"{row['batch']} images"
+                what = f"training{kept}" if subject == "training" else images
+                found[f"{name}, {what}"] = f"{row['ratio_to_best']:.2f}"
+            continue
+        names = {"fwd": "forward", "dx": "input gradient", "dw": "weight gradient"}
+        for direction, means in data["means"].items():
+            rows = [row for row in data["rows"] if row["direction"] == direction]
+            images = ", 8 images" if "_b8_" in path.stem else ""
+            label = f"{subject}, {names[direction]}{images}" if subject == "paper" else subject
+            ratios = [row["ratio_to_best"] for row in rows]
+            found[label] = _spread(ratios, means["ratio_to_best"])
+    table = _lines(_table("| Granite Rapids | against the best |"))[2:]
+    assert dict(table) == found
+
+
 def test_algorithms() -> None:
     header, _, *lines = _lines(_table("| | auto |"))
     for layout, cells in zip(("nhwc", "nchw"), lines, strict=True):
