@@ -23,6 +23,7 @@ import reference
 
 from jaxwin import _ffi, _registry
 from jaxwin._problem import Problem
+from jaxwin.tuner import problems as tuner_problems
 
 REGISTRY = _registry.registry()
 ALGORITHMS = {row["name"]: row for row in REGISTRY["algorithms"]}
@@ -626,6 +627,26 @@ def test_sweeps_of_few_features(
         )
         np.testing.assert_array_equal(result, np.maximum(expected, 0), f"{isa} {params}")
     assert tested >= 2 * (7 + 4 if dtype != "float64" else 4)
+
+
+# The algorithms that take at least half again as long there, some of them six times.
+SLOW = {
+    "n16 1x1 c100 k1024 w4 p3": ("fwd", {"scatter", "direct", "rows", "im2win"}),
+    "n8 14x14 c256 k256 w3 p1": ("fwd", {"scatter", "weight_grad"}),
+    "n8 14x14 c512 k512 w3 s2 p1": ("fwd", {"scatter", "weight_grad"}),
+    "n8 14x14 c1024 k512 w1 s2": ("dx", {"weight_grad"}),
+    "16000 c1 k512 w10 s5": ("fwd", {"depthwise"}),
+    "56x56 c128 k128 w3 p1 g32": ("dw", {"weight_grad"}),
+}
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "baseline"])
+@pytest.mark.parametrize("shape", SLOW)
+def test_the_heuristic_leaves_what_is_slow(shape: str, isa: str) -> None:
+    direction, slow = SLOW[shape]
+    problem = tuner_problems.parse(shape).problem(direction)
+    plan = _ffi.make_plan(problem.native(), isa=isa)["plan"]
+    assert plan["algorithm"] not in slow
 
 
 def test_every_algorithm_can_be_chosen() -> None:

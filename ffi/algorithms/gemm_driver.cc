@@ -1376,8 +1376,9 @@ double tile_step_cycles(const Kernels& k, int64_t mr, int64_t nv, double a_cycle
   // What a step waits for: two FMA ports, the four cycles until a sum can be added to again, the
   // loads of A and B, and B's way from the second-level cache. They overlap, but less where two
   // take nearly as long: the sum of fourth powers is within a twentieth of what was measured for
-  // nearly every tile. Golden Cove and later load two vectors of 512 bits in a cycle, Ice Lake one:
-  // there 6x4 beats 14x2 by an eighth, here they are equal, and 10x2 is faster than 5x4.
+  // nearly every tile. Golden Cove and later load two vectors of 512 bits in a cycle: 14x2, 12x2
+  // and 8x3 are as fast as 6x4, and 10x2 is faster than 5x4. Ice Lake loads one: 6x4 beats 14x2 by
+  // an eighth.
   const double m = static_cast<double>(mr);
   const double v = static_cast<double>(nv);
   const int64_t vector = k.width * k.size;
