@@ -245,17 +245,29 @@ Progression window_positions(const Problem& p, int d, int64_t o) {
   return {first, step, n, q / ld, q_step / ld};
 }
 
+Range inside(int64_t j0, int64_t j1, int64_t s, int64_t offset, int64_t size) {
+  int64_t begin = j0;
+  if (begin * s + offset < 0) begin = ceil_div(-offset, s);
+  int64_t end = j1;
+  if (size - offset <= 0) {
+    end = j0;
+  } else {
+    end = std::min(j1, ceil_div(size - offset, s));
+  }
+  begin = std::clamp(begin, j0, j1);
+  return {begin, std::max(begin, end)};
+}
+
 double real_share(const Problem& p, int d) {
   if (p.out[d] == 0) return 1;
   // Of a few window positions at even distances, the outputs for which they lie inside the input.
   const int64_t samples = std::min<int64_t>(p.win[d], 16);
-  const int64_t last = (p.in[d] - 1) * p.lhs_dilation[d];
+  const int64_t extent = (p.in[d] - 1) * p.lhs_dilation[d] + 1;
   int64_t real = 0;
   for (int64_t i = 0; i < samples; ++i) {
-    const int64_t first = p.win[d] * (2 * i + 1) / (2 * samples) * p.rhs_dilation[d] - p.pad[d];
-    const int64_t begin = first >= 0 ? 0 : ceil_div(-first, p.stride[d]);
-    const int64_t end = first > last ? 0 : (last - first) / p.stride[d] + 1;
-    real += std::max<int64_t>(0, std::min(end, p.out[d]) - begin);
+    const int64_t at = p.win[d] * (2 * i + 1) / (2 * samples);
+    const Range r = inside(0, p.out[d], p.stride[d], at * p.rhs_dilation[d] - p.pad[d], extent);
+    real += r.end - r.begin;
   }
   return static_cast<double>(real) / static_cast<double>(samples * p.out[d] * p.lhs_dilation[d]);
 }

@@ -96,6 +96,13 @@ struct Progression {
 };
 Progression window_positions(const Problem& p, int dim, int64_t out_position);
 
+// First output position at or after j0 (limit j1) whose input index o * s + offset is >= 0, and
+// first whose index is >= size.
+struct Range {
+  int64_t begin, end;
+};
+Range inside(int64_t j0, int64_t j1, int64_t s, int64_t offset, int64_t size);
+
 // Of the window positions of one dimension, for all its outputs, the share that reads real input.
 double real_share(const Problem& p, int dim);
 

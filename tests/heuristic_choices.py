@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import problems
 
 from jaxwin import _ffi, _registry
 from jaxwin._problem import Problem
-from jaxwin.tuner import measure, problems
+from jaxwin.tuner import measure
+from jaxwin.tuner.problems import preset
 
 
 def _plans(problem: Problem, isa: str) -> Iterator[dict[str, Any]]:
@@ -40,15 +42,12 @@ def _plans(problem: Problem, isa: str) -> Iterator[dict[str, Any]]:
 def _calls(problem: Problem, isa: str) -> dict[str, Callable[[], None]]:
     """A call of each plan by its algorithm's name, on the same data; the chosen one first."""
     native = problem.native()
-    dtype, out_dtype = np.dtype(native["lhs_dtype"]), np.dtype(native["out_dtype"])
-    rng = np.random.default_rng(0)
 
     def bits(array: np.ndarray) -> np.ndarray:
         return array.view(f"uint{8 * array.itemsize}")
 
-    x = bits((10 * rng.standard_normal(problem.lhs_shape)).astype(dtype))
-    w = bits((10 * rng.standard_normal(problem.rhs_shape)).astype(dtype))
-    y = bits(np.zeros(problem.out_shape, out_dtype))
+    x, w = (bits(array) for array in problems.operands(problem, np.random.default_rng(0)))
+    y = bits(np.zeros(problem.out_shape, problem.out_dtype))
 
     def call(plan: dict[str, Any]) -> Callable[[], None]:
         room = np.zeros(plan["workspace_bytes"] + 64, np.uint8)
@@ -70,7 +69,7 @@ def _calls(problem: Problem, isa: str) -> dict[str, Callable[[], None]]:
 def _asked(text: str) -> Iterator[tuple[str, Problem]]:
     """The problems that preset/batch/direction/dtype stands for, with their descriptions."""
     name, batch, direction, dtype = (*text.split("/"), "", "", "")[:4]
-    for conv in problems.preset(name, batch=int(batch or 1), dtype=dtype or "float32"):
+    for conv in preset(name, batch=int(batch or 1), dtype=dtype or "float32"):
         problem = conv.problem(direction or "fwd")
         yield f"{conv} {direction or 'fwd'}", problem
 

@@ -101,6 +101,10 @@ inline constexpr const char* kCanonical = "canonical";
 // lanes.
 double lone_element_cycles(const Problem& p);
 
+// Modelled cycles of reading so many bytes of filters again, where all of a pass, `held` bytes, do
+// not stay in the second-level cache.
+double refetch_cycles(int64_t held, double bytes);
+
 struct Algorithm {
   const char* name;
   const char* summary;

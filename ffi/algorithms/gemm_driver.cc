@@ -177,24 +177,6 @@ Problem words_of(const Problem& problem, const Kernels& k) {
   return p;
 }
 
-// First output position at or after j0 (limit j1) whose input index o * s + offset is >= 0, and
-// first whose index is >= size.
-struct Range {
-  int64_t begin, end;
-};
-Range inside(int64_t j0, int64_t j1, int64_t s, int64_t offset, int64_t size) {
-  int64_t begin = j0;
-  if (begin * s + offset < 0) begin = ceil_div(-offset, s);
-  int64_t end = j1;
-  if (size - offset <= 0) {
-    end = j0;
-  } else {
-    end = std::min(j1, ceil_div(size - offset, s));
-  }
-  begin = std::clamp(begin, j0, j1);
-  return {begin, std::max(begin, end)};
-}
-
 // The pixels of [j0, j1) that read the input at window position v along x.
 Range pixels_at(const Problem& p, int64_t v, int64_t j0, int64_t j1) {
   return inside(j0, j1, p.stride[2], v * p.rhs_dilation[2] - p.pad[2], p.in[2]);

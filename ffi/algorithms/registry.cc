@@ -113,6 +113,10 @@ double lone_element_cycles(const Problem& p) {
   return total;
 }
 
+double refetch_cycles(int64_t held, double bytes) {
+  return held > caches().l2 / 2 ? bytes / 8.0 : 0.0;
+}
+
 bool streamable(const Problem& p, const Kernels& k, ConstPtr y) {
   const int64_t vector = k.width * k.size;
   const auto whole = [&](int64_t stride) { return stride * y.size % vector == 0; };

@@ -57,9 +57,6 @@ struct Layout {
 };
 
 // The input positions along dimension d that reach outputs [o0, o1): [begin, end), maybe outside.
-struct Range {
-  int64_t begin, end;
-};
 Range reaching(const Problem& p, int d, int64_t o0, int64_t o1) {
   const auto floor_div = [](int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); };
   const int64_t s = p.lhs_dilation[d];
@@ -316,9 +313,8 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   if (l.walkers > 8 && apart % 4096 == 0) products *= 1.5;
   if (ahead > as_double(caches().l2)) products *= 1.7;
   // Each tile reads the filters anew.
-  if (p.k * p.reduction() * t.kernels->size > caches().l2 / 2) {
-    products += as_double(l.lanes * l.words * t.kernels->size) / 8.0;
-  }
+  products += refetch_cycles(p.k * p.reduction() * t.kernels->size,
+                             as_double(l.lanes * l.words * t.kernels->size));
   const double outputs = as_double(p.g * p.n * p.pixels()) * (6.0 + 2.0 * as_double(p.k));
   const double reads =
       l.strip > 0 ? as_double(p.g * p.n * p.in[1] * p.in[2] * l.words) * kReadCycles : 0;

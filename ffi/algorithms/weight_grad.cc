@@ -328,10 +328,10 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
       static_cast<double>(p.reduction()) * real_share(p, 0) * real_share(p, 1) * real_share(p, 2);
   double total = tiles * (reduction * step * 1.15 + mr * nv);
   // Each output position reads its part of the filters anew.
-  const double filters = static_cast<double>(p.g * p.k * t.kernels->size);
-  if (!l.chunked &&
-      filters * static_cast<double>(p.reduction()) * 2 > static_cast<double>(caches().l2)) {
-    total += static_cast<double>(p.pixels()) * filters * reduction / 8.0;
+  const int64_t step_bytes = p.g * p.k * t.kernels->size;
+  if (!l.chunked) {
+    total += refetch_cycles(p.reduction() * step_bytes,
+                            static_cast<double>(p.pixels() * step_bytes) * reduction);
   }
   // Images next to each other, channels pages apart: measured.
   if (!l.chunked && p.x.n == 1 && p.x.c != 1 && p.c > 1) total *= 1.7;
