@@ -504,6 +504,40 @@ def test_transposed_filters_are_read_ahead(isa: str, size, padding) -> None:
         np.testing.assert_array_equal(result, expected, f"{params}")
 
 
+# Large enough for several threads: few rows, one row, groups of other numbers than the threads'.
+SHARED_OUT = {
+    "1x1": {"c": 128, "k": 40, "size": (30, 30), "window": (1, 1)},
+    "panels": {"c": 64, "k": 144, "size": (9, 9), "window": (3, 3)},
+    "groups": {"c": 96, "k": 96, "size": (16, 16), "window": (3, 3), "groups": 3},
+    "row": {"c": 15, "k": 15, "size": (4000,), "window": (21,), "rhs_dilation": (4,)},
+    "depthwise row": {"c": 80, "k": 80, "size": (3000,), "window": (15,), "groups": 80},
+    "grouped": {"c": 64, "k": 64, "size": (20, 20), "window": (3, 3), "groups": 4},
+    "residues": {"c": 24, "k": 30, "size": (20, 18), "window": (8, 8), "lhs_dilation": (4, 4)},
+    "uneven residues": {
+        "c": 48,
+        "k": 48,
+        "size": (14, 14),
+        "window": (3, 3),
+        "lhs_dilation": (2, 2),
+    },
+    "no window": {"c": 128, "k": 128, "size": (16, 16), "window": (1, 1), "lhs_dilation": (2, 2)},
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", SHARED_OUT)
+def test_however_many_threads_share_the_work(isa: str, case: str) -> None:
+    shape = SHARED_OUT[case]
+    padding = tuple((size // 2, size // 2) for size in shape["window"])
+    problem = problems.make(1, **shape, padding=padding)
+    assert problem.flops > 6e6, "fewer threads are worth waking"
+    x, w = problems.operands(problem, np.random.default_rng(11))
+    expected = reference.chain(problem, x, w)
+    for threads in (1, 2, 3, 16):
+        result = problems.run(problem, x, w, "auto", isa=isa, threads=threads)
+        np.testing.assert_array_equal(result, expected, f"{threads} threads")
+
+
 def test_inserted_zeros_are_not_multiplied() -> None:
     """Products and memory of a stride of 4 by 2: an eighth, and no upsampled input."""
     for size, k in (((32, 32), 4), ((33, 31), 4)):

@@ -106,6 +106,38 @@ print(pool(), len(worked) >= 2)
     assert lines == ["4", "1", "4 True"]
 
 
+# Convolutions of a single row, and one in parts that could wait for each other.
+FEW_ROWS = {
+    "1x1": "jaxwin.conv, draw(1, 56, 56, 256), draw(1, 1, 256, 64)",
+    "1-D": "partial(jaxwin.conv, dilation=8), draw(1, 8000, 15), draw(51, 15, 15)",
+    "depthwise": "partial(jaxwin.conv, groups=256), draw(1, 4000, 256), draw(31, 1, 256)",
+    "transposed": "lambda x, w: jaxwin.conv_transpose(x, w, (4, 4), 'SAME'), "
+    "draw(1, 32, 32, 21), draw(8, 8, 21, 21)",
+}
+
+
+@pytest.mark.parametrize("kind", FEW_ROWS)
+def test_few_rows_are_shared_out_too(kind: str) -> None:
+    lines = _python(
+        f"""
+from functools import partial
+function, *operands = {FEW_ROWS[kind]}
+f = jax.jit(function)
+f(*operands).block_until_ready()
+before = busy()
+worked = set()
+for _ in range(200):
+    f(*operands).block_until_ready()
+    worked = {{name for name, ns in busy().items() if ns - before[name] > 1_000_000}}
+    if len(worked) >= 2:
+        break
+print(len(worked) >= 2)
+""",
+        NPROC="4",
+    )
+    assert lines == ["True"]
+
+
 def test_explain_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC", "8")
     w = jnp.zeros((3, 3, 16, 16))

@@ -435,7 +435,8 @@ numbers in every library.
 
 {_catalogue()}
 All peers run in one process, on the same CPUs, in rounds of random order. Before each sample the
-process sleeps and the peer runs once untimed, so that no thread of the peer before it still spins.
+process sleeps and the peer runs untimed, once or with several threads for 10 ms, so that no thread
+of the peer before it still spins and its own are awake.
 Each peer's result is compared with that of jax.lax in float64; a wrong one is reported and not
 counted. What is not installed is named as missing. Results of models are compared with those of
 jax.lax, of a training step the losses and every parameter's gradient.

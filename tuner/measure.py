@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 SLOW_SECONDS = 1.0  # a call as long as this needs no loop, and no second warm-up
+_WAKE_SECONDS = 0.01  # within which the system has given each thread a CPU of its own
 _FEW = 3  # fewer rounds than these say nothing about how they differ
 
 
@@ -131,9 +132,10 @@ def interleave(
 ) -> dict[str, Samples]:
     """Times computations in rounds, each round in another random order.
 
-    Before each sample the process sleeps and the computation runs once untimed: threads of the
-    computation before it, which spin for a while in wait of work, have then gone to sleep, and
-    its own are awake. A sample is a loop of at least `min_seconds`. A computation that has had
+    Before each sample the process sleeps and the computation runs untimed, once or with several
+    threads for a while: threads of the computation before it, which spin for a while in wait of
+    work, have then gone to sleep, and its own are awake, each on a CPU of its own (until then the
+    system may need some of its ticks). A sample is a loop of at least `min_seconds`. A computation that has had
     `budget_seconds` gets no further samples, but at least one. One that is more than `slower_than`
     times slower than the fastest gets none after its first (with several threads, whose clock is
     less sure: its second), unless it is in `keep`. One that raises gets no (further) samples; its
@@ -197,7 +199,10 @@ def _take(timed: Timed, samples: Samples, threads: int, settle: float) -> None:
     call = timed.call
     time.sleep(settle)
     if not samples.ns or samples.ns[-1] * timed.calls < SLOW_SECONDS * 1e9:
+        awake = time.perf_counter() + (_WAKE_SECONDS if threads > 1 else 0.0)
         call()
+        while time.perf_counter() < awake:
+            call()
     collecting = gc.isenabled()
     gc.disable()
     try:

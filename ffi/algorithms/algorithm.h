@@ -182,6 +182,13 @@ int64_t useful_threads(const Problem& p, int64_t threads);
 // Those of the call's threads that are worth waking for the problem.
 Threads useful_pool(const Problem& p, const Execution& e);
 
+// Some five microseconds, until a thread of the pool that sleeps has begun.
+inline constexpr double kWakeCycles = 15000;
+
+// Cycles until equal tasks of so many cycles each are done, the helpers of the caller being late by
+// the time that it takes to wake them.
+double finish_cycles(int64_t tasks, double cycles, int64_t threads);
+
 // Stores of whole vectors of features may pass the caches by: they are aligned in y.
 bool streamable(const Problem& p, const Kernels& k, ConstPtr y);
 // Makes such stores of this thread visible to the others.

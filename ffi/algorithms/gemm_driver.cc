@@ -242,6 +242,62 @@ double row_cycles(const Problem& p, const Kernels& k, Lowering lowering, const T
          of_panel(vectors - (panels - 1) * tile.nv);
 }
 
+// The parts that the panels of a block are split in, where there are fewer blocks than threads: the
+// fewest of which all threads are done soonest, as each of them makes the block's input anew.
+int64_t parts_of_panels(int64_t blocks, int64_t panels, int64_t threads) {
+  const auto busiest = [&](int64_t parts) {
+    return ceil_div(blocks * parts, threads) * ceil_div(panels, parts);
+  };
+  int64_t best = 1;
+  for (int64_t parts = 2; blocks < threads && parts <= std::min(panels, threads); ++parts) {
+    if (busiest(parts) < busiest(best)) best = parts;
+  }
+  return best;
+}
+
+// Blocks of so many output rows; where rows share what they read, each is of one (image, z).
+int64_t blocks_of_rows(const Problem& p, Lowering lowering, int64_t rows) {
+  const int64_t planes = p.n * p.out[0];
+  if (!shares_rows(lowering)) return ceil_div(planes * p.out[1], rows);
+  return rows < p.out[1] ? planes * ceil_div(p.out[1], rows) : ceil_div(planes, rows / p.out[1]);
+}
+
+struct Extent {
+  int64_t rows, cols;
+};
+
+// Output rows and pixels of each per block, at most so many: the largest of which all threads are
+// done soonest, the filters being read by panels. Each block comes to them `again`, for the time of
+// some more pixels. Rows are parted, in multiples of a tile, where there are few of them.
+Extent blocks_for(const Problem& p, const Kernels& k, Lowering lowering, const Extent& most,
+                  const Tile& tile, int64_t again, int64_t threads) {
+  if (threads == 1) return most;
+  const int64_t panels = ceil_div(p.k, tile.nv * k.width);
+  const double cycles = tile_step_cycles(k, tile.mr, tile.nv, kNearCycles) *
+                        static_cast<double>(p.reduction()) / static_cast<double>(tile.mr);
+  Extent best = most;
+  double best_time = 1e300;
+  const auto consider = [&](int64_t rows, int64_t cols) {
+    const int64_t blocks = p.g * blocks_of_rows(p, lowering, rows) * ceil_div(p.out[2], cols);
+    const int64_t parts = parts_of_panels(blocks, panels, threads);
+    const int64_t pixels = (rows * cols + again) * ceil_div(panels, parts);
+    const double time =
+        finish_cycles(blocks * parts, cycles * static_cast<double>(pixels), threads);
+    if (time < 0.95 * best_time) {
+      best = {rows, cols};
+      best_time = time;
+    }
+  };
+  for (int64_t rows = most.rows; rows > 0; --rows) consider(rows, most.cols);
+  if (p.g * p.n * p.out[0] * p.out[1] < 2 * threads) {
+    for (int64_t parts = 2; parts <= 4 * threads; ++parts) {
+      const int64_t cols = round_up(ceil_div(most.cols, parts), tile.mr);
+      if (cols < most.cols) consider(1, cols);
+    }
+  }
+  return best;
+}
+
 Layout make_layout(const Problem& problem, const Target& t, const Params& params,
                    Lowering lowering) {
   Layout l{};
@@ -262,17 +318,11 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   l.all_rows = p.n * l.out_rows;
   l.rows = l.full != 0 ? 1 : params[kRows] == 0 ? l.all_rows : std::min(params[kRows], l.all_rows);
   l.cols = l.full != 0 || params[kCols] == 0 ? p.out[2] : std::min(params[kCols], p.out[2]);
-  l.row_blocks = ceil_div(l.all_rows, l.rows);
+  if (shares_rows(lowering) && l.full == 0 && l.rows >= p.out[1]) {
+    l.rows = l.rows / p.out[1] * p.out[1];
+  }
+  l.row_blocks = l.full != 0 ? l.all_rows : blocks_of_rows(p, lowering, l.rows);
   if (shares_rows(lowering)) {
-    // Blocks are parts of one (image, z), or whole ones.
-    if (l.full != 0) {
-      // One tensor, of all rows.
-    } else if (l.rows >= p.out[1]) {
-      l.rows = l.rows / p.out[1] * p.out[1];
-      l.row_blocks = ceil_div(l.all_rows, l.rows);
-    } else {
-      l.row_blocks = p.n * p.out[0] * ceil_div(p.out[1], l.rows);
-    }
     l.plane_rows = rows_read(p, l.full != 0 ? p.out[1] : std::min(l.rows, p.out[1]));
     l.input_row = (lowering == Lowering::kRows ? strip_columns(p, false, l.cols) : p.win[0]) * p.c;
     l.plane = l.plane_rows * l.input_row;
@@ -304,9 +354,7 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const int64_t blocks = p.g * l.row_blocks * l.col_blocks;
   const int64_t wanted = useful_threads(problem, t.threads);
-  l.panel_split =
-      columns ? 1
-              : std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, blocks)), 1, l.panels);
+  l.panel_split = columns ? 1 : parts_of_panels(blocks, l.panels, wanted);
   l.group = columns             ? l.panels
             : l.pack == kShared ? 1
                                 : std::clamp<int64_t>(panel_floats(*t.kernels) / (l.kc * l.panel),
@@ -1503,7 +1551,7 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     params[kCols] = std::min<int64_t>(p.out[2], 8 * tile.mr);
     row_floats = params[kCols] * params[kKc];
   } else if (p.out[2] > 4096) {
-    params[kCols] = round_up(std::min<int64_t>(1024, ceil_div(p.out[2], threads)), tile.mr);
+    params[kCols] = round_up(1024, tile.mr);
   }
   // Where all pixels make one block or two, each block can afford to pass over the filters by
   // itself: as they lie if the pixels are few, else packed a piece at a time, which stays in the
@@ -1591,24 +1639,22 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
     }
   }
   if (p.panel > 0) params[kPack] = kBefore;
-  int64_t rows;
   if (params[kKc] >= p.reduction()) params[kKc] = 0;
   // A single pass over filters in place gains nothing by large blocks.
   const bool once = params[kPack] == kInPlace && params[kKc] == 0;
-  if (few_blocks && params[kPack] != kShared && !once) {
-    const int64_t panels = ceil_div(p.k, panel);
-    rows = ceil_div(all_rows, std::max(fewest, ceil_div(threads, p.g * panels)));
-  } else {
-    // Enough pixels to use a panel of B many times, a strip that stays in half the second-level
-    // cache, and a block for every thread.
+  const bool by_block = few_blocks && params[kPack] != kShared && !once;
+  int64_t rows = ceil_div(all_rows, fewest);
+  if (!by_block) {
+    // Enough pixels to use a panel of B many times, and a strip that stays in half the second-level
+    // cache.
     rows = std::clamp<int64_t>(2 * panel_floats(k) / std::max<int64_t>(1, row_floats), 1, 8);
     rows = std::min({rows, fitting, all_rows});
-    if (p.g < 2 * threads && all_rows > 1 && threads > 1) {
-      const int64_t blocks = round_up(std::max(ceil_div(all_rows, rows), threads), threads);
-      rows = ceil_div(all_rows, blocks);
-    }
   }
-  params[kRows] = std::max<int64_t>(1, rows);
+  const int64_t cols = params[kCols] == 0 ? p.out[2] : std::min(params[kCols], p.out[2]);
+  const Extent blocks = blocks_for(p, k, lowering, {std::max<int64_t>(1, rows), cols}, tile,
+                                   by_block ? 8 : 4, threads);
+  params[kRows] = blocks.rows;
+  if (blocks.cols < cols) params[kCols] = blocks.cols;
   // Each pass over a block's input beyond the second-level cache costs more than a panel that fills
   // most of that cache.
   if (lowering == Lowering::kDirect && !few_blocks && p.window() > 1 &&

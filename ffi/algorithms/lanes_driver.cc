@@ -161,7 +161,8 @@ void pack_filters(const Problem& p, const Forward& f, const Kernels& k, ConstPtr
                   const Threads& pool, Ptr packed) {
   const int64_t reduction = p.reduction();
   const int64_t features = p.g * p.k;
-  const int64_t tasks = std::min(f.blocks, pool.count());
+  constexpr int64_t kFew = 32768;  // words, which take less time than to wake a thread
+  const int64_t tasks = f.w_floats <= kFew ? 1 : std::min(f.blocks, pool.count());
   pool.run(tasks, [&](int64_t task, int64_t) {
     const int64_t b0 = f.blocks * task / tasks;
     const int64_t b1 = f.blocks * (task + 1) / tasks;
@@ -209,10 +210,13 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
   pack_filters(p, f, k, o.w, pool, packed);
   const bool in_place = writes_in_place(p, k, o);
 
-  pool.run(p.n * p.out[0] * f.row_blocks, [&](int64_t task, int64_t worker) {
-    const int64_t rblock = task % f.row_blocks;
-    const int64_t oz = task / f.row_blocks % p.out[0];
-    const int64_t n = task / f.row_blocks / p.out[0];
+  pool.run(p.n * p.out[0] * f.row_blocks * f.col_blocks, [&](int64_t task, int64_t worker) {
+    const int64_t cb = task % f.col_blocks;
+    const int64_t rblock = task / f.col_blocks % f.row_blocks;
+    const int64_t oz = task / f.col_blocks / f.row_blocks % p.out[0];
+    const int64_t n = task / f.col_blocks / f.row_blocks / p.out[0];
+    const int64_t j0 = cb * f.cols;
+    const int64_t j1 = std::min(j0 + f.cols, p.out[2]);
     const int64_t r1 = std::min((rblock + 1) * f.rows, p.out[1]);
     Ptr buffer = scratch + worker * f.thread_floats();
     const Progression z = window_positions(p, 0, oz);
@@ -268,8 +272,8 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
     };
 
     // Columns whose windows lie inside the input; the others are done one by one.
-    int64_t ja = 0;
-    int64_t jb = p.out[2];
+    int64_t ja = j0;
+    int64_t jb = j1;
     while (ja < jb && window_positions(p, 2, ja).n < p.win[2]) ++ja;
     while (jb > ja && window_positions(p, 2, jb - 1).n < p.win[2]) --jb;
     for (int64_t r = rblock * f.rows; r < r1;) {
@@ -282,7 +286,7 @@ void run_in_place(const Problem& p, const Params& params, const Operands& o, con
       }
       if (ja < jb) make_runs(y, window_positions(p, 2, ja));
       for (int64_t row = r; row < end && ja < jb; ++row) compute(row, ja, jb - ja, false);
-      for (const auto& [from, to] : {std::pair{int64_t{0}, ja}, std::pair{jb, p.out[2]}}) {
+      for (const auto& [from, to] : {std::pair{j0, ja}, std::pair{jb, j1}}) {
         for (int64_t j = from; j < to; ++j) {
           make_runs(y, window_positions(p, 2, j));
           compute(r, j, end - r, true);
@@ -784,11 +788,46 @@ std::string lanes_rejects(const Problem& p) {
   return {};
 }
 
-// Output rows of a task, some tasks for every thread; 0: all.
-int64_t rows_of_tasks(const Problem& p, int64_t threads) {
+// How much of an extent, output rows or pixels, a task has, so that all threads are done soonest:
+// `others` times as many tasks, in tiles of so much; `cycles` for each of the extent.
+int64_t extent_of_tasks(int64_t extent, int64_t others, double cycles, int64_t tile,
+                        int64_t threads) {
+  // A tile of one row loads as many filters as one of many rows.
+  constexpr double kTile = 1;
+  int64_t best = extent;
+  double best_time = 1e300;
+  for (int64_t parts = 1; parts <= std::min(extent, 8 * threads); ++parts) {
+    const int64_t own = ceil_div(extent, parts);
+    const double tiles =
+        static_cast<double>(own) + kTile * static_cast<double>(ceil_div(own, tile));
+    const double time = finish_cycles(others * ceil_div(extent, own), cycles * tiles, threads);
+    if (time < 0.97 * best_time) {
+      best = own;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+// Output rows of a task, in tiles of so many rows; 0: all.
+int64_t rows_of_tasks(const Problem& p, const Target& t, int64_t tile) {
+  const int64_t threads = useful_threads(p, t.threads);
   const int64_t others = p.n * p.out[0];
   if (threads == 1 || others >= 4 * threads) return 0;
-  return ceil_div(p.out[1], ceil_div(4 * threads, others));
+  const double cycles = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width)) *
+                        static_cast<double>(p.out[2] * p.reduction());
+  return extent_of_tasks(p.out[1], others, cycles, tile, threads);
+}
+
+// Output pixels of a task, where there are few rows, in tiles of so many pixels; 0: all.
+int64_t cols_of_tasks(const Problem& p, const Target& t, int64_t tile) {
+  const int64_t threads = useful_threads(p, t.threads);
+  const int64_t rows = p.n * p.out[0] * p.out[1];
+  if (rows >= 2 * threads) return 0;
+  const double cycles = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width)) *
+                        static_cast<double>(p.reduction());
+  const int64_t cols = extent_of_tasks(p.out[2], rows, cycles, tile, threads);
+  return cols < p.out[2] ? round_up(cols, tile) : 0;
 }
 
 // Output rows of a task, at most as asked, whose input rows fit a quarter of the second-level
@@ -814,7 +853,6 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   params[kLanesPixels] = most_pixels(t);
   params[kLanesStrip] = 1;
   if (p.chunk_rows > 0) return params;
-  const int64_t threads = useful_threads(p, t.threads);
   if (max_window(p, *t.kernels, 1) > 0) {
     params[kLanesWindow] = std::min<int64_t>(kMaxWindowRows, p.out[1]);
     params[kLanesPixels] = max_window(p, *t.kernels, params[kLanesWindow]);
@@ -824,7 +862,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
       params[kLanesPixels] = p.stride[2] == 1 ? 4 : 2;
     }
     params[kLanesStrip] = 0;
-    params[kLanesRows] = rows_of_tasks(p, threads);
+    params[kLanesRows] = rows_of_tasks(p, t, params[kLanesWindow]);
     return params;
   }
   // One row has nothing to share, nor have narrow windows of a channel that move by two columns.
@@ -843,7 +881,8 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   if (params[kLanesSweep] > 0 || in_place) params[kLanesStrip] = 0;
   if (params[kLanesStrip] == 0) {
     params[kLanesPixels] = std::min<int64_t>(p.stride[2] == 1 ? 8 : 4, most_pixels(t));
-    params[kLanesRows] = rows_of_tasks(p, threads);
+    params[kLanesRows] = rows_of_tasks(p, t, std::max<int64_t>(1, params[kLanesSweep]));
+    if (params[kLanesSweep] == 0) params[kLanesCols] = cols_of_tasks(p, t, params[kLanesPixels]);
     if (params[kLanesSweep] > 0 && !sweeps_elements(p, *t.kernels)) {
       params[kLanesRows] = rows_of_strip(p, t, params);
     }
@@ -864,6 +903,7 @@ Params lanes_defaults(const Problem& p, const Target& t) {
   const int64_t row = p.win[0] * ((cols - 1) * p.stride[2] + window_cols) * column * p.stride[1];
   int64_t rows = std::clamp<int64_t>((limit - rows1 * row / p.stride[1]) / row, 1, p.out[1]);
   const int64_t others = p.n * ceil_div(p.g * p.k, t.kernels->width) * p.out[0];
+  const int64_t threads = useful_threads(p, t.threads);
   if (threads > 1 && others < 4 * threads) {
     rows = std::min(rows, ceil_div(p.out[1], ceil_div(4 * threads, others)));
   }

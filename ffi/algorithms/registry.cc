@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 
@@ -84,7 +85,7 @@ const Caches& caches() {
 }
 
 int64_t useful_threads(const Problem& p, int64_t threads) {
-  // Waking a thread costs some five microseconds: about a million operations' worth.
+  // What waking a thread costs, in operations.
   constexpr double kFlopsPerThread = 1e6;
   const double useful = p.flops() / kFlopsPerThread;
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e6)), 1, threads);
@@ -92,6 +93,19 @@ int64_t useful_threads(const Problem& p, int64_t threads) {
 
 Threads useful_pool(const Problem& p, const Execution& e) {
   return e.pool->limited(useful_threads(p, e.target.threads));
+}
+
+double finish_cycles(int64_t tasks, double cycles, int64_t threads) {
+  double best = static_cast<double>(tasks) * cycles;
+  if (threads == 1) return best;
+  const auto helpers = static_cast<double>(threads - 1);
+  const double even = (best + helpers * kWakeCycles) / static_cast<double>(threads);
+  const int64_t near = static_cast<int64_t>(even / cycles);
+  for (int64_t own = near; own <= near + 1 && own < tasks; ++own) {
+    const double most = std::ceil(static_cast<double>(tasks - own) / helpers);
+    best = std::min(best, std::max(static_cast<double>(own) * cycles, kWakeCycles + most * cycles));
+  }
+  return best;
 }
 
 double lone_element_cycles(const Problem& p) {

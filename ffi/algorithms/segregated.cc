@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
+#include <vector>
 
 #include "algorithms/gemm_driver.h"
 #include "algorithms/registry.h"
@@ -68,14 +70,63 @@ std::string rejects(const Problem& p) {
   return {};
 }
 
+struct Planned {
+  Part part;
+  Plan plan;  // none of an empty part
+  std::shared_ptr<const void> prepared;
+};
+
+struct Prepared {
+  std::vector<Planned> parts;
+  bool at_once;    // each part by a thread of its own, else one after the other by all of them
+  int64_t floats;  // workspace of a part
+};
+
+// Whether all threads are done sooner if each takes whole parts, the largest first, than if they
+// take every part together: then they meet after each of them.
+bool sooner_at_once(const std::vector<Planned>& parts, const Target& t, int64_t threads) {
+  const double flops_per_cycle = 2.5 * static_cast<double>(t.kernels->width);
+  std::vector<double> busy(threads, kWakeCycles);
+  double together = 0;
+  for (const Planned& one : parts) {
+    const double cycles = one.part.problem.flops() / flops_per_cycle;
+    const int64_t helped = useful_threads(one.part.problem, threads);
+    together += cycles / static_cast<double>(helped) + (helped > 1 ? kWakeCycles / 2 : 0.0);
+    *std::min_element(busy.begin(), busy.end()) += cycles;
+  }
+  return *std::max_element(busy.begin(), busy.end()) < together;
+}
+
+Prepared make_parts(const Problem& p, const Target& t) {
+  Prepared made{{}, false, 0};
+  for_each_part(p, [&](const Part& part) { made.parts.push_back({part, {}, nullptr}); });
+  const int64_t threads = useful_threads(p, t.threads);
+  Target of_part = t;
+  if (threads > 1) {
+    std::stable_sort(made.parts.begin(), made.parts.end(), [](const Planned& a, const Planned& b) {
+      return a.part.problem.flops() > b.part.problem.flops();
+    });
+    made.at_once = sooner_at_once(made.parts, t, threads);
+    if (made.at_once) of_part.threads = 1;
+  }
+  for (Planned& one : made.parts) {
+    if (one.part.empty) continue;
+    const Problem& q = one.part.problem;
+    one.plan = choose(q, of_part);
+    const Algorithm& a = *one.plan.algorithm;
+    if (a.prepare != nullptr) one.prepared = a.prepare(q, of_part, one.plan.params);
+    made.floats = std::max(made.floats, round_up(a.workspace(q, of_part, one.plan.params), 16));
+  }
+  return made;
+}
+
+std::shared_ptr<const void> prepare(const Problem& p, const Target& t, const Params&) {
+  return std::make_shared<Prepared>(make_parts(p, t));
+}
+
 int64_t workspace(const Problem& p, const Target& t, const Params&) {
-  int64_t most = 0;
-  for_each_part(p, [&](const Part& part) {
-    if (part.empty) return;
-    const Plan c = choose(part.problem, t);
-    most = std::max(most, c.algorithm->workspace(part.problem, t, c.params));
-  });
-  return most;
+  const Prepared made = make_parts(p, t);
+  return made.floats * (made.at_once ? useful_threads(p, t.threads) : 1);
 }
 
 void write_zeros(const Problem& q, const Operands& o, const Execution& e) {
@@ -91,19 +142,36 @@ void write_zeros(const Problem& q, const Operands& o, const Execution& e) {
   });
 }
 
-void run(const Problem& p, const Params&, const Operands& o, const Execution& e) {
-  for_each_part(p, [&](const Part& part) {
-    Operands q = o;
-    q.y = o.y + part.y_offset;
-    q.w = o.w + part.w_offset;
-    if (o.residual != nullptr) q.residual = o.residual + part.y_offset;
-    if (part.empty) {
-      write_zeros(part.problem, q, e);
-      return;
+void run_part(const Planned& one, const Operands& o, const Execution& e) {
+  const Part& part = one.part;
+  Operands q = o;
+  q.y = o.y + part.y_offset;
+  q.w = o.w + part.w_offset;
+  if (o.residual != nullptr) q.residual = o.residual + part.y_offset;
+  if (part.empty) {
+    write_zeros(part.problem, q, e);
+  } else {
+    one.plan.algorithm->run(part.problem, one.plan.params, q, e);
+  }
+}
+
+void run(const Problem& p, const Params& params, const Operands& o, const Execution& e) {
+  std::shared_ptr<const void> own;
+  if (e.prepared == nullptr) own = prepare(p, e.target, params);
+  const auto& made = *static_cast<const Prepared*>(e.prepared != nullptr ? e.prepared : own.get());
+  if (made.at_once) {
+    const Threads alone = e.pool->limited(1);
+    useful_pool(p, e).run(
+        static_cast<int64_t>(made.parts.size()), [&](int64_t task, int64_t worker) {
+          const Planned& one = made.parts[task];
+          const Ptr workspace = e.workspace + worker * made.floats;
+          run_part(one, o, {{e.target.kernels, 1}, &alone, workspace, one.prepared.get()});
+        });
+  } else {
+    for (const Planned& one : made.parts) {
+      run_part(one, o, {e.target, e.pool, e.workspace, one.prepared.get()});
     }
-    const Plan c = choose(part.problem, e.target);
-    c.algorithm->run(part.problem, c.params, q, e);
-  });
+  }
   add_skipped_nonfinite(p, o, e);
 }
 
@@ -133,6 +201,7 @@ const Algorithm& algorithm_segregated() {
                   run,
                   cost};
     row.knows_images = true;
+    row.prepare = prepare;
     return row;
   }();
   return a;
