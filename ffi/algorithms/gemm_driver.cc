@@ -1637,12 +1637,18 @@ Params gemm_defaults(const Problem& problem, const Target& t, Lowering lowering)
       const int64_t cols = round_up(std::clamp<int64_t>(fit, 48, most), tile.mr);
       if (2 * cols < p.out[2]) params[kCols] = cols;
     }
+    // Filters that one block needs, those of its group, are packed by it.
+    if (params[kPack] == kShared && p.g > 1 && fewest == 1 && params[kCols] == 0 &&
+        lowering != Lowering::kColumns) {
+      params[kPack] = kLocal;
+    }
   }
   if (p.panel > 0) params[kPack] = kBefore;
   if (params[kKc] >= p.reduction()) params[kKc] = 0;
   // A single pass over filters in place gains nothing by large blocks.
   const bool once = params[kPack] == kInPlace && params[kKc] == 0;
-  const bool by_block = few_blocks && params[kPack] != kShared && !once;
+  const bool by_block =
+      params[kPack] == kLocal || (few_blocks && params[kPack] != kShared && !once);
   int64_t rows = ceil_div(all_rows, fewest);
   if (!by_block) {
     // Enough pixels to use a panel of B many times, and a strip that stays in half the second-level

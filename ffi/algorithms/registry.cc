@@ -157,55 +157,45 @@ bool covers_window(const Problem& p) {
   return true;
 }
 
-bool finite_result(const Problem& p, const Kernels& k, ConstPtr y) {
-  const bool features = p.y.k == 1;
-  const int64_t run = features ? p.k : p.out[2];
-  const int64_t others = features ? p.out[2] : p.k;
-  if (!features && p.y.sp[2] != 1) return false;
-  for (int64_t i = 0; i < p.n * p.g * p.out[0] * p.out[1] * others; ++i) {
-    const int64_t other = i % others;
-    const int64_t row = i / others;
-    ConstPtr at = y + other * (features ? p.y.sp[2] : p.y.k) + row % p.out[1] * p.y.sp[1] +
-                  row / p.out[1] % p.out[0] * p.y.sp[0] + row / p.out[1] / p.out[0] % p.g * p.y.g +
-                  row / p.out[1] / p.out[0] / p.g * p.y.n;
-    if (k.finite[p.out_dtype](at, run) == 0) return false;
-  }
-  return true;
-}
+struct Dimension {
+  int64_t stride, size;
+};
 
-// The filters may be some of an array's: those that one residue of a transposed convolution sees.
-bool finite_filters(const Problem& p, const Kernels& k, ConstPtr w) {
-  struct Dimension {
-    int64_t stride, size;
-  };
-  std::array<Dimension, 6> dims{{{p.w.g, p.g},
-                                 {p.w.k, p.k},
-                                 {p.w.c, p.c},
-                                 {p.w.sp[0], p.win[0]},
-                                 {p.w.sp[1], p.win[1]},
-                                 {p.w.sp[2], p.win[2]}}};
-  for (Dimension& d : dims) {
-    if (d.stride < 0) w = w + (d.size - 1) * d.stride;
+// A part of an array, as `runs` pieces of memory of `run` elements each.
+struct Pieces {
+  std::array<Dimension, 6> dims;  // by stride, those of the runs from `outer` on
+  size_t outer;
+  int64_t first, run, runs;
+
+  // About the time that a look at them takes.
+  int64_t cost() const { return runs * (4 + run / 16); }
+};
+
+Pieces pieces_of(const std::array<Dimension, 6>& dims) {
+  Pieces p{dims, 0, 0, 1, 1};
+  for (Dimension& d : p.dims) {
+    if (d.stride < 0) p.first += (d.size - 1) * d.stride;
     d.stride = d.size == 1 ? 0 : std::abs(d.stride);
   }
-  std::sort(dims.begin(), dims.end(),
+  std::sort(p.dims.begin(), p.dims.end(),
             [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
-  // Dimensions that follow upon each other in memory are one run.
-  int64_t run = 1;
-  size_t outer = 0;
-  while (outer < dims.size() && (dims[outer].size == 1 || dims[outer].stride == run)) {
-    run *= dims[outer++].size;
+  while (p.outer < p.dims.size() &&
+         (p.dims[p.outer].size == 1 || p.dims[p.outer].stride == p.run)) {
+    p.run *= p.dims[p.outer++].size;
   }
-  int64_t runs = 1;
-  for (size_t d = outer; d < dims.size(); ++d) runs *= dims[d].size;
-  for (int64_t i = 0; i < runs; ++i) {
-    ConstPtr at = w;
+  for (size_t d = p.outer; d < p.dims.size(); ++d) p.runs *= p.dims[d].size;
+  return p;
+}
+
+bool all_finite(const Pieces& p, const Kernels& k, Dtype dtype, ConstPtr array) {
+  for (int64_t i = 0; i < p.runs; ++i) {
+    ConstPtr at = array + p.first;
     int64_t rest = i;
-    for (size_t d = outer; d < dims.size(); ++d) {
-      at = at + rest % dims[d].size * dims[d].stride;
-      rest /= dims[d].size;
+    for (size_t d = p.outer; d < p.dims.size(); ++d) {
+      at = at + rest % p.dims[d].size * p.dims[d].stride;
+      rest /= p.dims[d].size;
     }
-    if (k.finite[p.dtype](at, run) == 0) return false;
+    if (k.finite[dtype](at, p.run) == 0) return false;
   }
   return true;
 }
@@ -214,13 +204,26 @@ bool finite_filters(const Problem& p, const Kernels& k, ConstPtr w) {
 
 void add_skipped_nonfinite(const Problem& p, const Operands& o, const Execution& e) {
   if (!p.touches_padding() || kDtypeRows[p.dtype].word == kPair) return;
-  const int64_t size = p.g * p.k * p.reduction();
+  const Kernels& k = *e.target.kernels;
+  // The filters may be some of an array's: those that one residue of a transposed convolution sees.
+  const Pieces filters = pieces_of({{{p.w.g, p.g},
+                                     {p.w.k, p.k},
+                                     {p.w.c, p.c},
+                                     {p.w.sp[0], p.win[0]},
+                                     {p.w.sp[1], p.win[1]},
+                                     {p.w.sp[2], p.win[2]}}});
+  const Pieces results = pieces_of({{{p.y.n, p.n},
+                                     {p.y.g, p.g},
+                                     {p.y.k, p.k},
+                                     {p.y.sp[0], p.out[0]},
+                                     {p.y.sp[1], p.out[1]},
+                                     {p.y.sp[2], p.out[2]}}});
   // Whichever is less to read: a result that nothing has changed since, or the filters.
-  if (!o.has_epilogue() && p.n * p.g * p.k * p.pixels() < size && covers_window(p) &&
-      finite_result(p, *e.target.kernels, o.y)) {
+  if (!o.has_epilogue() && results.cost() < filters.cost() && covers_window(p) &&
+      all_finite(results, k, p.out_dtype, o.y)) {
     return;
   }
-  if (finite_filters(p, *e.target.kernels, o.w)) return;
+  if (all_finite(filters, k, p.dtype, o.w)) return;
   mark_skipped_nonfinite(p, o, e);
 }
 
