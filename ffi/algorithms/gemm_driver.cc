@@ -266,11 +266,12 @@ struct Extent {
   int64_t rows, cols;
 };
 
-// Output rows and pixels of each per block, at most so many: the largest of which all threads are
+// Output rows of a block and pixels of each, at most so many: the most with which all threads are
 // done soonest, the filters being read by panels. Each block comes to them `again`, for the time of
 // some more pixels. Rows are parted, in multiples of a tile, where there are few of them.
 Extent blocks_for(const Problem& p, const Kernels& k, Lowering lowering, const Extent& most,
                   const Tile& tile, int64_t again, int64_t threads) {
+  constexpr int64_t kTried = 64;
   if (threads == 1) return most;
   const int64_t panels = ceil_div(p.k, tile.nv * k.width);
   const double cycles = tile_step_cycles(k, tile.mr, tile.nv, kNearCycles) *
@@ -288,7 +289,8 @@ Extent blocks_for(const Problem& p, const Kernels& k, Lowering lowering, const E
       best_time = time;
     }
   };
-  for (int64_t rows = most.rows; rows > 0; --rows) consider(rows, most.cols);
+  const int64_t step = ceil_div(most.rows, kTried);
+  for (int64_t rows = most.rows; rows > 0; rows -= step) consider(rows, most.cols);
   if (p.g * p.n * p.out[0] * p.out[1] < 2 * threads) {
     for (int64_t parts = 2; parts <= 4 * threads; ++parts) {
       const int64_t cols = round_up(ceil_div(most.cols, parts), tile.mr);

@@ -823,7 +823,7 @@ int64_t rows_of_tasks(const Problem& p, const Target& t, int64_t tile) {
 int64_t cols_of_tasks(const Problem& p, const Target& t, int64_t tile) {
   const int64_t threads = useful_threads(p, t.threads);
   const int64_t rows = p.n * p.out[0] * p.out[1];
-  if (rows >= 2 * threads) return 0;
+  if (threads == 1 || rows >= 2 * threads) return 0;
   const double cycles = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width)) *
                         static_cast<double>(p.reduction());
   const int64_t cols = extent_of_tasks(p.out[2], rows, cycles, tile, threads);

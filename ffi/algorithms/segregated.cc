@@ -111,17 +111,22 @@ Prepared make_parts(const Problem& p, const Target& t) {
   }
   for (Planned& one : made.parts) {
     if (one.part.empty) continue;
-    const Problem& q = one.part.problem;
-    one.plan = choose(q, of_part);
-    const Algorithm& a = *one.plan.algorithm;
-    if (a.prepare != nullptr) one.prepared = a.prepare(q, of_part, one.plan.params);
-    made.floats = std::max(made.floats, round_up(a.workspace(q, of_part, one.plan.params), 16));
+    one.plan = choose(one.part.problem, of_part);
+    const int64_t floats =
+        one.plan.algorithm->workspace(one.part.problem, of_part, one.plan.params);
+    made.floats = std::max(made.floats, round_up(floats, 16));
   }
   return made;
 }
 
 std::shared_ptr<const void> prepare(const Problem& p, const Target& t, const Params&) {
-  return std::make_shared<Prepared>(make_parts(p, t));
+  auto made = std::make_shared<Prepared>(make_parts(p, t));
+  for (Planned& one : made->parts) {
+    if (one.part.empty || one.plan.algorithm->prepare == nullptr) continue;
+    const Target of_part{t.kernels, made->at_once ? 1 : t.threads};
+    one.prepared = one.plan.algorithm->prepare(one.part.problem, of_part, one.plan.params);
+  }
+  return made;
 }
 
 int64_t workspace(const Problem& p, const Target& t, const Params&) {
