@@ -135,11 +135,11 @@ def interleave(
     Before each sample the process sleeps and the computation runs untimed, once or with several
     threads for a while: threads of the computation before it, which spin for a while in wait of
     work, have then gone to sleep, and its own are awake, each on a CPU of its own (until then the
-    system may need some of its ticks). A sample is a loop of at least `min_seconds`. A computation that has had
-    `budget_seconds` gets no further samples, but at least one. One that is more than `slower_than`
-    times slower than the fastest gets none after its first (with several threads, whose clock is
-    less sure: its second), unless it is in `keep`. One that raises gets no (further) samples; its
-    `error` then says why.
+    system may need some of its ticks). A sample is a loop of at least `min_seconds`. A computation
+    that has had `budget_seconds` gets no further samples, but at least one. One that is more than
+    `slower_than` times slower than the fastest gets none after its first (with several threads,
+    whose clock is less sure: its second), unless it is in `keep`. One that raises gets no (further)
+    samples; its `error` then says why.
     """
     settle = 0.03 if threads > 1 else 0.004 * threads
     results: dict[str, Samples] = {}
