@@ -40,6 +40,17 @@ def busy():
         if (task / "comm").read_text().strip() == "tf_XLAEigen":
             found[task.name] = int((task / "schedstat").read_text().split()[0])
     return found
+
+def shared_out(f, operands, calls):
+    '''Whether two of the pool's threads have had work, a millisecond each, after so many calls.'''
+    f(*operands).block_until_ready()
+    before = busy()
+    for _ in range(calls):
+        f(*operands).block_until_ready()
+        worked = {name for name, ns in busy().items() if ns - before[name] > 1_000_000}
+        if len(worked) >= 2:
+            return True
+    return False
 """
 
 
@@ -90,16 +101,7 @@ small = draw(1, 8, 8, 16), draw(3, 3, 16, 16)
 for x, w in (large, small):
     (row,) = jaxwin.explain(jaxwin.conv, x, w)
     print(row.threads)
-f = jax.jit(jaxwin.conv)
-f(*large).block_until_ready()
-before = busy()
-worked = set()
-for _ in range(100):
-    f(*large).block_until_ready()
-    worked = {name for name, ns in busy().items() if ns - before[name] > 1_000_000}
-    if len(worked) >= 2:
-        break
-print(pool(), len(worked) >= 2)
+print(pool(), shared_out(jax.jit(jaxwin.conv), large, 100))
 """,
         NPROC="4",
     )
@@ -122,16 +124,7 @@ def test_few_rows_are_shared_out_too(kind: str) -> None:
         f"""
 from functools import partial
 function, *operands = {FEW_ROWS[kind]}
-f = jax.jit(function)
-f(*operands).block_until_ready()
-before = busy()
-worked = set()
-for _ in range(200):
-    f(*operands).block_until_ready()
-    worked = {{name for name, ns in busy().items() if ns - before[name] > 1_000_000}}
-    if len(worked) >= 2:
-        break
-print(len(worked) >= 2)
+print(shared_out(jax.jit(function), operands, 200))
 """,
         NPROC="4",
     )

@@ -809,13 +809,17 @@ int64_t extent_of_tasks(int64_t extent, int64_t others, double cycles, int64_t t
   return best;
 }
 
+// Of all channels, one product of a vector in a cycle.
+double pixel_cycles(const Problem& p, const Target& t) {
+  return static_cast<double>(ceil_div(p.g * p.k, t.kernels->width) * p.reduction());
+}
+
 // Output rows of a task, in tiles of so many rows; 0: all.
 int64_t rows_of_tasks(const Problem& p, const Target& t, int64_t tile) {
   const int64_t threads = useful_threads(p, t.threads);
   const int64_t others = p.n * p.out[0];
   if (threads == 1 || others >= 4 * threads) return 0;
-  const double cycles = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width)) *
-                        static_cast<double>(p.out[2] * p.reduction());
+  const double cycles = static_cast<double>(p.out[2]) * pixel_cycles(p, t);
   return extent_of_tasks(p.out[1], others, cycles, tile, threads);
 }
 
@@ -824,9 +828,7 @@ int64_t cols_of_tasks(const Problem& p, const Target& t, int64_t tile) {
   const int64_t threads = useful_threads(p, t.threads);
   const int64_t rows = p.n * p.out[0] * p.out[1];
   if (threads == 1 || rows >= 2 * threads) return 0;
-  const double cycles = static_cast<double>(ceil_div(p.g * p.k, t.kernels->width)) *
-                        static_cast<double>(p.reduction());
-  const int64_t cols = extent_of_tasks(p.out[2], rows, cycles, tile, threads);
+  const int64_t cols = extent_of_tasks(p.out[2], rows, pixel_cycles(p, t), tile, threads);
   return cols < p.out[2] ? round_up(cols, tile) : 0;
 }
 

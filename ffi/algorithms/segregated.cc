@@ -79,6 +79,7 @@ struct Planned {
 struct Prepared {
   std::vector<Planned> parts;
   bool at_once;    // each part by a thread of its own, else one after the other by all of them
+  Target of_part;  // what a part is planned for
   int64_t floats;  // workspace of a part
 };
 
@@ -98,22 +99,21 @@ bool sooner_at_once(const std::vector<Planned>& parts, const Target& t, int64_t 
 }
 
 Prepared make_parts(const Problem& p, const Target& t) {
-  Prepared made{{}, false, 0};
+  Prepared made{{}, false, t, 0};
   for_each_part(p, [&](const Part& part) { made.parts.push_back({part, {}, nullptr}); });
   const int64_t threads = useful_threads(p, t.threads);
-  Target of_part = t;
   if (threads > 1) {
     std::stable_sort(made.parts.begin(), made.parts.end(), [](const Planned& a, const Planned& b) {
       return a.part.problem.flops() > b.part.problem.flops();
     });
     made.at_once = sooner_at_once(made.parts, t, threads);
-    if (made.at_once) of_part.threads = 1;
+    if (made.at_once) made.of_part.threads = 1;
   }
   for (Planned& one : made.parts) {
     if (one.part.empty) continue;
-    one.plan = choose(one.part.problem, of_part);
+    one.plan = choose(one.part.problem, made.of_part);
     const int64_t floats =
-        one.plan.algorithm->workspace(one.part.problem, of_part, one.plan.params);
+        one.plan.algorithm->workspace(one.part.problem, made.of_part, one.plan.params);
     made.floats = std::max(made.floats, round_up(floats, 16));
   }
   return made;
@@ -123,8 +123,7 @@ std::shared_ptr<const void> prepare(const Problem& p, const Target& t, const Par
   auto made = std::make_shared<Prepared>(make_parts(p, t));
   for (Planned& one : made->parts) {
     if (one.part.empty || one.plan.algorithm->prepare == nullptr) continue;
-    const Target of_part{t.kernels, made->at_once ? 1 : t.threads};
-    one.prepared = one.plan.algorithm->prepare(one.part.problem, of_part, one.plan.params);
+    one.prepared = one.plan.algorithm->prepare(one.part.problem, made->of_part, one.plan.params);
   }
   return made;
 }
@@ -166,15 +165,15 @@ void run(const Problem& p, const Params& params, const Operands& o, const Execut
   const auto& made = *static_cast<const Prepared*>(e.prepared != nullptr ? e.prepared : own.get());
   if (made.at_once) {
     const Threads alone = e.pool->limited(1);
-    useful_pool(p, e).run(
-        static_cast<int64_t>(made.parts.size()), [&](int64_t task, int64_t worker) {
-          const Planned& one = made.parts[task];
-          const Ptr workspace = e.workspace + worker * made.floats;
-          run_part(one, o, {{e.target.kernels, 1}, &alone, workspace, one.prepared.get()});
-        });
+    useful_pool(p, e).run(static_cast<int64_t>(made.parts.size()),
+                          [&](int64_t task, int64_t worker) {
+                            const Planned& one = made.parts[task];
+                            const Ptr workspace = e.workspace + worker * made.floats;
+                            run_part(one, o, {made.of_part, &alone, workspace, one.prepared.get()});
+                          });
   } else {
     for (const Planned& one : made.parts) {
-      run_part(one, o, {e.target, e.pool, e.workspace, one.prepared.get()});
+      run_part(one, o, {made.of_part, e.pool, e.workspace, one.prepared.get()});
     }
   }
   add_skipped_nonfinite(p, o, e);
