@@ -907,10 +907,10 @@ Params defaults(const Problem& problem, const Target& t) {
   params[kPlanarRows] =
       threads == 1 ? 0 : ceil_div(l.p.out[1], std::min(l.p.out[1], ceil_div(4 * threads, others)));
   // And parts of rows, where these are few.
-  const int64_t rows = others * l.p.out[1];
-  if (threads > 1 && rows < 2 * threads) {
+  const int64_t all_rows = others * l.p.out[1];
+  if (threads > 1 && all_rows < 2 * threads) {
     const int64_t lanes = l.pixels() * l.images;
-    const int64_t cols = round_up(ceil_div(lanes, ceil_div(2 * threads, rows)), vector);
+    const int64_t cols = round_up(ceil_div(lanes, ceil_div(2 * threads, all_rows)), vector);
     const int64_t most = params[kPlanarCols] == 0 ? lanes : params[kPlanarCols];
     if (cols < most) params[kPlanarCols] = cols;
   }
@@ -922,12 +922,12 @@ Params defaults(const Problem& problem, const Target& t) {
   Params flat = params;
   flat[kPlanarCols] = 0;
   flat[kPlanarFlat] = 1;
-  int64_t together = params[kPlanarRows] == 0 ? l.p.out[1] : params[kPlanarRows];
-  for (flat[kPlanarRows] = together; strip(flat) > limit / 2 && together > 1;) {
-    together = ceil_div(together, 2);
-    flat[kPlanarRows] = together;
+  int64_t rows = params[kPlanarRows] == 0 ? l.p.out[1] : params[kPlanarRows];
+  for (flat[kPlanarRows] = rows; strip(flat) > limit / 2 && rows > 1;) {
+    rows = ceil_div(rows, 2);
+    flat[kPlanarRows] = rows;
   }
-  if (together == 1 || strip(flat) > limit) return params;
+  if (rows == 1 || strip(flat) > limit) return params;
   set_tile(problem, t, &flat);
   return cost(problem, t, flat) < cost(problem, t, params) ? flat : params;
 }
