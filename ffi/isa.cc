@@ -53,6 +53,7 @@ std::array<Kernels, kWords> avx512_tables() {
     floats.stores[kBF16] = kStoreBF16ByCpu;
     floats.write[kBF16] = floats.write_bf16_by_cpu;
     floats.stream[kBF16] = floats.stream_bf16_by_cpu;
+    floats.finish[kBF16] = floats.finish_bf16_by_cpu;
   }
   return tables;
 }

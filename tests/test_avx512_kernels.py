@@ -156,7 +156,8 @@ class EpilogueArgs(ctypes.Structure):
         ("residual", ctypes.c_void_p),
         ("residual_row", ctypes.c_int64),
         ("activation", ctypes.c_int64),
-        ("residual_col", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("y_row", ctypes.c_int64),
     ]
 
 
@@ -676,7 +677,6 @@ def test_epilogue(kernels: Kernels, dtype: str, activation: str, bias: str) -> N
                     residual=None if bias == "none" else residual.ctypes.data,  # noqa: B023
                     residual_row=residual_row,  # noqa: B023
                     activation=number,
-                    residual_col=1,
                 )
             )
 
@@ -833,23 +833,25 @@ def test_write_past_the_caches(kernels: Kernels, element: str) -> None:
 
 @pytest.mark.parametrize("element", ["bfloat16", "float16"])
 @pytest.mark.parametrize("across", [False, True])
-def test_narrow_epilogue(kernels: Kernels, element: str, across: bool) -> None:
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_narrow_epilogue(kernels: Kernels, element: str, across: bool, activation: str) -> None:
     rng = np.random.default_rng(0)
     rows = 3
+    activated = REGISTRY["activations"].index(activation)
     for cols in (1, 15, 33):
         c_row = cols + 2
         start = _matrix(rng, "float32", (rows - 1) * c_row + cols)
         bias = _matrix(rng, element, rows if across else cols)
-        residual_row, residual_col = (1, rows + 1) if across else (cols + 1, 1)
-        size = (rows - 1) * residual_row + (cols - 1) * residual_col + 1
-        residual = _matrix(rng, element, size)
+        residual_row = cols + 1
+        residual = _matrix(rng, element, (rows - 1) * residual_row + cols)
 
-        def arguments(c: np.ndarray) -> np.ndarray:
+        def arguments(c: np.ndarray, y: np.ndarray | None = None) -> np.ndarray:
             return _words(
                 EpilogueArgs(
                     *(c.ctypes.data, c_row, rows, cols),  # noqa: B023
                     *(bias.ctypes.data, int(across), int(not across)),  # noqa: B023
-                    *(residual.ctypes.data, residual_row, 1, residual_col),  # noqa: B023
+                    *(residual.ctypes.data, residual_row, activated),  # noqa: B023
+                    *((None, 0) if y is None else (y.ctypes.data, cols + 1)),  # noqa: B023
                 )
             )
 
@@ -860,6 +862,16 @@ def test_narrow_epilogue(kernels: Kernels, element: str, across: bool) -> None:
         )
         kernels.native("baseline", "narrow_epilogue", "float32", number, arguments(expected))
         _same(c, expected, f"cols {cols}")
+        # The same, made elements at last.
+        poison = _matrix(rng, element, rows * (cols + 1))
+        c, y = guarded(start), guarded(poison)
+        kernels.emulated(
+            "narrow_epilogue", "float32", number, arguments(c, y), buffers=(c, bias, residual, y)
+        )
+        results = poison.reshape(rows, cols + 1)
+        sums = np.append(expected, np.zeros(2, np.float32)).reshape(rows, c_row)
+        results[:, :cols] = sums[:, :cols].astype(poison.dtype)
+        _same(y, results.ravel(), f"cols {cols} as elements")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

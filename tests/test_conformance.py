@@ -11,6 +11,7 @@ instruction set is tested by existing: all names come from the registry.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -694,6 +695,56 @@ def test_every_algorithm_can_be_chosen() -> None:
             if "plan" in answer:
                 chosen.add(answer["plan"]["algorithm"])
     assert chosen == set(CANONICAL) - {"im2col", "mec", "indirect"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO"), ("NCHW", "OIHW")])
+@pytest.mark.parametrize("groups", [1, 80])
+def test_an_epilogue_follows_each_piece_of_a_row(
+    dtype: str, layout: tuple[str, str], groups: int
+) -> None:
+    """Rows of several pieces, panels that end within one, and marks of filters on padding."""
+    rng = np.random.default_rng(groups)
+    make = functools.partial(problems.make, 1, 80, 80, (5, 150), (3, 3), groups=groups)
+    problem = make(padding=((1, 1), (1, 1)), dtype=dtype, layout=layout)
+    assert problem is not None
+    x, w = problems.operands(problem, rng)
+    w[(0,) * w.ndim] = -np.inf  # what relu would hide
+    bias = problems.values(rng, (80,), dtype)
+    residual = problems.values(rng, problem.out_shape, dtype)
+    shape = [1, 1, 1, 1]
+    shape[problem.out_spec[1]] = 80
+    sums = dataclasses.replace(problem, out_dtype="float32")
+    tested = 0
+    for name, row in _ffi.candidates(problem.native()).items():
+        if "rejected" in row or name not in CANONICAL:
+            continue
+        plain = problems.run(sums, x, w, name)
+        assert np.isnan(plain).any() and np.isinf(plain).any()
+        biased = plain + bias.reshape(shape).astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            expected = np.maximum(biased + residual.astype(np.float32), 0).astype(dtype)
+        expected = expected.astype(np.float32)  # NumPy compares NaN of bfloat16 by value
+        for isa, changes in itertools.product(ISAS, ({}, {"kc": 64}, {"window": 2})):
+            if not changes.keys() <= set(_registry.parameter_names(name)):
+                continue
+            params = _params(problem, name, isa, **changes)
+            answer = _ffi.make_plan(problem.native(), algorithm=name, isa=isa, params=params)
+            if "plan" not in answer:
+                continue
+            tested += 1
+            got = problems.run(
+                *(problem, x, w, name),
+                isa=isa,
+                params=params,
+                bias=bias,
+                residual=residual,
+                activation="relu",
+            )
+            np.testing.assert_array_equal(
+                got.astype(np.float32), expected, f"{name} {isa} {params}"
+            )
+    assert tested > 5
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ struct Layout {
   int64_t plane;  // floats of all of them
   int64_t pixel_stride, a_step;
   bool buffered;  // sums are not written to the result itself
-  int64_t piece;  // then: pixels of a row that are finished as soon as they are summed; 0: a block
+  int64_t piece;  // pixels of a row that are finished, if at all, as soon as they are summed; or 0
   int64_t packed_floats, full_floats;                 // shared
   int64_t zero_floats, table_words;                   // shared: the indirection buffer
   int64_t strip_floats, local_floats, buffer_floats;  // per thread
@@ -391,8 +391,10 @@ Layout make_layout(const Problem& problem, const Target& t, const Params& params
     l.table_words = round_up(p.pixels() * p.window() * kTableBytes / t.kernels->size, 16);
   }
   l.local_floats = l.pack == kLocal ? round_up(l.group * l.panel * l.kc, 16) : 0;
-  if (l.buffered && l.kc == l.reduction) {
+  if (!l.buffered || l.kc == l.reduction) {
     l.piece = piece_of(p, *t.kernels, l.mr, l.panel, l.cols);
+  }
+  if (l.buffered && l.piece > 0) {
     l.buffer_floats = round_up(l.piece * l.panel, 16);
   } else if (l.buffered) {
     l.buffer_floats = round_up(l.rows * l.cols * l.group * l.panel, 16);
@@ -886,14 +888,48 @@ void multiply(const Layout& l, const Kernels& k, const Block& block, ConstPtr b,
   }
 }
 
+// Adds the residual, whose elements are `row` and `col` apart, and applies the activation: blocks
+// of it are made words in order first.
+void add_strided(const Problem& p, const Kernels& k, ConstPtr residual, int64_t row, int64_t col,
+                 Activation activation, const EpilogueArgs& words) {
+  constexpr int64_t kRows = 16;
+  constexpr int64_t kCols = 64;
+  alignas(64) std::array<float, kRows * kCols> block;
+  for (int64_t r = 0; r < words.rows; r += kRows) {
+    for (int64_t j = 0; j < words.cols; j += kCols) {
+      const int64_t rows = std::min(kRows, words.rows - r);
+      const int64_t cols = std::min(kCols, words.cols - j);
+      k.pack[p.dtype](block.data(), kCols, (residual + r * row + j * col).at, row, col, rows, cols);
+      EpilogueArgs part = words;
+      part.c = static_cast<float*>(words.c) + r * words.c_row + j;
+      part.rows = rows;
+      part.cols = cols;
+      part.bias = nullptr;
+      part.residual = block.data();
+      part.residual_row = kCols;
+      part.activation = activation;
+      k.epilogue(&part);
+    }
+  }
+}
+
 }  // namespace
 
 void finish_words(const Problem& p, const Kernels& k, const Operands& o, EpilogueArgs words,
                   int64_t y_offset, int64_t y_row, int64_t y_col, bool stream) {
-  if (o.has_epilogue()) {
+  if (o.has_epilogue() && y_col != 1 && o.residual != nullptr) {
+    const Activation activation = words.activation;
+    words.activation = Activation::kNone;
+    if (words.bias != nullptr) k.narrow_epilogue[p.dtype](&words);
+    add_strided(p, k, o.residual + y_offset, y_row, y_col, activation, words);
+  } else if (o.has_epilogue()) {
     if (o.residual != nullptr) words.residual = o.residual + y_offset;
     words.residual_row = y_row;
-    words.residual_col = y_col;
+    if (y_col == 1 && p.out_dtype == p.dtype && !stream) {
+      words.y = (o.y + y_offset).at;
+      words.y_row = y_row;
+      return k.finish[p.dtype](&words);
+    }
     k.narrow_epilogue[p.dtype](&words);
   }
   const CopyFn write = (stream ? k.stream : k.write)[p.out_dtype];
@@ -1128,8 +1164,10 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
   const Threads pool = useful_pool(problem, e);
   const bool columns = lowering == Lowering::kColumns && l.full == 0;
   const bool streams = params[kStream] != 0 && streamable(p, k, o.y);
+  const int64_t piece_of_row = l.buffered || o.has_epilogue() ? l.piece : 0;
   const bool stream = streams && !l.buffered && !o.has_epilogue();
-  const bool stream_pieces = streams && l.piece > 0 && k.stream[p.out_dtype] != nullptr;
+  const bool stream_pieces =
+      streams && l.buffered && l.piece > 0 && k.stream[p.out_dtype] != nullptr;
   // Row R of all_rows is row r of image n.
   const auto input = [&](int64_t g, int64_t row) {
     return o.x + g * p.x.g + row / l.out_rows * p.x.n;
@@ -1319,7 +1357,8 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
       const Ptr c = sums_of(panel, first);
       Ahead of_panel = l.in_order ? Ahead{} : ahead_of(panel, first, kb);
       Ahead* ahead = l.in_order ? &after : &of_panel;
-      if (!apart && l.piece == 0) {
+      const int64_t piece = kb + 1 == n_blocks ? piece_of_row : 0;
+      if (!apart && piece == 0) {
         multiply(l, k, block, b, kinds, kb, features, c, c_rows, c_pixel, ahead);
         return;
       }
@@ -1333,39 +1372,40 @@ void gemm_run(const Problem& problem, const Params& params, const Operands& o, c
           row.table = table + (r % l.out_rows * p.out[2] + j0) * l.pixel_stride;
           row.zeros = zeros;
         }
-        if (l.piece == 0) {
+        if (piece == 0) {
           multiply(l, k, row, b, kinds, kb, features, c, c_rows + (r - r0), c_pixel, ahead);
           continue;
         }
-        const int64_t at = output(g, r) + panel * l.panel * p.y.k;
-        for (int64_t j = j0; j < j1; j += l.piece) {
+        for (int64_t j = j0; j < j1; j += piece) {
           Block part = row;
-          part.cols = std::min(l.piece, j1 - j);
+          part.cols = std::min(piece, j1 - j);
           part.first_col = j;
           if (row.table != nullptr) {
             part.table = row.table + (j - j0) * l.pixel_stride;
           } else {
             part.a = row.a + (j - j0) * l.pixel_stride;
           }
+          const int64_t at = output(g, r) + j * p.y.sp[2] + panel * l.panel * p.y.k;
+          const Ptr sums = l.buffered ? buffer : o.y + at;
+          const int64_t pixel = l.buffered ? l.panel : p.y.sp[2];
           const int64_t first_row = 0;
-          multiply(l, k, part, b, kinds, kb, features, buffer, &first_row, l.panel, ahead);
+          multiply(l, k, part, b, kinds, kb, features, sums, &first_row, pixel, ahead);
           if (l.marked >= j && l.marked < j + part.cols) {
-            look_at(r, buffer + (l.marked - j) * l.panel, features);
+            look_at(r, sums + (l.marked - j) * pixel, features);
           }
-          finish_rows(p, k, o, buffer, l.panel, part.cols, features, g, panel * l.panel,
-                      at + j * p.y.sp[2],
+          finish_rows(p, k, o, sums, pixel, part.cols, features, g, panel * l.panel, at,
                       stream_pieces && features * o.y.size % (k.width * k.size) == 0);
         }
       }
     };
     const auto finish_panel = [&](int64_t panel, int64_t first) {
-      if (l.piece > 0) return;
+      if (piece_of_row > 0) return;
       const int64_t features = std::min(l.panel, p.k - panel * l.panel);
       const Ptr c = sums_of(panel, first);
       for (int64_t r = r0; r < r1 && l.marked >= j0 && l.marked < j1; ++r) {
         look_at(r, c + c_rows[r - r0] + (l.marked - j0) * c_pixel, features);
       }
-      if (!l.buffered && !o.has_epilogue()) return;
+      if (!l.buffered) return;
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t at = output(g, r) + j0 * p.y.sp[2] + panel * l.panel * p.y.k;
         finish_rows(p, k, o, c + c_rows[r - r0], c_pixel, block.cols, features, g, panel * l.panel,

@@ -86,6 +86,7 @@ struct Forward {
   int64_t row_blocks, col_blocks;
   int64_t in_rows, in_cols;  // of a strip
   int64_t column;            // floats of a strip column: c * width
+  int64_t span;              // window: pixels that are finished together
   int64_t w_floats, zero_floats, strip_floats, temporary, buffer_floats;
   int64_t shared_floats() const { return round_up(w_floats, 16) + round_up(zero_floats, 16); }
   int64_t thread_floats() const { return strip_floats + temporary + buffer_floats; }
@@ -132,6 +133,9 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
   f.in_rows = (f.rows - 1) * p.stride[1] + (p.win[1] - 1) * p.rhs_dilation[1] + 1;
   f.in_cols = (f.cols - 1) * p.stride[2] + (p.win[2] - 1) * p.rhs_dilation[2] + 1;
   f.column = p.c * f.width;
+  const int64_t row = std::max<int64_t>(1, params[kLanesWindow]) * f.blocks * f.width;
+  const int64_t fit = caches().l1 / 4 / t.kernels->size / row;
+  f.span = std::clamp<int64_t>(fit / f.pixels, 1, ceil_div(p.out[2], f.pixels)) * f.pixels;
   f.w_floats = f.blocks * p.reduction() * f.width;
   f.zero_floats = params[kLanesSweep] > 0 && sweep_form(p, f.width) == kSweepBroadcast ? p.c : 0;
   if (f.strip) {
@@ -150,7 +154,7 @@ Forward make_forward(const Problem& p, const Target& t, const Params& params) {
       f.group = std::clamp<int64_t>(limit / (one * f.width), 1, f.blocks);
       vectors = one * f.group;
     }
-    if (params[kLanesWindow] > 0) vectors = params[kLanesWindow] * f.pixels * f.blocks;
+    if (params[kLanesWindow] > 0) vectors = params[kLanesWindow] * f.span * f.blocks;
     f.buffer_floats = round_up(vectors * f.width, 16);
   }
   return f;
@@ -496,22 +500,25 @@ void run_window(const Problem& p, const Params& params, const Operands& o, const
         if (iy + i >= 0 && iy + i < p.in[1]) args.rows |= int64_t{1} << i;
       }
       const WindowFn* const tiles = k.window[p.dtype][stride][rows];
-      int64_t pixels = 0;
-      for (int64_t j = 0; j < p.out[2]; j += pixels) {
-        pixels = std::min(f.pixels, p.out[2] - j);
-        while (tiles[pixels] == nullptr) --pixels;
-        const int64_t ix = j * stride - p.pad[2];
-        const int64_t last = ix + (pixels - 1) * stride + kWindow - 1;
-        args.edges = (ix < 0 ? kWindowLeft : 0) | (last >= p.in[2] ? kWindowRight : 0);
-        args.x = plane + iy * p.x.sp[1] + ix * p.x.sp[2];
-        const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j * p.y.sp[2];
+      for (int64_t j0 = 0; j0 < p.out[2]; j0 += f.span) {
+        const int64_t j1 = std::min(j0 + f.span, p.out[2]);
+        const int64_t at = n * p.y.n + oz * p.y.sp[0] + r * p.y.sp[1] + j0 * p.y.sp[2];
         const Ptr y = in_place ? o.y + at : buffer;
-        args.y = y;
         args.y_col = in_place ? p.y.sp[2] : flat.k;
-        args.y_row = in_place ? p.y.sp[1] : pixels * flat.k;
-        tiles[pixels](&args);
+        args.y_row = in_place ? p.y.sp[1] : (j1 - j0) * flat.k;
+        int64_t pixels = 0;
+        for (int64_t j = j0; j < j1; j += pixels) {
+          pixels = std::min(f.pixels, j1 - j);
+          while (tiles[pixels] == nullptr) --pixels;
+          const int64_t ix = j * stride - p.pad[2];
+          const int64_t last = ix + (pixels - 1) * stride + kWindow - 1;
+          args.edges = (ix < 0 ? kWindowLeft : 0) | (last >= p.in[2] ? kWindowRight : 0);
+          args.x = plane + iy * p.x.sp[1] + ix * p.x.sp[2];
+          args.y = y + (j - j0) * args.y_col;
+          tiles[pixels](&args);
+        }
         for (int64_t i = 0; i < rows && (!in_place || o.has_epilogue()); ++i) {
-          finish_rows(flat, k, o, y + i * args.y_row, args.y_col, pixels, flat.k, 0, 0,
+          finish_rows(flat, k, o, y + i * args.y_row, args.y_col, j1 - j0, flat.k, 0, 0,
                       at + i * p.y.sp[1]);
         }
       }

@@ -490,19 +490,21 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   }
   end = std::max(begin, end);
   const int64_t rows = l.product_rows();
-  // Bias and activation before results are joined: features are few there, pixels many.
+  // Bias, and activation unless a residual comes between, before results are joined: features are
+  // few there, pixels many.
   const bool words = l.row_floats == 0;
-  const bool finished = words && o.has_epilogue() && o.residual == nullptr;
   Operands rest = o;
-  if (finished) {
+  if (o.bias != nullptr || (o.residual == nullptr && o.has_epilogue())) {
     rest.bias = {};
-    rest.activation = Activation::kNone;
-  }
-  const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k;
-  for (int64_t m = 0; finished && m < rows; m += p.k) {
-    const EpilogueArgs of_class{c + m * l.joined, l.joined, p.k,         count, bias, 1, 0,
-                                nullptr,          0,        o.activation};
-    k.epilogue(&of_class);
+    if (o.residual == nullptr) rest.activation = Activation::kNone;
+    const ConstPtr bias = o.bias == nullptr ? o.bias : o.bias + g * p.k;
+    const Activation activation = o.residual == nullptr ? o.activation : Activation::kNone;
+    const auto epilogue = p.plain() ? k.epilogue : k.narrow_epilogue[p.dtype];
+    for (int64_t m = 0; m < rows; m += p.k) {
+      const EpilogueArgs of_class{c + m * l.joined, l.joined, p.k,       count, bias, 1, 0,
+                                  nullptr,          0,        activation};
+      epilogue(&of_class);
+    }
   }
   std::array<const void*, kMaxJoined> row{};
   for (size_t i = 0; i < l.classes.size(); ++i) {
@@ -529,19 +531,14 @@ void finish_joined(const Layout& l, const Problem& apart, const Kernels& k, cons
   } else {
     k.copy(to, 0, row[0], 0, 1, 1, end - begin);
   }
-  if (words && (finished || !o.has_epilogue())) return;
-  EpilogueArgs e{};
+  if (words && !rest.has_epilogue()) return;
+  EpilogueArgs e{};  // pixels follow each other: one row
   e.c = to.at;
-  // Pixels of one feature are one row.
-  const int64_t pixels = (end - begin) * l.period;
-  e.rows = p.k == 1 ? 1 : pixels;
-  e.cols = p.k == 1 ? pixels : p.k;
-  e.c_row = e.residual_row = p.k;
-  e.bias_col = p.k == 1 ? 0 : 1;
-  e.bias = bias.at;
-  e.activation = o.activation;
-  if (!words) return finish_words(p, k, o, e, at, p.k, 1);
-  if (o.residual != nullptr) e.residual = (o.residual + at).at;
+  e.rows = 1;
+  e.cols = (end - begin) * rows;
+  e.activation = rest.activation;
+  if (!p.plain()) return finish_words(p, k, rest, e, at, 0, 1);
+  e.residual = (rest.residual + at).at;
   k.epilogue(&e);
 }
 

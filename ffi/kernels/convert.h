@@ -282,36 +282,111 @@ inline void narrow_streams(void* to, int64_t dst_ld, const void* from, int64_t s
 }
 #endif
 
-// The epilogue on words of floats, its bias and residual being of S.
-template <typename S>
-inline void narrow_epilogue(const EpilogueArgs* e) {
-  constexpr int W = kWidth<float>;
-  const S* bias = static_cast<const S*>(e->bias);
-  const S* residual = static_cast<const S*>(e->residual);
-  for (int64_t r = 0; r < e->rows; ++r) {
-    float* c = static_cast<float*>(e->c) + r * e->c_row;
-    for (int64_t j = 0; j < e->cols; j += W) {
-      const int64_t n = e->cols - j < W ? e->cols - j : W;
-      const Mask<float> m = make_mask<float>(n);
-      float operand[W] = {};
-      V x = load(c + j, m);
-      if (bias != nullptr) {
-        for (int64_t i = 0; i < n; ++i) {
-          operand[i] = widen(bias[r * e->bias_row + (j + i) * e->bias_col]);
-        }
-        x = add(x, load(operand));
-      }
-      if (residual != nullptr) {
-        const S* from = residual + r * e->residual_row + j * e->residual_col;
-        if (e->residual_col == 1) {
-          widen_row(operand, from, n);
-        } else {
-          for (int64_t i = 0; i < n; ++i) operand[i] = widen(from[i * e->residual_col]);
-        }
-        x = add(x, load(operand));
-      }
-      store(c + j, activate(x, e->activation), m);
+// What an epilogue adds to n neighbouring words, at most a vector.
+template <typename T, typename S>
+JAXWIN_INLINE Vec<T> operand_load(const S* p, int64_t n) {
+  constexpr int W = kWidth<T>;
+#if !defined(__AVX2__)
+  if constexpr (!std::is_same_v<S, T>) {
+    T lanes[W] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
+    return load(lanes);
+  } else
+#endif
+    return n == W ? widen_load<T>(p) : widen_load<T>(p, make_mask<T>(n));
+}
+
+// The first n words of a vector to results R.
+template <typename R, typename T>
+JAXWIN_INLINE void put(R* p, Vec<T> x, int64_t n) {
+  constexpr int W = kWidth<T>;
+#if !defined(__AVX2__)
+  if constexpr (!std::is_same_v<R, T>) {
+    T lanes[W];
+    store(lanes, x);
+    for (int64_t i = 0; i < n; ++i) narrow(lanes[i], p + i);
+  } else
+#endif
+    n == W ? result_store<true>(p, x, make_mask<T>(W)) : result_store<false>(p, x, make_mask<T>(n));
+}
+
+// results[j ...] = f(c[j ...], j, n) for the n words from j on, a vector at a time.
+template <typename R, typename T, typename F>
+JAXWIN_INLINE void each_vector(R* results, const T* c, int64_t cols, const F& f) {
+  constexpr int64_t W = kWidth<T>;
+  int64_t j = 0;
+  for (; j + W <= cols; j += W) put<R, T>(results + j, f(load(c + j), j, W), W);
+  if (j < cols) {
+    const int64_t n = cols - j;
+    put<R, T>(results + j, f(load(c + j, make_mask<T>(n)), j, n), n);
+  }
+}
+
+// Row r of the results: words in place of the sums, else elements of their own.
+template <typename R, typename T>
+inline R* results_row(const EpilogueArgs& e, int64_t r) {
+  if constexpr (std::is_same_v<R, T>) {
+    return static_cast<T*>(e.c) + r * e.c_row;
+  } else {
+    return static_cast<R*>(e.y) + r * e.y_row;
+  }
+}
+
+// The epilogue's sums, and an activation that is known here. What is asked in the loop over a row
+// takes longer than the sums do.
+template <Activation kActivation, typename R, typename T, typename S>
+inline void add_operands(const EpilogueArgs& e) {
+  const S* bias = static_cast<const S*>(e.bias);
+  const S* residual = static_cast<const S*>(e.residual);
+  const auto rows = [&](const auto& sums_of) {
+    for (int64_t r = 0; r < e.rows; ++r) {
+      const auto sum = sums_of(r);
+      each_vector(
+          results_row<R, T>(e, r), static_cast<const T*>(e.c) + r * e.c_row, e.cols,
+          [&](Vec<T> x, int64_t j, int64_t n) { return activate(sum(x, j, n), kActivation); });
     }
+  };
+  // By row, by column and none; each a function of the row, of a function of a vector.
+  const auto same = [](int64_t) { return [](Vec<T> x, int64_t, int64_t) { return x; }; };
+  const auto by_row = [&](int64_t r) {
+    const Vec<T> b = set1(widen(bias[r * e.bias_row]));
+    return [b](Vec<T> x, int64_t, int64_t) { return add(x, b); };
+  };
+  const auto by_column = [&](int64_t r) {
+    const S* b = bias + r * e.bias_row;
+    return [b](Vec<T> x, int64_t j, int64_t n) { return add(x, operand_load<T>(b + j, n)); };
+  };
+  const auto with_residual = [&](const auto& biased_of) {
+    if (residual == nullptr) return rows(biased_of);
+    rows([&](int64_t r) {
+      const S* from = residual + r * e.residual_row;
+      return [biased = biased_of(r), from](Vec<T> x, int64_t j, int64_t n) {
+        return add(biased(x, j, n), operand_load<T>(from + j, n));
+      };
+    });
+  };
+  if (bias == nullptr) return with_residual(same);
+  e.bias_col == 0 ? with_residual(by_row) : with_residual(by_column);
+}
+
+// The epilogue on words T, its bias and residual being of S, its results of R.
+template <typename T, typename S, typename R>
+inline void epilogue(const EpilogueArgs* args) {
+  const EpilogueArgs& e = *args;
+  switch (e.activation) {
+    case Activation::kNone:
+      return add_operands<Activation::kNone, R, T, S>(e);
+    case Activation::kRelu:
+      return add_operands<Activation::kRelu, R, T, S>(e);
+    case Activation::kRelu6:
+      return add_operands<Activation::kRelu6, R, T, S>(e);
+    default:
+      break;
+  }
+  if (e.bias != nullptr || e.residual != nullptr) add_operands<Activation::kNone, T, T, S>(e);
+  for (int64_t r = 0; r < e.rows; ++r) {
+    each_vector(results_row<R, T>(e, r), static_cast<const T*>(e.c) + r * e.c_row, e.cols,
+                [&](Vec<T> x, int64_t, int64_t) { return activate(x, e.activation); });
   }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Everything that is not multiply-accumulate: the fused epilogue, copies into window order,
-// transposition, lane expansion.
+// Everything that is not multiply-accumulate: activations, copies into window order, transposition,
+// lane expansion.
 #pragma once
 
 #include <cstring>
@@ -88,25 +88,6 @@ inline Vec<T> activate(Vec<T> x, Activation activation) {
   }
   if constexpr (sizeof(T) == sizeof(float)) return approximate(x, activation);
   return x;
-}
-
-template <typename T>
-inline void epilogue(const EpilogueArgs* e) {
-  const T* bias = static_cast<const T*>(e->bias);
-  const T* residual = static_cast<const T*>(e->residual);
-  for (int64_t r = 0; r < e->rows; ++r) {
-    T* c = static_cast<T*>(e->c) + r * e->c_row;
-    for (int64_t j = 0; j < e->cols; j += kWidth<T>) {
-      const Mask<T> m = make_mask<T>(e->cols - j);
-      Vec<T> x = load(c + j, m);
-      if (bias != nullptr) {
-        x = add(x, e->bias_col == 0 ? set1(bias[r * e->bias_row])
-                                    : load(bias + r * e->bias_row + j, m));
-      }
-      if (residual != nullptr) x = add(x, load(residual + r * e->residual_row + j, m));
-      store(c + j, activate(x, e->activation), m);
-    }
-  }
 }
 
 #if defined(__AVX2__)

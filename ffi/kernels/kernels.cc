@@ -153,7 +153,7 @@ constexpr Kernels make(int64_t channels, uint32_t activations) {
       fill_spread_sweeps<T, T, kSweepPermuted>(k, k.word);
       fill_spread_sweeps<T, T, kSweepBroadcast>(k, k.word);
     }
-    k.epilogue = epilogue<T>;
+    k.epilogue = epilogue<T, T, T>;
     k.interleave = interleave<T>;
     k.expand = expand<T>;
     k.peak = peak<T>;
@@ -171,7 +171,8 @@ constexpr void add_operand(Kernels& k, Dtype dtype) {
   if constexpr (std::is_integral_v<S>) {
     k.finite[dtype] = always_finite;
   } else {
-    k.narrow_epilogue[dtype] = narrow_epilogue<S>;
+    k.narrow_epilogue[dtype] = epilogue<float, S, float>;
+    k.finish[dtype] = epilogue<float, S, S>;
     k.finite[dtype] = narrow_finite<S>;
   }
 }
@@ -209,6 +210,7 @@ constexpr Kernels make_float() {
 #if defined(JAXWIN_BF16_BY_CPU)
   k.write_bf16_by_cpu = write<float, BFloat16ByCpu>;
   k.stream_bf16_by_cpu = narrow_streams<BFloat16ByCpu>;
+  k.finish_bf16_by_cpu = epilogue<float, BFloat16, BFloat16ByCpu>;
 #endif
   k.write[kF16] = write<float, Float16>;
   k.write[kS8] = k.write[kU8] = write<float, uint8_t>;

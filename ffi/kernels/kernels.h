@@ -159,7 +159,8 @@ struct EpilogueArgs {
   const void* residual;  // may be null
   int64_t residual_row;
   Activation activation;
-  int64_t residual_col = 1;  // another one is for narrow_epilogue only
+  void* y = nullptr;  // finish: result [r, j] is element r * y_row + j of it, not in c
+  int64_t y_row = 0;
 };
 
 using CopyFn = void (*)(void* dst, int64_t dst_ld, const void* src, int64_t src_ld,
@@ -215,6 +216,9 @@ struct Kernels {
   CopyFn write_bf16_by_cpu, stream_bf16_by_cpu;  // may be null
   // The epilogue on words, with bias and residual of this type, neither of which is the words'.
   void (*narrow_epilogue[kDtypes])(const EpilogueArgs*);
+  // The same, with results of this type too, at y.
+  void (*finish[kDtypes])(const EpilogueArgs*);
+  void (*finish_bf16_by_cpu)(const EpilogueArgs*);  // may be null
   // dst[i * dst_ld + r * count + c] = rows[r][i * src_ld + c] for i < n, r < n_rows, c < count
   // <= 4 and dst_ld >= n_rows * count; a null row counts as zeros.
   void (*interleave)(void* dst, int64_t dst_ld, const void* const* rows, int64_t n_rows,

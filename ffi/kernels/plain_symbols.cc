@@ -74,7 +74,8 @@ JAXWIN_SYMBOL(jaxwin_test_convert_)
 }
 JAXWIN_SYMBOL(jaxwin_test_narrow_epilogue_)
 (int64_t word, int64_t dtype, const jaxwin::EpilogueArgs* args) {
-  JAXWIN_TABLE.narrow_epilogue[dtype](args);
+  const jaxwin::Kernels& k = JAXWIN_TABLE;
+  (args->y == nullptr ? k.narrow_epilogue : k.finish)[dtype](args);
 }
 JAXWIN_SYMBOL(jaxwin_test_accumulate_)
 (int64_t word, void* dst, const void* src, int64_t n) { JAXWIN_TABLE.accumulate(dst, src, n); }

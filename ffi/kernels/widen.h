@@ -39,6 +39,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 // By integers: a conversion by arithmetic would lose denormals where they are flushed.
 inline float widen(Float16 x) {
