@@ -697,16 +697,19 @@ def test_every_algorithm_can_be_chosen() -> None:
     assert chosen == set(CANONICAL) - {"im2col", "mec", "indirect"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")],
+)
 @pytest.mark.parametrize("layout", [("NHWC", "HWIO"), ("NCHW", "OIHW")])
 @pytest.mark.parametrize("groups", [1, 80])
 def test_an_epilogue_follows_each_piece_of_a_row(
-    dtype: str, layout: tuple[str, str], groups: int
+    dtype: str, out_dtype: str, layout: tuple[str, str], groups: int
 ) -> None:
     """Rows of several pieces, panels that end within one, and marks of filters on padding."""
     rng = np.random.default_rng(groups)
     make = functools.partial(problems.make, 1, 80, 80, (5, 150), (3, 3), groups=groups)
-    problem = make(padding=((1, 1), (1, 1)), dtype=dtype, layout=layout)
+    problem = make(padding=((1, 1), (1, 1)), dtype=dtype, out_dtype=out_dtype, layout=layout)
     assert problem is not None
     x, w = problems.operands(problem, rng)
     w[(0,) * w.ndim] = -np.inf  # what relu would hide
@@ -723,7 +726,7 @@ def test_an_epilogue_follows_each_piece_of_a_row(
         assert np.isnan(plain).any() and np.isinf(plain).any()
         biased = plain + bias.reshape(shape).astype(np.float32)
         with np.errstate(invalid="ignore"):
-            expected = np.maximum(biased + residual.astype(np.float32), 0).astype(dtype)
+            expected = np.maximum(biased + residual.astype(np.float32), 0).astype(out_dtype)
         expected = expected.astype(np.float32)  # NumPy compares NaN of bfloat16 by value
         for isa, changes in itertools.product(ISAS, ({}, {"kc": 64}, {"window": 2})):
             if not changes.keys() <= set(_registry.parameter_names(name)):
