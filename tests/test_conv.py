@@ -249,8 +249,25 @@ def test_activation_over_its_whole_range(activation: str | None) -> None:
     x = jnp.asarray(z).reshape(-1, 1, 1)
     ours = conv(x, jnp.ones((1, 1, 1)), bias=jnp.zeros(1), activation=activation)
     theirs = jax.jit(FUNCTIONS[activation])(x)
-    # gelu cancels in 1 + tanh: both are off by an ulp of 1, times z / 2.
+    # jax.nn.gelu cancels in 1 + tanh: it is off by an ulp of 1, times z / 2.
     np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6 if activation == "gelu" else 1e-7)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "sigmoid", "tanh"])
+def test_small_values_of_an_activation_have_all_their_digits(activation: str) -> None:
+    """As far as normal numbers reach; an exponent's rounding counts as often as it is large."""
+    z = np.linspace(-9, 9, 4001).astype(np.float32)
+    x = jnp.asarray(z).reshape(-1, 1, 1)
+    y = conv(x, jnp.ones((1, 1, 1)), bias=jnp.zeros(1), activation=activation)
+    v = z.astype(np.float64)
+    exact = {
+        "gelu": v / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))),
+        "silu": v / (1 + np.exp(-v)),
+        "sigmoid": 1 / (1 + np.exp(-v)),
+        "tanh": np.tanh(v),
+    }[activation]
+    tolerance = 2e-5 if activation == "gelu" else 1e-6
+    np.testing.assert_allclose(np.ravel(y), exact, rtol=tolerance)
 
 
 # --- derivatives -----------------------------------------------------------------------------

@@ -137,12 +137,10 @@ inline V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V select_less(V a, V b, V yes, V no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
-// 2^(bits(a) - bits(b) as integers, halved down / the rest): see exp() in elementwise.cc.
-inline V power_of_two(V a, V b, bool low_half) {
-  const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v));
-  const __m512i half = _mm512_srai_epi32(n, 1);
-  const __m512i e = low_half ? half : _mm512_sub_epi32(n, half);
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(e, _mm512_set1_epi32(127)), 23))};
+// 2^n, for an integer n in the low bits of a float: see exp() in elementwise.h.
+inline V power_of_two(V a) {
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(a.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_castps_si512(_mm512_set1_ps(1.0F))))};
 }
 // lane i of the result is lane index[i] of a.
 inline V permute(V a, const int32_t* index) {
@@ -263,11 +261,9 @@ inline V min(V a, V b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline V select_less(V a, V b, V yes, V no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-inline V power_of_two(V a, V b, bool low_half) {
-  const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v));
-  const __m256i half = _mm256_srai_epi32(n, 1);
-  const __m256i e = low_half ? half : _mm256_sub_epi32(n, half);
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23))};
+inline V power_of_two(V a) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(a.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_castps_si256(_mm256_set1_ps(1.0F))))};
 }
 inline V permute(V a, const int32_t* index) {
   return {
@@ -418,11 +414,9 @@ inline V select_less(V a, V b, V yes, V no) {
   const __m128 less = _mm_cmplt_ps(a.v, b.v);
   return {_mm_or_ps(_mm_and_ps(less, yes.v), _mm_andnot_ps(less, no.v))};
 }
-inline V power_of_two(V a, V b, bool low_half) {
-  const __m128i n = _mm_sub_epi32(_mm_castps_si128(a.v), _mm_castps_si128(b.v));
-  const __m128i half = _mm_srai_epi32(n, 1);
-  const __m128i e = low_half ? half : _mm_sub_epi32(n, half);
-  return {_mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(e, _mm_set1_epi32(127)), 23))};
+inline V power_of_two(V a) {
+  const __m128i n = _mm_slli_epi32(_mm_castps_si128(a.v), 23);
+  return {_mm_castsi128_ps(_mm_add_epi32(n, _mm_castps_si128(_mm_set1_ps(1.0F))))};
 }
 inline V permute(V a, const int32_t* index) {
   float lanes[4];

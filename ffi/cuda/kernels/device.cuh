@@ -162,24 +162,20 @@ JAXWIN_DEVICE float less_of(float a, float b) { return a < b ? a : b; }
 
 JAXWIN_DEVICE float exponential(float x) {
   const float magic = 12582912.0F;
-  x = less_of(89.0F, greater_of(-104.0F, x));
+  x = less_of(88.0F, greater_of(-87.0F, x));
   const float shifted = fma(x, 1.44269504088896341F, magic);
   const float n = sub(shifted, magic);
   float r = fma(n, -0.693145751953125F, x);
   r = fma(n, -1.42860682030941723212e-6F, r);
-  float p = 1.98412698e-4F;
-  p = fma(p, r, 1.38888889e-3F);
-  p = fma(p, r, 8.33333333e-3F);
-  p = fma(p, r, 4.16666667e-2F);
-  p = fma(p, r, 0.166666667F);
-  p = fma(p, r, 0.5F);
+  float p = 1.381461e-3F;
+  p = fma(p, r, 8.368711e-3F);
+  p = fma(p, r, 4.166839e-2F);
+  p = fma(p, r, 0.16666521F);
+  p = fma(p, r, 0.49999994F);
   p = fma(p, r, 1.0F);
   p = fma(p, r, 1.0F);
-  const int power = float_bits(shifted) - float_bits(magic);
-  const int half = power >> 1;
-  const float low = bits_float(static_cast<int>(static_cast<unsigned>(half + 127) << 23));
-  const float high = bits_float(static_cast<int>(static_cast<unsigned>(power - half + 127) << 23));
-  return mul(mul(p, low), high);
+  const unsigned power = static_cast<unsigned>(float_bits(shifted)) << 23;
+  return mul(p, bits_float(static_cast<int>(power + static_cast<unsigned>(float_bits(1.0F)))));
 }
 
 JAXWIN_DEVICE float sigmoid(float x) { return div(1.0F, add(1.0F, exponential(sub(0.0F, x)))); }
@@ -207,8 +203,7 @@ JAXWIN_DEVICE float activate(float x, int activation) {
       return less_of(6.0F, greater_of(0.0F, x));
     case 3: {
       const float cube = mul(mul(x, x), x);
-      const float inner = mul(0.797884560802865F, fma(0.044715F, cube, x));
-      return mul(mul(0.5F, x), add(1.0F, hyperbolic_tangent(inner)));
+      return mul(x, sigmoid(mul(1.59576912160573F, fma(0.044715F, cube, x))));
     }
     case 4:
       return mul(x, sigmoid(x));
