@@ -615,7 +615,7 @@ def test_lanes_grad(kernels: Kernels, dtype: str, count: int) -> None:
         a_step, b_step, c_row = cols + 3, cols + 1, cols + 2
         runs = guarded(np.array([(4, 3 * b_step, 2), (0, 0, 3)], np.int64))
         offsets = guarded(rng.permutation(count).astype(np.int64))
-        a = _matrix(rng, dtype, 4 + a_step + count - 1 + max(cols, a_step + cols - 4))
+        a = _matrix(rng, dtype, count - 1 + a_step + max(4, a_step) + full)
         b = _matrix(rng, dtype, 4 * b_step + cols)
         start = rng.standard_normal((count - 1) * c_row + cols).astype(dtype)
         for load in (0, 1):

@@ -15,6 +15,7 @@ import functools
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -267,6 +268,52 @@ def test_weight_gradients_of_pointwise_layers(isa: str, size, window, dilation, 
     product = padding[0][0] <= 0 and padding[1][0] <= 0
     assert ((1, 1, 1) in taken) == product
     assert {(0, 0, 0), (1, 1, 0), (0, 0, 1)} <= taken
+
+
+@pytest.mark.parametrize("layout", [("CHWN", "IHWO"), ("NCHW", "OIHW")])
+@pytest.mark.parametrize(
+    ("groups", "images", "features", "batch", "case"),
+    [
+        (40, 1, 1, 3, {"size": (9, 8), "padding": ((1, 1), (1, 1))}),
+        (40, 1, 1, 2, {"size": (70, 12), "padding": ((1, 1), (1, 1))}),
+        (40, 1, 1, 1, {"size": (5, 200), "padding": ((2, 2), (2, 2))}),
+        (21, 1, 2, 2, {"size": (30, 9), "padding": ((1, 0), (0, 1)), "rhs_dilation": (2, 2)}),
+        (21, 1, 1, 2, {"size": (23, 9), "padding": ((2, 2), (2, 2)), "stride": (2, 2)}),
+        (17, 1, 1, 2, {"size": (20, 9), "padding": ((7, 6), (6, 7))}),  # rows of padding alone
+        (17, 1, 1, 2, {"size": (20, 9), "padding": ((-2, 4), (-1, 2))}),
+        (9, 3, 2, 2, {"size": (11, 10), "padding": ((1, 1), (1, 1))}),
+        (5, 8, 8, 1, {"size": (10, 30), "padding": ((1, 1), (1, 1))}),
+        # Operands that no second-level cache holds: channels of several vectors side by side.
+        (80, 1, 1, 1, {"size": (90, 90), "padding": ((1, 1), (1, 1))}),
+    ],
+)
+def test_weight_gradients_with_channels_as_lanes(
+    layout: tuple[str, str],
+    groups: int,
+    images: int,
+    features: int,
+    batch: int,
+    case: dict[str, Any],
+) -> None:
+    size, stride = case["size"], case.get("stride", (1, 1))
+    dilation = case.get("rhs_dilation", (1, 1))
+    outputs = (3, 3)
+    window = tuple(
+        (s + sum(p) - 1 - (o - 1) * t) // d + 1
+        for s, p, o, t, d in zip(size, case["padding"], outputs, stride, dilation, strict=True)
+    )
+    problem = problems.make(
+        *(groups * images, batch, groups * features), window=window, batch_groups=groups,
+        layout=layout, out_layout="HWNC" if layout[0] == "CHWN" else "NCHW", **case
+    )  # fmt: skip
+    assert problem is not None
+    assert problem.chunk_rows > 0
+    x, w = problems.operands(problem, np.random.default_rng(groups))
+    expected = reference.chain(problem, x, w)
+    name = "depthwise" if images == 1 else "grouped"
+    for isa, threads in itertools.product(ISAS, (1, 3)):
+        result = problems.run(problem, x, w, name, isa=isa, threads=threads)
+        np.testing.assert_array_equal(result, expected, f"{isa} {threads}")
 
 
 @pytest.mark.parametrize("isa", ISAS)

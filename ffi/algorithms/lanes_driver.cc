@@ -648,10 +648,14 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
 
 struct Grad {
   int64_t width, blocks, split, per_split;
-  int64_t ring, columns, column;  // rows kept, columns of a row, floats of a column
+  int64_t rows;                   // of the window, walked in one go
+  int64_t ring, columns, column;  // rows of the input kept, columns of a row, floats of a column
   int64_t outputs;                // accumulators of one output row: out_x * n
+  int64_t together;               // blocks that are walked side by side
   int64_t ring_floats, temporary, w_floats, sum_floats;
-  int64_t thread_floats() const { return ring_floats + temporary + w_floats + 2 * sum_floats; }
+  int64_t tasks() const { return ceil_div(blocks, together) * split; }
+  int64_t block_floats() const { return ring_floats + 2 * sum_floats; }
+  int64_t thread_floats() const { return temporary + w_floats + together * block_floats(); }
 };
 
 Grad make_grad(const Problem& p, const Target& t) {
@@ -661,14 +665,30 @@ Grad make_grad(const Problem& p, const Target& t) {
   const int64_t out_rows = p.out[0] * p.out[1];
   f.split = f.blocks >= t.threads ? 1 : std::min(out_rows, ceil_div(t.threads, f.blocks));
   f.per_split = ceil_div(out_rows, f.split);
-  f.ring = (p.out[1] - 1) * p.stride[1] + 1;
   f.columns = (p.win[2] - 1) * p.rhs_dilation[2] + (p.out[2] - 1) * p.stride[2] + 1;
   f.column = p.n * f.width;
+  // Several rows of the window in one go save calls; rows of the input that they share with those
+  // before are then read again. One alone keeps them, in turn.
+  const int64_t reach = (p.out[1] - 1) * p.stride[1] + 1;
+  const int64_t fit = caches().l1 / 2 / t.kernels->size / (p.out[0] * f.columns * f.column);
+  f.rows = std::min({(fit - reach) / p.rhs_dilation[1] + 1, p.win[1], p.chunk_rows});
+  if (fit < reach || f.rows < std::min(4 * (reach - 1), p.win[1])) f.rows = 1;
+  f.ring = (f.rows - 1) * p.rhs_dilation[1] + reach;
   f.outputs = p.out[2] * p.n;
   f.ring_floats = round_up(p.out[0] * f.ring * f.columns * f.column, 16);
   f.temporary = round_up(temporary_floats(p, f.width, p.n, f.columns), 16);
-  f.w_floats = p.w.k == 1 ? 0 : round_up(p.win[2] * f.width, 16);
+  f.w_floats = p.w.k == 1 ? 0 : round_up(f.rows * p.win[2] * f.width, 16);
   f.sum_floats = round_up(f.per_split * f.outputs * f.width, 16);
+  // Where the second-level cache does not hold the operands, whole pixels are read before the next:
+  // a line of a pixel alone comes from memory at half the speed.
+  const bool neighbours = p.w.k == 1 && p.x.g == p.n && (p.n == 1 || p.x.n == 1);
+  const int64_t operands = p.g * p.c * (p.n * p.in[0] * p.in[1] * p.in[2] + p.k * p.window());
+  f.together = 1;
+  if (neighbours && operands * t.kernels->size > caches().l2) {
+    const int64_t share = ceil_div(f.blocks, t.threads);
+    const int64_t limit = caches().l2 / 4 / t.kernels->size / f.block_floats();
+    f.together = ceil_div(share, ceil_div(share, std::max<int64_t>(1, limit)));
+  }
   return f;
 }
 
@@ -679,97 +699,180 @@ void run_grad(const Problem& p, const Operands& o, const Execution& e) {
   const Threads pool = useful_pool(p, e);
   const int64_t window_rows = p.c * p.win[0] * p.win[1];
   const int64_t out_rows = p.out[0] * p.out[1];
-  std::vector<int64_t> offsets(f.outputs);
+  std::vector<int64_t> in_row(f.outputs);  // where outputs of a row read
   for (int64_t u = 0; u < p.out[2]; ++u) {
     for (int64_t i = 0; i < p.n; ++i) {
-      offsets[u * p.n + i] = u * p.stride[2] * f.column + i * f.width;
+      in_row[u * p.n + i] = u * p.stride[2] * f.column + i * f.width;
     }
   }
 
-  pool.run(f.blocks * f.split, [&](int64_t task, int64_t worker) {
-    const int64_t block = task / f.split;
+  // One block's sums, and the rows of the input that they were last added for.
+  struct Block {
+    int64_t number;
+    Lanes lanes;
+    Ptr ring, partial, sum;
+    std::vector<int64_t> tags;
+  };
+  const int64_t max_outputs = max_lanes(k, k.word);
+  pool.run(f.tasks(), [&](int64_t task, int64_t worker) {
     const int64_t u0 = out_rows * (task % f.split) / f.split;
     const int64_t u1 = out_rows * (task % f.split + 1) / f.split;
-    const Lanes s = make_lanes(p, f.width, block, p.n, p.x.n);
-    Ptr ring = e.workspace + worker * f.thread_floats();
-    Ptr temporary = ring + f.ring_floats;
-    Ptr w_row = temporary + f.temporary;
-    Ptr partial = w_row + f.w_floats;
-    Ptr sum = partial + f.sum_floats;
-    std::vector<int64_t> tags(p.out[0] * f.ring, -1);
     const int64_t used = (u1 - u0) * f.outputs * f.width;
+    const Ptr temporary = e.workspace + worker * f.thread_floats();
+    const Ptr w_row = temporary + f.temporary;
+    const int64_t block0 = task / f.split * f.together;
+    std::vector<Block> blocks(std::min(f.together, f.blocks - block0));
+    Ptr at = w_row + f.w_floats;
+    for (Block& b : blocks) {
+      b.number = block0 + (&b - blocks.data());
+      b.lanes = make_lanes(p, f.width, b.number, p.n, p.x.n);
+      b.tags.assign(p.out[0] * f.ring, -1);
+      b.ring = at;
+      b.partial = b.ring + f.ring_floats;
+      b.sum = b.partial + f.sum_floats;
+      at = b.sum + f.sum_floats;
+    }
 
-    const Run whole{0, 0, p.win[2]};
+    // Output rows whose sums share a tile, as far as they fill it: a sum alone waits for itself.
+    struct Rows {
+      int64_t uz, begin, end;
+    };
+    std::vector<Rows> groups;
+    const int64_t parts = ceil_div(p.out[1] * f.outputs, max_outputs);
+    const int64_t most = ceil_div(p.out[1], parts);
+    for (int64_t u = u0; u < u1;) {
+      const int64_t uz = u / p.out[1];
+      const int64_t begin = u - uz * p.out[1];
+      const int64_t end = std::min({begin + most, p.out[1], begin + u1 - u});
+      groups.push_back({uz, begin, end});
+      u += end - begin;
+    }
     GemmArgs args{};
-    args.runs = &whole;
-    args.n_runs = 1;
     args.a_step = p.rhs_dilation[2] * f.column;
     args.c_row = f.width;
-    args.cols = s.lanes;
     args.load = 1;
-    bool first_chunk = true;
-    for (int64_t row0 = 0; row0 < window_rows; row0 += p.chunk_rows) {
-      partial.zero(used);
-      const int64_t row1 = std::min(row0 + p.chunk_rows, window_rows);
-      for (int64_t row = row0; row < row1; ++row) {
-        const int64_t y = row % p.win[1];
-        const int64_t z = row / p.win[1] % p.win[0];
-        const int64_t c = row / p.win[1] / p.win[0];
-        ConstPtr w = o.w + block * f.width * p.w.k + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
-        args.b = w;
-        args.b_step = p.w.sp[2];
-        if (p.w.k != 1) {
-          k.copy(w_row, f.width, w, p.w.sp[2], p.w.k, p.win[2], s.lanes);
-          args.b = w_row;
-          args.b_step = f.width;
+    std::vector<int64_t> offsets;
+    std::vector<Run> runs(f.rows);
+    args.runs = runs.data();
+    // Puts a row of the input into a slot of the block, unless it is there.
+    const auto fill = [&](Block& b, int64_t slot, int64_t c, int64_t iz, int64_t iy) {
+      const int64_t tag = (c * p.in[0] + iz) * p.in[1] + iy;
+      if (b.tags[slot] == tag) return;
+      b.tags[slot] = tag;
+      const Ptr to = b.ring + slot * f.columns * f.column;
+      const int64_t left = std::clamp<int64_t>(p.pad[2], 0, f.columns);
+      const int64_t right = std::clamp<int64_t>(p.in[2] + p.pad[2], left, f.columns);
+      to.zero(left * f.column);
+      if (right > left) {
+        ConstPtr from =
+            o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + (left - p.pad[2]) * p.x.sp[2];
+        fill_lanes(p, k, b.lanes, from, p.x.sp[2], right - left, to + left * f.column, f.column,
+                   temporary);
+      }
+      (to + right * f.column).zero((f.columns - right) * f.column);
+    };
+    // Rows [y0, y1) of the window at (c, z), for one block.
+    const auto walk = [&](Block& b, int64_t c, int64_t z, int64_t y0, int64_t y1) {
+      const int64_t row = f.columns * f.column;
+      const auto input_row = [&](int64_t uy, int64_t y) {
+        return uy * p.stride[1] - p.pad[1] + y * p.rhs_dilation[1];
+      };
+      const auto slot_of = [&](int64_t uz, int64_t iy) {
+        return uz * f.ring + (f.rows == 1 ? iy % f.ring : iy - input_row(0, y0));
+      };
+      ConstPtr w = o.w + b.number * f.width * p.w.k + c * p.w.c + z * p.w.sp[0] + y0 * p.w.sp[1];
+      int64_t w_y = p.w.sp[1];
+      args.b_step = p.w.sp[2];
+      if (p.w.k != 1) {
+        args.b_step = f.width;
+        w_y = p.win[2] * f.width;
+        for (int64_t y = y0; y < y1; ++y) {
+          k.copy(w_row + (y - y0) * w_y, f.width, w + (y - y0) * p.w.sp[1], p.w.sp[2], p.w.k,
+                 p.win[2], b.lanes.lanes);
         }
-        for (int64_t u = u0; u < u1; ++u) {
-          const int64_t uz = u / p.out[1];
-          const int64_t iz = uz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
-          const int64_t iy = (u % p.out[1]) * p.stride[1] - p.pad[1] + y * p.rhs_dilation[1];
-          if (iz < 0 || iz >= p.in[0] || iy < 0 || iy >= p.in[1]) continue;
-          const int64_t slot = uz * f.ring + iy % f.ring;
-          Ptr at = ring + slot * f.columns * f.column;
-          const int64_t tag = (c * p.in[0] + iz) * p.in[1] + iy;
-          if (tags[slot] != tag) {
-            tags[slot] = tag;
-            const int64_t left = std::clamp<int64_t>(p.pad[2], 0, f.columns);
-            const int64_t right = std::clamp<int64_t>(p.in[2] + p.pad[2], left, f.columns);
-            at.zero(left * f.column);
-            if (right > left) {
-              ConstPtr from =
-                  o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + (left - p.pad[2]) * p.x.sp[2];
-              fill_lanes(p, k, s, from, p.x.sp[2], right - left, at + left * f.column, f.column,
-                         temporary);
-            }
-            (at + right * f.column).zero((f.columns - right) * f.column);
+        w = w_row;
+      }
+      args.a = b.ring;
+      args.cols = b.lanes.lanes;
+      for (const Rows& g : groups) {
+        const int64_t iz = g.uz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
+        if (iz < 0 || iz >= p.in[0]) continue;
+        // Window rows that the same output rows [begin, end) read input for, from y = first on.
+        int64_t begin = 0;
+        int64_t end = 0;
+        int64_t first = 0;
+        args.n_runs = 0;
+        const auto flush = [&] {
+          if (args.n_runs == 0) return;
+          offsets.clear();
+          for (int64_t uy = begin; uy < end; ++uy) {
+            const int64_t slot = slot_of(g.uz, input_row(uy, first));
+            for (const int64_t within : in_row) offsets.push_back(slot * row + within);
           }
-          args.a = at;
-          Ptr to = partial + (u - u0) * f.outputs * f.width;
-          const int64_t tiles = ceil_div(f.outputs, max_lanes(k, k.word));
+          args.b = w + (first - y0) * w_y;
+          const auto outputs = static_cast<int64_t>(offsets.size());
+          const int64_t tiles = ceil_div(outputs, max_outputs);
           for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t q0 = f.outputs * t / tiles;
-            const int64_t q1 = f.outputs * (t + 1) / tiles;
-            args.c = to + q0 * f.width;
+            const int64_t q0 = outputs * t / tiles;
+            const int64_t q1 = outputs * (t + 1) / tiles;
+            args.c = b.partial + ((g.uz * p.out[1] + begin - u0) * f.outputs + q0) * f.width;
             k.lanes_grad[q1 - q0](&args, offsets.data() + q0);
           }
+          args.n_runs = 0;
+        };
+        for (int64_t y = y0; y < y1; ++y) {
+          int64_t lo = g.begin;
+          int64_t hi = g.end;
+          while (lo < hi && input_row(lo, y) < 0) ++lo;
+          while (lo < hi && input_row(hi - 1, y) >= p.in[1]) --hi;
+          if (lo != begin || hi != end) flush();
+          if (lo == hi) continue;
+          for (int64_t uy = lo; uy < hi; ++uy) {
+            const int64_t iy = input_row(uy, y);
+            fill(b, slot_of(g.uz, iy), c, iz, iy);
+          }
+          if (args.n_runs == 0) {
+            begin = lo;
+            end = hi;
+            first = y;
+          }
+          Run& run = runs[args.n_runs++];
+          run.a = (y - first) * p.rhs_dilation[1] * row;
+          run.b = (y - first) * w_y;
+          run.len = p.win[2];
+        }
+        flush();
+      }
+    };
+    for (int64_t row0 = 0; row0 < window_rows; row0 += p.chunk_rows) {
+      const int64_t row1 = std::min(row0 + p.chunk_rows, window_rows);
+      for (const Block& b : blocks) b.partial.zero(used);
+      for (int64_t row = row0; row < row1;) {
+        const int64_t plane = row / p.win[1];
+        const int64_t y0 = row - plane * p.win[1];
+        const int64_t y1 = std::min({y0 + f.rows, p.win[1], y0 + row1 - row});
+        for (Block& b : blocks) walk(b, plane / p.win[0], plane % p.win[0], y0, y1);
+        row += y1 - y0;
+      }
+      for (const Block& b : blocks) {
+        if (row0 == 0) {
+          std::memcpy(b.sum, b.partial, used * k.size);
+        } else {
+          k.accumulate(b.sum, b.partial, used);
         }
       }
-      if (first_chunk) {
-        std::memcpy(sum, partial, used * k.size);
-      } else {
-        k.accumulate(sum, partial, used);
-      }
-      first_chunk = false;
     }
     Problem rows = flat;  // images take the place of output pixels
     rows.y.sp[2] = p.y.n;
-    for (int64_t u = u0; u < u1; ++u) {
-      for (int64_t v = 0; v < p.out[2]; ++v) {
-        finish_rows(rows, k, o, sum + ((u - u0) * f.outputs + v * p.n) * f.width, f.width, p.n,
-                    s.lanes, 0, block * f.width,
-                    (u / p.out[1]) * p.y.sp[0] + (u % p.out[1]) * p.y.sp[1] + v * p.y.sp[2] +
-                        block * f.width * p.y.k);
+    for (const Block& b : blocks) {
+      const int64_t feature = b.number * f.width;
+      for (int64_t u = u0; u < u1; ++u) {
+        for (int64_t v = 0; v < p.out[2]; ++v) {
+          finish_rows(rows, k, o, b.sum + ((u - u0) * f.outputs + v * p.n) * f.width, f.width, p.n,
+                      b.lanes.lanes, 0, feature,
+                      (u / p.out[1]) * p.y.sp[0] + (u % p.out[1]) * p.y.sp[1] + v * p.y.sp[2] +
+                          feature * p.y.k);
+        }
       }
     }
   });

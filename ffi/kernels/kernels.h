@@ -74,6 +74,7 @@ using LanesFn = void (*)(const GemmArgs*);
 // Weight gradient with channels as lanes: for q < Q accumulators, j < cols <= W:
 //   C[q, j] = chain, from C where `load`, over runs t, steps i of X[q, t, i, j] * B[t, i, j]
 //   X = a[offsets[q] + run[t].a + i * a_step + j],  B = b[run[t].b + i * b_step + j]
+// Reads of X: whole vectors, as masked loads are no operands of products.
 using LanesGradFn = void (*)(const GemmArgs*, const int64_t* offsets);
 
 // Features as lanes, a window of KW columns swept along SX-strided output columns: for r < R output

@@ -281,7 +281,7 @@ void lanes_grad_tile(const GemmArgs* g, const int64_t* offsets) {
     for (int64_t i = 0; i < run.len; ++i) {
       const V w = load(b, tail);
       JAXWIN_UNROLL
-      for (int q = 0; q < Q; ++q) acc[q] = fma(load(a + offsets[q], tail), w, acc[q]);
+      for (int q = 0; q < Q; ++q) acc[q] = fma(load(a + offsets[q]), w, acc[q]);
       a += g->a_step;
       b += g->b_step;
     }
