@@ -711,6 +711,44 @@ def test_sweeps_of_few_features(
     assert tested >= 2 * (7 + 4 if dtype != "float64" else 4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        *(("float32", "float32"), ("float64", "float64"), ("bfloat16", "bfloat16")),
+        *(("float16", "float16"), ("bfloat16", "float32"), ("int8", "int32"), ("uint8", "uint8")),
+    ],
+)
+@pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 1), (1, 2)])
+def test_sweeps_of_narrow_windows(window: tuple[int, int], dtype: str, out_dtype: str) -> None:
+    """Words, of whatever type results are: elements have no tiles for such windows."""
+    tested = 0
+    for c, k, out_layout in ((8, 8, "NHWC"), (2, 4, "NHWC"), (3, 4, "NCHW")):
+        problem = problems.make(
+            *(2, c * 5, k * 5, (9, 11), window),
+            padding=((1, 0), (0, 1)),
+            groups=5,
+            dtype=dtype,
+            out_dtype=out_dtype,
+            layout=("NHWC", "HWIO"),
+            out_layout=out_layout,
+        )
+        assert problem is not None
+        x, w = problems.operands(problem, np.random.default_rng(c))
+        expected = reference.chain(problem, x, w)
+        for isa, rows, threads in itertools.product(ISAS, (1, 4, 7), (1, 3)):
+            params = _params(problem, "grouped", isa, strip=0, sweep=rows, rows=4)
+            answer = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa, params=params)
+            if "plan" not in answer:
+                assert "no such tile" in answer["error"]
+                continue
+            tested += 1
+            result = problems.run(problem, x, w, "grouped", isa=isa, params=params, threads=threads)
+            np.testing.assert_array_equal(
+                *map(problems.comparable, (result, expected)), f"{isa} {params}"
+            )
+    assert tested >= 12
+
+
 # The algorithms that take at least half again as long there, some of them six times.
 SLOW = {
     "n16 1x1 c100 k1024 w4 p3": ("fwd", {"scatter", "direct", "rows", "im2win"}),
@@ -719,6 +757,8 @@ SLOW = {
     "n8 14x14 c1024 k512 w1 s2": ("dx", {"weight_grad"}),
     "16000 c1 k512 w10 s5": ("fwd", {"depthwise"}),
     "56x56 c128 k128 w3 p1 g32": ("dw", {"weight_grad"}),
+    "28x28 c256 k256 w1 g64": ("fwd", {"direct", "planar"}),
+    "28x28 c256 k256 w2 g64": ("fwd", {"direct", "planar"}),
 }
 
 

@@ -78,6 +78,11 @@ template <typename T, typename S, SweepForm kForm>
 constexpr void fill_spread_sweeps(Kernels& k, Dtype dtype) {
   fill_sweep<T, S, 3, 1, kForm>(k, dtype);
   fill_sweep<T, S, 3, 2, kForm>(k, dtype);
+  if constexpr (kForm == kSweepPermuted && std::is_same_v<S, T>) {
+    // What a stride makes of 3x3 and 4x4 windows in input gradients. Elements become words first.
+    fill_sweep<T, S, 1, 1, kForm>(k, dtype);
+    fill_sweep<T, S, 2, 1, kForm>(k, dtype);
+  }
 }
 
 template <typename T, typename S, int SX, int R, int... P>

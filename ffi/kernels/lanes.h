@@ -203,8 +203,9 @@ JAXWIN_INLINE void sweep_step(const SweepArgs* g, Sweep<T, S>* s,
   }
   constexpr int kDone = (kPhase + 1) % kLive;  // output o - kLive + 1
   if (s->o >= kLive - 1) {
-    // Words that are read for themselves, or spread, come from arrays: the results are words too.
-    constexpr bool kAny = !std::is_same_v<S, T> || kForm == kSweepBroadcast;
+    // Words that are read for themselves, or spread over windows that elements have tiles for, come
+    // from arrays: the results are words too.
+    constexpr bool kAny = !std::is_same_v<S, T> || kForm == kSweepBroadcast || KW < 3;
     with_results<T, S, kAny>(
         g->result, g->y, [&](auto* y) __attribute__((always_inline)) {
           JAXWIN_UNROLL
