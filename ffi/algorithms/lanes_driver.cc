@@ -692,189 +692,222 @@ Grad make_grad(const Problem& p, const Target& t) {
   return f;
 }
 
-void run_grad(const Problem& p, const Operands& o, const Execution& e) {
-  const Grad f = make_grad(p, e.target);
-  const Kernels& k = *e.target.kernels;
-  const Problem flat = flatten_groups(p);
-  const Threads pool = useful_pool(p, e);
-  const int64_t window_rows = p.c * p.win[0] * p.win[1];
-  const int64_t out_rows = p.out[0] * p.out[1];
-  std::vector<int64_t> in_row(f.outputs);  // where outputs of a row read
-  for (int64_t u = 0; u < p.out[2]; ++u) {
-    for (int64_t i = 0; i < p.n; ++i) {
-      in_row[u * p.n + i] = u * p.stride[2] * f.column + i * f.width;
-    }
-  }
+// What one task sums up: some output rows of some blocks.
+class GradTask {
+ public:
+  GradTask(const Problem& p, const Grad& f, const Operands& o, const Kernels& k, int64_t task,
+           Ptr memory);
+  void sum();
+  void finish() const;
 
-  // One block's sums, and the rows of the input that they were last added for.
+ private:
   struct Block {
     int64_t number;
     Lanes lanes;
     Ptr ring, partial, sum;
-    std::vector<int64_t> tags;
+    std::vector<int64_t> tags;  // of the rows of the input in the ring
   };
-  const int64_t max_outputs = max_lanes(k, k.word);
-  pool.run(f.tasks(), [&](int64_t task, int64_t worker) {
-    const int64_t u0 = out_rows * (task % f.split) / f.split;
-    const int64_t u1 = out_rows * (task % f.split + 1) / f.split;
-    const int64_t used = (u1 - u0) * f.outputs * f.width;
-    const Ptr temporary = e.workspace + worker * f.thread_floats();
-    const Ptr w_row = temporary + f.temporary;
-    const int64_t block0 = task / f.split * f.together;
-    std::vector<Block> blocks(std::min(f.together, f.blocks - block0));
-    Ptr at = w_row + f.w_floats;
-    for (Block& b : blocks) {
-      b.number = block0 + (&b - blocks.data());
-      b.lanes = make_lanes(p, f.width, b.number, p.n, p.x.n);
-      b.tags.assign(p.out[0] * f.ring, -1);
-      b.ring = at;
-      b.partial = b.ring + f.ring_floats;
-      b.sum = b.partial + f.sum_floats;
-      at = b.sum + f.sum_floats;
-    }
+  // Output rows whose sums share a tile, as far as they fill it: a sum alone waits for itself.
+  struct Rows {
+    int64_t uz, begin, end;
+  };
 
-    // Output rows whose sums share a tile, as far as they fill it: a sum alone waits for itself.
-    struct Rows {
-      int64_t uz, begin, end;
-    };
-    std::vector<Rows> groups;
-    const int64_t parts = ceil_div(p.out[1] * f.outputs, max_outputs);
-    const int64_t most = ceil_div(p.out[1], parts);
-    for (int64_t u = u0; u < u1;) {
-      const int64_t uz = u / p.out[1];
-      const int64_t begin = u - uz * p.out[1];
-      const int64_t end = std::min({begin + most, p.out[1], begin + u1 - u});
-      groups.push_back({uz, begin, end});
-      u += end - begin;
+  int64_t input_row(int64_t uy, int64_t y) const {
+    return uy * p_.stride[1] - p_.pad[1] + y * p_.rhs_dilation[1];
+  }
+  // Of a row of the input, where window rows from y0 on are walked.
+  int64_t slot(int64_t uz, int64_t iy, int64_t y0) const {
+    return uz * f_.ring + (f_.rows == 1 ? iy % f_.ring : iy - input_row(0, y0));
+  }
+  void fill(Block* b, int64_t slot, int64_t c, int64_t iz, int64_t iy) const;
+  void walk(Block* b, int64_t c, int64_t z, int64_t y0, int64_t y1);
+  void multiply(const Block& b, const Rows& rows, int64_t y0, int64_t first);
+
+  const Problem& p_;
+  const Grad& f_;
+  const Operands& o_;
+  const Kernels& k_;
+  int64_t u0_, u1_;  // output rows
+  Ptr temporary_, w_row_;
+  std::vector<Block> blocks_;
+  std::vector<Rows> groups_;
+  std::vector<int64_t> in_row_;  // where outputs of a row read
+  std::vector<int64_t> offsets_;
+  std::vector<Run> runs_;
+  GemmArgs args_{};
+};
+
+GradTask::GradTask(const Problem& p, const Grad& f, const Operands& o, const Kernels& k,
+                   int64_t task, Ptr memory)
+    : p_(p), f_(f), o_(o), k_(k), in_row_(f.outputs), runs_(f.rows) {
+  const int64_t out_rows = p.out[0] * p.out[1];
+  u0_ = out_rows * (task % f.split) / f.split;
+  u1_ = out_rows * (task % f.split + 1) / f.split;
+  temporary_ = memory;
+  w_row_ = temporary_ + f.temporary;
+  const int64_t block0 = task / f.split * f.together;
+  blocks_.resize(std::min(f.together, f.blocks - block0));
+  Ptr at = w_row_ + f.w_floats;
+  for (Block& b : blocks_) {
+    b.number = block0 + (&b - blocks_.data());
+    b.lanes = make_lanes(p, f.width, b.number, p.n, p.x.n);
+    b.tags.assign(p.out[0] * f.ring, -1);
+    b.ring = at;
+    b.partial = b.ring + f.ring_floats;
+    b.sum = b.partial + f.sum_floats;
+    at = b.sum + f.sum_floats;
+  }
+  const int64_t tiles = ceil_div(p.out[1] * f.outputs, max_lanes(k, k.word));
+  const int64_t most = ceil_div(p.out[1], tiles);
+  for (int64_t u = u0_; u < u1_;) {
+    const int64_t uz = u / p.out[1];
+    const int64_t begin = u - uz * p.out[1];
+    const int64_t end = std::min({begin + most, p.out[1], begin + u1_ - u});
+    groups_.push_back({uz, begin, end});
+    u += end - begin;
+  }
+  for (int64_t u = 0; u < p.out[2]; ++u) {
+    for (int64_t i = 0; i < p.n; ++i) {
+      in_row_[u * p.n + i] = u * p.stride[2] * f.column + i * f.width;
     }
-    GemmArgs args{};
-    args.a_step = p.rhs_dilation[2] * f.column;
-    args.c_row = f.width;
-    args.load = 1;
-    std::vector<int64_t> offsets;
-    std::vector<Run> runs(f.rows);
-    args.runs = runs.data();
-    // Puts a row of the input into a slot of the block, unless it is there.
-    const auto fill = [&](Block& b, int64_t slot, int64_t c, int64_t iz, int64_t iy) {
-      const int64_t tag = (c * p.in[0] + iz) * p.in[1] + iy;
-      if (b.tags[slot] == tag) return;
-      b.tags[slot] = tag;
-      const Ptr to = b.ring + slot * f.columns * f.column;
-      const int64_t left = std::clamp<int64_t>(p.pad[2], 0, f.columns);
-      const int64_t right = std::clamp<int64_t>(p.in[2] + p.pad[2], left, f.columns);
-      to.zero(left * f.column);
-      if (right > left) {
-        ConstPtr from =
-            o.x + c * p.x.c + iz * p.x.sp[0] + iy * p.x.sp[1] + (left - p.pad[2]) * p.x.sp[2];
-        fill_lanes(p, k, b.lanes, from, p.x.sp[2], right - left, to + left * f.column, f.column,
-                   temporary);
+  }
+  args_.runs = runs_.data();
+  args_.a_step = p.rhs_dilation[2] * f.column;
+  args_.c_row = f.width;
+  args_.load = 1;
+}
+
+// Puts a row of the input into a slot of the ring, unless it is there.
+void GradTask::fill(Block* b, int64_t slot, int64_t c, int64_t iz, int64_t iy) const {
+  const int64_t tag = (c * p_.in[0] + iz) * p_.in[1] + iy;
+  if (b->tags[slot] == tag) return;
+  b->tags[slot] = tag;
+  const Ptr to = b->ring + slot * f_.columns * f_.column;
+  const int64_t left = std::clamp<int64_t>(p_.pad[2], 0, f_.columns);
+  const int64_t right = std::clamp<int64_t>(p_.in[2] + p_.pad[2], left, f_.columns);
+  to.zero(left * f_.column);
+  if (right > left) {
+    ConstPtr from =
+        o_.x + c * p_.x.c + iz * p_.x.sp[0] + iy * p_.x.sp[1] + (left - p_.pad[2]) * p_.x.sp[2];
+    fill_lanes(p_, k_, b->lanes, from, p_.x.sp[2], right - left, to + left * f_.column, f_.column,
+               temporary_);
+  }
+  (to + right * f_.column).zero((f_.columns - right) * f_.column);
+}
+
+// Adds the window rows of args_ to the sums of some output rows; `first`: that of the first run.
+void GradTask::multiply(const Block& b, const Rows& rows, int64_t y0, int64_t first) {
+  if (args_.n_runs == 0) return;
+  offsets_.clear();
+  for (int64_t uy = rows.begin; uy < rows.end; ++uy) {
+    const int64_t at = slot(rows.uz, input_row(uy, first), y0) * f_.columns * f_.column;
+    for (const int64_t within : in_row_) offsets_.push_back(at + within);
+  }
+  const auto outputs = static_cast<int64_t>(offsets_.size());
+  const int64_t tiles = ceil_div(outputs, max_lanes(k_, k_.word));
+  const int64_t u = rows.uz * p_.out[1] + rows.begin;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t q0 = outputs * t / tiles;
+    const int64_t q1 = outputs * (t + 1) / tiles;
+    args_.c = b.partial + ((u - u0_) * f_.outputs + q0) * f_.width;
+    k_.lanes_grad[q1 - q0](&args_, offsets_.data() + q0);
+  }
+  args_.n_runs = 0;
+}
+
+// Rows [y0, y1) of the window at (c, z).
+void GradTask::walk(Block* b, int64_t c, int64_t z, int64_t y0, int64_t y1) {
+  ConstPtr w = o_.w + b->number * f_.width * p_.w.k + c * p_.w.c + z * p_.w.sp[0] + y0 * p_.w.sp[1];
+  int64_t w_y = p_.w.sp[1];
+  args_.b_step = p_.w.sp[2];
+  if (p_.w.k != 1) {
+    args_.b_step = f_.width;
+    w_y = p_.win[2] * f_.width;
+    for (int64_t y = y0; y < y1; ++y) {
+      k_.copy(w_row_ + (y - y0) * w_y, f_.width, w + (y - y0) * p_.w.sp[1], p_.w.sp[2], p_.w.k,
+              p_.win[2], b->lanes.lanes);
+    }
+    w = w_row_;
+  }
+  args_.a = b->ring;
+  args_.cols = b->lanes.lanes;
+  for (const Rows& group : groups_) {
+    const int64_t iz = group.uz * p_.stride[0] - p_.pad[0] + z * p_.rhs_dilation[0];
+    if (iz < 0 || iz >= p_.in[0]) continue;
+    // Window rows, from `first` on, that the same output rows read input for.
+    Rows rows{group.uz, 0, 0};
+    int64_t first = y0;
+    args_.n_runs = 0;
+    for (int64_t y = y0; y < y1; ++y) {
+      Rows real = group;
+      while (real.begin < real.end && input_row(real.begin, y) < 0) ++real.begin;
+      while (real.begin < real.end && input_row(real.end - 1, y) >= p_.in[1]) --real.end;
+      if (real.begin != rows.begin || real.end != rows.end) multiply(*b, rows, y0, first);
+      if (real.begin == real.end) continue;
+      for (int64_t uy = real.begin; uy < real.end; ++uy) {
+        const int64_t iy = input_row(uy, y);
+        fill(b, slot(group.uz, iy, y0), c, iz, iy);
       }
-      (to + right * f.column).zero((f.columns - right) * f.column);
-    };
-    // Rows [y0, y1) of the window at (c, z), for one block.
-    const auto walk = [&](Block& b, int64_t c, int64_t z, int64_t y0, int64_t y1) {
-      const int64_t row = f.columns * f.column;
-      const auto input_row = [&](int64_t uy, int64_t y) {
-        return uy * p.stride[1] - p.pad[1] + y * p.rhs_dilation[1];
-      };
-      const auto slot_of = [&](int64_t uz, int64_t iy) {
-        return uz * f.ring + (f.rows == 1 ? iy % f.ring : iy - input_row(0, y0));
-      };
-      ConstPtr w = o.w + b.number * f.width * p.w.k + c * p.w.c + z * p.w.sp[0] + y0 * p.w.sp[1];
-      int64_t w_y = p.w.sp[1];
-      args.b_step = p.w.sp[2];
-      if (p.w.k != 1) {
-        args.b_step = f.width;
-        w_y = p.win[2] * f.width;
-        for (int64_t y = y0; y < y1; ++y) {
-          k.copy(w_row + (y - y0) * w_y, f.width, w + (y - y0) * p.w.sp[1], p.w.sp[2], p.w.k,
-                 p.win[2], b.lanes.lanes);
-        }
-        w = w_row;
+      if (args_.n_runs == 0) {
+        rows = real;
+        first = y;
+        args_.b = w + (y - y0) * w_y;
       }
-      args.a = b.ring;
-      args.cols = b.lanes.lanes;
-      for (const Rows& g : groups) {
-        const int64_t iz = g.uz * p.stride[0] - p.pad[0] + z * p.rhs_dilation[0];
-        if (iz < 0 || iz >= p.in[0]) continue;
-        // Window rows that the same output rows [begin, end) read input for, from y = first on.
-        int64_t begin = 0;
-        int64_t end = 0;
-        int64_t first = 0;
-        args.n_runs = 0;
-        const auto flush = [&] {
-          if (args.n_runs == 0) return;
-          offsets.clear();
-          for (int64_t uy = begin; uy < end; ++uy) {
-            const int64_t slot = slot_of(g.uz, input_row(uy, first));
-            for (const int64_t within : in_row) offsets.push_back(slot * row + within);
-          }
-          args.b = w + (first - y0) * w_y;
-          const auto outputs = static_cast<int64_t>(offsets.size());
-          const int64_t tiles = ceil_div(outputs, max_outputs);
-          for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t q0 = outputs * t / tiles;
-            const int64_t q1 = outputs * (t + 1) / tiles;
-            args.c = b.partial + ((g.uz * p.out[1] + begin - u0) * f.outputs + q0) * f.width;
-            k.lanes_grad[q1 - q0](&args, offsets.data() + q0);
-          }
-          args.n_runs = 0;
-        };
-        for (int64_t y = y0; y < y1; ++y) {
-          int64_t lo = g.begin;
-          int64_t hi = g.end;
-          while (lo < hi && input_row(lo, y) < 0) ++lo;
-          while (lo < hi && input_row(hi - 1, y) >= p.in[1]) --hi;
-          if (lo != begin || hi != end) flush();
-          if (lo == hi) continue;
-          for (int64_t uy = lo; uy < hi; ++uy) {
-            const int64_t iy = input_row(uy, y);
-            fill(b, slot_of(g.uz, iy), c, iz, iy);
-          }
-          if (args.n_runs == 0) {
-            begin = lo;
-            end = hi;
-            first = y;
-          }
-          Run& run = runs[args.n_runs++];
-          run.a = (y - first) * p.rhs_dilation[1] * row;
-          run.b = (y - first) * w_y;
-          run.len = p.win[2];
-        }
-        flush();
-      }
-    };
-    for (int64_t row0 = 0; row0 < window_rows; row0 += p.chunk_rows) {
-      const int64_t row1 = std::min(row0 + p.chunk_rows, window_rows);
-      for (const Block& b : blocks) b.partial.zero(used);
-      for (int64_t row = row0; row < row1;) {
-        const int64_t plane = row / p.win[1];
-        const int64_t y0 = row - plane * p.win[1];
-        const int64_t y1 = std::min({y0 + f.rows, p.win[1], y0 + row1 - row});
-        for (Block& b : blocks) walk(b, plane / p.win[0], plane % p.win[0], y0, y1);
-        row += y1 - y0;
-      }
-      for (const Block& b : blocks) {
-        if (row0 == 0) {
-          std::memcpy(b.sum, b.partial, used * k.size);
-        } else {
-          k.accumulate(b.sum, b.partial, used);
-        }
+      Run& run = runs_[args_.n_runs++];
+      run.a = (y - first) * p_.rhs_dilation[1] * f_.columns * f_.column;
+      run.b = (y - first) * w_y;
+      run.len = p_.win[2];
+    }
+    multiply(*b, rows, y0, first);
+  }
+}
+
+void GradTask::sum() {
+  const int64_t window_rows = p_.c * p_.win[0] * p_.win[1];
+  const int64_t used = (u1_ - u0_) * f_.outputs * f_.width;
+  for (int64_t row0 = 0; row0 < window_rows; row0 += p_.chunk_rows) {
+    const int64_t row1 = std::min(row0 + p_.chunk_rows, window_rows);
+    for (const Block& b : blocks_) b.partial.zero(used);
+    for (int64_t row = row0; row < row1;) {
+      const int64_t plane = row / p_.win[1];
+      const int64_t y0 = row - plane * p_.win[1];
+      const int64_t y1 = std::min({y0 + f_.rows, p_.win[1], y0 + row1 - row});
+      for (Block& b : blocks_) walk(&b, plane / p_.win[0], plane % p_.win[0], y0, y1);
+      row += y1 - y0;
+    }
+    for (const Block& b : blocks_) {
+      if (row0 == 0) {
+        std::memcpy(b.sum, b.partial, used * k_.size);
+      } else {
+        k_.accumulate(b.sum, b.partial, used);
       }
     }
-    Problem rows = flat;  // images take the place of output pixels
-    rows.y.sp[2] = p.y.n;
-    for (const Block& b : blocks) {
-      const int64_t feature = b.number * f.width;
-      for (int64_t u = u0; u < u1; ++u) {
-        for (int64_t v = 0; v < p.out[2]; ++v) {
-          finish_rows(rows, k, o, b.sum + ((u - u0) * f.outputs + v * p.n) * f.width, f.width, p.n,
-                      b.lanes.lanes, 0, feature,
-                      (u / p.out[1]) * p.y.sp[0] + (u % p.out[1]) * p.y.sp[1] + v * p.y.sp[2] +
-                          feature * p.y.k);
-        }
+  }
+}
+
+void GradTask::finish() const {
+  Problem rows = flatten_groups(p_);  // images take the place of output pixels
+  rows.y.sp[2] = p_.y.n;
+  for (const Block& b : blocks_) {
+    const int64_t feature = b.number * f_.width;
+    for (int64_t u = u0_; u < u1_; ++u) {
+      for (int64_t v = 0; v < p_.out[2]; ++v) {
+        finish_rows(rows, k_, o_, b.sum + ((u - u0_) * f_.outputs + v * p_.n) * f_.width, f_.width,
+                    p_.n, b.lanes.lanes, 0, feature,
+                    (u / p_.out[1]) * p_.y.sp[0] + (u % p_.out[1]) * p_.y.sp[1] + v * p_.y.sp[2] +
+                        feature * p_.y.k);
       }
     }
+  }
+}
+
+void run_grad(const Problem& p, const Operands& o, const Execution& e) {
+  const Grad f = make_grad(p, e.target);
+  useful_pool(p, e).run(f.tasks(), [&](int64_t task, int64_t worker) {
+    const Ptr memory = e.workspace + worker * f.thread_floats();
+    GradTask one(p, f, o, *e.target.kernels, task, memory);
+    one.sum();
+    one.finish();
   });
   add_skipped_nonfinite(p, o, e);
 }
