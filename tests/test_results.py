@@ -132,7 +132,8 @@ def _second_machine(data: Any, subject: str, stem: str) -> Iterator[tuple[str, s
     for direction, means in data["means"].items():
         rows = [row for row in data["rows"] if row["direction"] == direction]
         images = ", 8 images" if "_b8_" in stem else ""
-        label = f"{subject}, {names[direction]}{images}" if subject == "paper" else subject
+        plain = subject != "paper" and direction == "fwd"
+        label = subject if plain else f"{subject}, {names[direction]}{images}"
         ratios = [row["ratio_to_best"] for row in rows]
         yield label, _spread(ratios, means["ratio_to_best"])
 

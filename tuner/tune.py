@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ def run(
     deadline = time.monotonic() + (options.budget_seconds or float("inf"))
     laboratory = Laboratory(threads, options.timeout_seconds, options.seed, isa if on_gpu else "")
     try:
-        with Database(path) as database, laboratory:
+        with Database(path) as database, laboratory, _storage(options.storage) as storage:
             context = search.Context(
                 measurer or laboratory,
                 database,
@@ -270,7 +271,7 @@ def run(
                 isa,
                 EFFORTS[options.effort],
                 again=options.again,
-                storage=_storage(options.storage),
+                storage=storage,
                 seed=options.seed,
                 family=options.family or _settings.family(),
             )
@@ -332,9 +333,21 @@ def _near(path: Path, isa: str, threads: int) -> Callable[[Problem], Iterable[_t
     return near
 
 
-def _storage(url: str | None) -> Any:
+@contextlib.contextmanager
+def _storage(url: str | None) -> Iterator[Any]:
+    """Optuna's storage at this URL, whose connections are closed in the end."""
     if url is None:
-        return None
+        yield None
+        return
+    storage = _opened(url)
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _opened(url: str) -> Any:
     import optuna
 
     plain = "postgresql://"
@@ -346,7 +359,7 @@ def _storage(url: str | None) -> Any:
         url = f"postgresql+psycopg://{url.removeprefix(plain)}"  # SQLAlchemy means the old driver
     for attempt in range(_STORAGE_ATTEMPTS):
         try:
-            return optuna.storages.get_storage(url)
+            return optuna.storages.RDBStorage(url)
         except Exception as error:  # of optuna, SQLAlchemy or a driver
             if attempt + 1 == _STORAGE_ATTEMPTS:
                 words = str(error).splitlines()[0]

@@ -110,6 +110,16 @@ def _shared(server: str) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def _clients(server: str) -> int:
+    """How many connections the server has besides the one that asks."""
+    import psycopg
+
+    query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+    with psycopg.connect(server) as connection:
+        (count,) = connection.execute(query).fetchone()
+        return count - 1
+
+
 _NODE = """
     import json, sys
     from pathlib import Path
@@ -158,6 +168,10 @@ def test_two_machines_and_one_database(
     late = Fake(_towards(GOAL))
     options = tune.Options(threads=THREADS, storage=server, database=databases[2], effort="quick")
     tune.run([tune.Task("dense", DENSE)], options, measurer=late)
+    deadline = time.monotonic() + _SECONDS
+    while _clients(server) > 0 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _clients(server) == 0, "a run closes its connections"
     now = _shared(server)
     assert now[0] == studies and now[1] > trials, "the one that comes late joins the same studies"
 
