@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -662,6 +663,17 @@ def test_tiles_on_padding(
             np.testing.assert_array_equal(result, expected, f"{problem} {isa} {params}")
 
 
+def _sweeps(problem: Problem, heights: Iterable[int]) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(isa, parameters, threads) of the sweeps of `grouped` that are so many rows high."""
+    for isa, rows, threads in itertools.product(ISAS, heights, (1, 3)):
+        params = _params(problem, "grouped", isa, strip=0, sweep=rows, rows=4)
+        answer = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa, params=params)
+        if "plan" in answer:
+            yield isa, params, threads
+        else:
+            assert "no such tile" in answer["error"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize(
     ("c", "k", "groups", "padding", "stride", "rhs_dilation", "out_layout"),
@@ -697,12 +709,7 @@ def test_sweeps_of_few_features(
     x, w = problems.operands(problem, np.random.default_rng(c))
     expected = reference.chain(problem, x, w)
     tested = 0
-    for isa, rows, threads in itertools.product(ISAS, range(1, 8), (1, 3)):
-        params = _params(problem, "grouped", isa, strip=0, sweep=rows, rows=4)
-        answer = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa, params=params)
-        if "plan" not in answer:
-            assert "no such tile" in answer["error"]
-            continue
+    for isa, params, threads in _sweeps(problem, range(1, 8)):
         tested += 1
         result = problems.run(
             problem, x, w, "grouped", isa=isa, params=params, threads=threads, activation="relu"
@@ -735,12 +742,7 @@ def test_sweeps_of_narrow_windows(window: tuple[int, int], dtype: str, out_dtype
         assert problem is not None
         x, w = problems.operands(problem, np.random.default_rng(c))
         expected = reference.chain(problem, x, w)
-        for isa, rows, threads in itertools.product(ISAS, (1, 4, 7), (1, 3)):
-            params = _params(problem, "grouped", isa, strip=0, sweep=rows, rows=4)
-            answer = _ffi.make_plan(problem.native(), algorithm="grouped", isa=isa, params=params)
-            if "plan" not in answer:
-                assert "no such tile" in answer["error"]
-                continue
+        for isa, params, threads in _sweeps(problem, (1, 4, 7)):
             tested += 1
             result = problems.run(problem, x, w, "grouped", isa=isa, params=params, threads=threads)
             np.testing.assert_array_equal(
