@@ -71,6 +71,12 @@ def _params(problem: Problem, algorithm: str, isa: str, **changes: int) -> tuple
     return tuple((chosen | changes).values())
 
 
+def _accepted(problem: Problem, algorithm: str, isa: str, params: tuple[int, ...]) -> bool:
+    return "plan" in _ffi.make_plan(
+        problem.native(), algorithm=algorithm, isa=isa, params=list(params)
+    )
+
+
 @pytest.mark.parametrize("seed", range(DRAWS))
 @pytest.mark.parametrize(("algorithm", "dtype"), [k for k in KERNELS if k[0] in CANONICAL])
 def test_equals_the_scalar_chain(algorithm: str, dtype: str, seed: int) -> None:
@@ -202,6 +208,114 @@ def test_wide_weight_gradients_in_pieces(images: int, layout: tuple[str, str]) -
                 )
                 np.testing.assert_array_equal(result, expected, f"{isa} {chosen}")
     assert pieces >= 4
+
+
+# Of layers of few channels: images, input and output channels, size, and options of the layer.
+FEW_CHANNELS = {
+    "first layer": (2, 3, 20, (23, 21), (3, 3), {"padding": ((1, 1), (1, 1))}),
+    "first layer, stride": (
+        1,
+        1,
+        9,
+        (30, 41),
+        (5, 5),
+        {"stride": (2, 2), "padding": ((2, 1),) * 2},
+    ),
+    "last layer": (3, 18, 2, (17, 24), (3, 4), {"padding": ((1, 1), (2, 0))}),
+    "transposed": (2, 3, 1, (20, 19), (5, 5), {"lhs_dilation": (2, 2), "padding": ((3, 2),) * 2}),
+    "transposed, cropped": (
+        1,
+        9,
+        3,
+        (15, 26),
+        (4, 4),
+        {"lhs_dilation": (2, 3), "padding": ((-1, 2), (0, -2))},
+    ),
+    "dilated": (1, 2, 1, (9, 40), (3, 3), {"rhs_dilation": (2, 1), "padding": ((3, 2), (1, 1))}),
+    "sound": (2, 1, 1, (2100,), (7,), {"padding": ((3, 3),)}),
+    "three dimensions": (1, 2, 5, (4, 12, 30), (3, 3, 3), {"padding": ((1, 1),) * 3}),
+}
+
+
+def _weight_gradient(images, c, k, size, window, options) -> Problem:
+    """The convolution that lax's rule makes of the weight gradient of a layer, channels last."""
+    rank = len(size)
+    ones = (1,) * rank
+    stride = options.get("stride", ones)
+    lhs_dilation = options.get("lhs_dilation", ones)
+    rhs_dilation = options.get("rhs_dilation", ones)
+    padding = options["padding"]
+    real = [
+        (s - 1) * d + 1 + sum(pad) for s, d, pad in zip(size, lhs_dilation, padding, strict=True)
+    ]
+    taps = [(w - 1) * d + 1 for w, d in zip(window, rhs_dilation, strict=True)]
+    out = [(r - t) // s + 1 for r, t, s in zip(real, taps, stride, strict=True)]
+    rows = [(o - 1) * s + 1 for o, s in zip(out, stride, strict=True)]
+    # Input that no output reads is cropped.
+    cropped = tuple(
+        (low, high + t - 1 + row - r)
+        for (low, high), r, t, row in zip(padding, real, taps, rows, strict=True)
+    )
+    spatial = "DHW"[3 - rank :]
+    return problems.make(
+        c,
+        images,
+        k,
+        size,
+        tuple(out),
+        stride=rhs_dilation,
+        padding=cropped,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=stride,
+        layout=(f"C{spatial}N", f"I{spatial}O"),
+        out_layout=f"{spatial}NC",
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layer", FEW_CHANNELS)
+def test_weight_gradients_of_few_channels(isa: str, layer: str) -> None:
+    """Output columns share a tile, along padding with margins of zeros; with operands exchanged."""
+    problem = _weight_gradient(*FEW_CHANNELS[layer])
+    assert problem.chunk_rows > 0
+    x, w = problems.operands(problem, np.random.default_rng(11))
+    expected = reference.chain(problem, x, w)
+    merged = set()
+    plain = {"pack": 0, "tile": 0, "nv": 1}
+    for swap, margins, mr in itertools.product((0, 1), (0, 1), (2, 5)):
+        params = _params(problem, "weight_grad", isa, **plain, swap=swap, margins=margins, mr=mr)
+        if not _accepted(problem, "weight_grad", isa, params):
+            continue
+        merged.add((swap, margins))
+        result = problems.run(problem, x, w, "weight_grad", isa=isa, threads=2, params=params)
+        np.testing.assert_array_equal(result, expected, f"{swap=} {margins=} {mr=}")
+    assert {(0, 0), (1, 0)} <= merged
+    assert merged & {(0, 1), (1, 1)}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("operand", ["lhs", "rhs"])
+@pytest.mark.parametrize("layer", ["first layer", "last layer", "transposed"])
+def test_zeros_of_margins_spoil_no_sum(isa: str, operand: str, layer: str) -> None:
+    """Where the convolution has no product, no infinity is multiplied by a margin's zero."""
+    problem = _weight_gradient(*FEW_CHANNELS[layer])
+    operands = problems.operands(problem, np.random.default_rng(12))
+    array = operands[("lhs", "rhs").index(operand)]
+    for column in (0, array.shape[2] // 2, array.shape[2] - 1):
+        x, w = (each.copy() for each in operands)
+        (x if operand == "lhs" else w)[0, 3, column, 0] = np.inf
+        results = {}
+        plain = {"pack": 0, "tile": 0}
+        for swap, margins in itertools.product((0, 1), (0, 1)):
+            params = _params(problem, "weight_grad", isa, **plain, swap=swap, margins=margins)
+            if _accepted(problem, "weight_grad", isa, params):
+                results[swap, margins] = problems.run(
+                    problem, x, w, "weight_grad", isa=isa, params=params
+                )
+        assert any(margins == 1 for _, margins in results)
+        assert np.isfinite(results[0, 0]).any()
+        for result in results.values():
+            np.testing.assert_array_equal(result, results[0, 0])
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -72,7 +72,7 @@ struct Execution {
   const void* prepared = nullptr;  // what Algorithm::prepare made for this plan, or null
 };
 
-inline constexpr int kMaxParams = 8;
+inline constexpr int kMaxParams = 9;
 using Params = std::array<int64_t, kMaxParams>;  // values in the order of Algorithm::params
 
 // The unit roundoff of what a problem is computed in; 0 for integers, whose sums are exact.

@@ -12,12 +12,17 @@
 // channels are rows: they are what is packed in small pieces. Inserted zeros (lhs_dilation: the
 // gradient of a transposed convolution) and padding are skipped, not multiplied.
 //
+// A few channels alone make low tiles. Where pixels follow each other without a gap, the rows of
+// the tile are output columns too: each reads a pixel further. Along padding, this needs images
+// with margins of zeros; they are copied.
+//
 // The reduction follows Problem::chunk_rows: either the canonical chain or chunks of whole rows. A
 // row that is a chunk for itself, as in wide one-dimensional layers, is walked in pieces that stay
 // in the second-level cache for all output positions; the sums go on from piece to piece. That is
 // the weight gradient by batch-reduced products of arXiv 2104.08002, with the chain kept.
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <utility>
 
@@ -36,12 +41,19 @@ enum GradParam {
   kGradTile,
   kGradStream,
   kGradCopy,
-  kGradCols
+  kGradCols,
+  kGradMargins
 };
 
 Params without_copy(const Params& params) {
   Params rest = params;
   rest[kGradCopy] = 0;
+  return rest;
+}
+
+Params without_margins(const Params& params) {
+  Params rest = params;
+  rest[kGradMargins] = 0;
   return rest;
 }
 
@@ -77,25 +89,55 @@ bool is_product(const Problem& p) {
   return true;
 }
 
-// The two factors of a product in each other's place; the sums are the same.
+// The two factors in each other's place: features are images, the window is the input. The sums are
+// the same, of output positions counted from the other end.
 Problem exchanged(const Problem& p) {
   Problem q = p;
   q.n = p.k;
   q.k = p.n;
   q.x = {p.w.k, p.w.g, p.w.c, p.w.sp};
   q.w = {p.x.g, p.x.n, p.x.c, p.x.sp};
+  q.in = p.win;
+  q.win = p.in;
+  q.lhs_dilation = p.rhs_dilation;
+  q.rhs_dilation = p.lhs_dilation;
+  for (int d = 0; d < 3; ++d) q.pad[d] = (p.out[d] - 1) * p.stride[d] - p.pad[d];
+  return q;
+}
+
+Dim3 from_other_end(const Problem& p, const Dim3& at) {
+  return {p.out[0] - 1 - at[0], p.out[1] - 1 - at[1], p.out[2] - 1 - at[2]};
+}
+
+// Input columns that the output reads beyond the last one.
+int64_t columns_beyond(const Problem& p) {
+  const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + (p.out[2] - 1) * p.stride[2] + 1;
+  return span - p.pad[2] - p.in[2];
+}
+
+// The images as a copy [group][c][z][y][x][n], with the zeros that their rows are padded with.
+Problem with_margins(const Problem& p) {
+  Problem q = p;
+  const int64_t left = std::max<int64_t>(0, p.pad[2]);
+  q.pad[2] -= left;
+  q.in[2] += left + std::max<int64_t>(0, columns_beyond(p));
+  q.x.n = 1;
+  q.x.sp[2] = p.n;
+  for (int d = 1; d >= 0; --d) q.x.sp[d] = q.x.sp[d + 1] * q.in[d + 1];
+  q.x.c = q.x.sp[0] * q.in[0];
+  q.x.g = q.x.c * p.c;
   return q;
 }
 
 struct Layout {
   int64_t mr, nv, panel, panels;
-  bool swap;      // rows are features, columns images
-  bool exchange;  // by exchanging the operands
+  bool swap;  // rows are features, columns images
   int64_t columns;
   bool chunked;
   int64_t window_rows;  // c * z * y rows of the window, if chunked
   int64_t chunk_rows, chunks;
   bool merged;     // rows run over (u_x, n): Kw * C neighbours
+  bool margins;    // in a copy of the images
   int64_t rows;    // of one output position: n, or n * out_x
   Dim3 positions;  // output positions that are walked one by one
   bool pack;       // a chunk of w is packed panel by panel
@@ -107,13 +149,14 @@ struct Layout {
   int64_t c_slots;
   int64_t row_tiles;  // tiles along the rows, and how high the highest is
   int64_t tile_rows;
-  int64_t w_floats, y_floats;
+  int64_t w_floats, y_floats, x_floats;
   int64_t pack_floats;  // per thread: packed features, or results to be turned
   int64_t tile_floats;  // per thread
   // A chunk of one row, so many window positions at a time.
   int64_t cols, pieces;
   int64_t tile_cols;   // input columns of a piece
   int64_t sum_floats;  // shared: sums of a chunk whose pieces are not all done
+  int64_t shared_floats() const { return w_floats + y_floats + sum_floats + x_floats; }
 };
 
 // Input rows under window rows [y0, y1) of one c.
@@ -131,35 +174,41 @@ bool can_tile(const Problem& p) {
          !p.dilated_input();
 }
 
+// What the tiles' rows and columns come from.
+Problem factors(const Problem& p, const Params& params) {
+  const Problem q = params[kGradSwap] != 0 ? exchanged(p) : p;
+  return params[kGradMargins] != 0 ? with_margins(q) : q;
+}
+
 Layout make_layout(const Problem& p, const Target& t, const Params& params) {
+  const Problem q = factors(p, params);
   Layout l{};
   l.mr = params[kGradMr];
   l.nv = params[kGradNv];
   l.panel = l.nv * t.kernels->width;
   l.swap = params[kGradSwap] != 0;
-  l.exchange = l.swap && is_product(p);
-  l.columns = l.swap ? p.n : p.k;
+  l.columns = q.k;
   l.panels = ceil_div(l.columns, l.panel);
   l.chunked = p.chunk_rows > 0;
   l.window_rows = p.c * p.win[0] * p.win[1];
   l.chunk_rows = l.chunked ? std::min(p.chunk_rows, l.window_rows) : l.window_rows;
   l.chunks = l.chunked ? ceil_div(l.window_rows, l.chunk_rows) : 1;
-  const int64_t span = (p.win[2] - 1) * p.rhs_dilation[2] + (p.out[2] - 1) * p.stride[2] + 1;
-  const bool inside = p.pad[2] <= 0 && span - p.pad[2] <= p.in[2] && p.lhs_dilation[2] == 1;
   l.buffered = l.swap || p.y.k != 1;
-  l.merged = !l.swap && inside && p.n < 2 * l.mr && p.out[2] > 1 &&
-             p.stride[2] * p.x.sp[2] == p.n * p.x.n && (l.buffered || p.y.sp[2] == p.n * p.y.n);
-  l.rows = l.swap ? p.k : l.merged ? p.n * p.out[2] : p.n;
+  l.margins = params[kGradMargins] != 0;
+  const bool inside = q.pad[2] <= 0 && columns_beyond(q) <= 0 && q.lhs_dilation[2] == 1;
+  l.merged = inside && q.n < 2 * l.mr && q.out[2] > 1 && q.stride[2] * q.x.sp[2] == q.n * q.x.n &&
+             (l.buffered || p.y.sp[2] == p.n * p.y.n);
+  l.rows = l.merged ? q.n * q.out[2] : q.n;
   l.positions = p.out;
   if (l.merged) l.positions[2] = 1;
   l.pack = params[kGradPack] != 0;
   l.copy_w = !l.pack && !l.swap && p.w.k != 1;
-  l.cols = params[kGradCols] == 0 ? p.win[2] : std::min(params[kGradCols], p.win[2]);
-  l.pieces = ceil_div(p.win[2], l.cols);
-  l.tile_cols = p.in[2];
+  l.cols = params[kGradCols] == 0 ? q.win[2] : std::min(params[kGradCols], q.win[2]);
+  l.pieces = ceil_div(q.win[2], l.cols);
+  l.tile_cols = q.in[2];
   if (l.pieces > 1) {
     l.tile_cols =
-        std::min(p.in[2], (p.out[2] - 1) * p.stride[2] + (l.cols - 1) * p.rhs_dilation[2] + 1);
+        std::min(q.in[2], (q.out[2] - 1) * q.stride[2] + (l.cols - 1) * q.rhs_dilation[2] + 1);
     l.sum_floats = l.chunks > 1 ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
   }
   l.pack_floats = l.pack ? round_up(l.chunk_rows * l.cols * l.panel, 16) : 0;
@@ -176,6 +225,7 @@ Layout make_layout(const Problem& p, const Target& t, const Params& params) {
   }
   l.w_floats = l.copy_w ? round_up(p.g * p.reduction() * p.k, 16) : 0;
   l.y_floats = l.buffered ? round_up(p.g * p.n * p.pixels() * p.k, 16) : 0;
+  l.x_floats = l.margins ? round_up(q.g * q.x.g, 16) : 0;
   return l;
 }
 
@@ -249,11 +299,52 @@ void pack_tiles(const Problem& p, const Layout& l, const Kernels& k, ConstPtr x,
   }
 }
 
-void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& at, int64_t chunk,
-               const Piece& piece, std::vector<Run>* runs, int64_t* a_step, int64_t* b_step) {
+// Output positions that are walked one by one, and what of the input each reads.
+struct Position {
+  Dim3 at;
+  std::array<Progression, 3> in;
+};
+std::vector<Position> make_positions(const Problem& p, const Layout& l) {
+  std::vector<Position> positions;
+  for (int64_t z = 0; z < l.positions[0]; ++z) {
+    for (int64_t y = 0; y < l.positions[1]; ++y) {
+      for (int64_t x = 0; x < l.positions[2]; ++x) {
+        positions.push_back(
+            {{z, y, x},
+             {window_positions(p, 0, z), window_positions(p, 1, y), window_positions(p, 2, x)}});
+      }
+    }
+  }
+  return positions;
+}
+
+// Which rows of which position and panel of features a tile is. Panels that are packed are walked
+// for all positions before the next.
+struct TileAt {
+  int64_t g, position, panel, t;
+};
+TileAt tile_at(const Layout& l, int64_t positions, int64_t tile) {
+  const int64_t g = tile / l.row_tiles / positions / l.panels;
+  const int64_t within = tile / l.row_tiles % (positions * l.panels);
+  return {g, l.pack ? within % positions : within / l.panels,
+          l.pack ? within / positions : within % l.panels, tile % l.row_tiles};
+}
+void advance(const Layout& l, int64_t positions, TileAt* at) {
+  if (++at->t < l.row_tiles) return;
+  at->t = 0;
+  int64_t& inner = l.pack ? at->position : at->panel;
+  int64_t& outer = l.pack ? at->panel : at->position;
+  if (++inner < (l.pack ? positions : l.panels)) return;
+  inner = 0;
+  if (++outer < (l.pack ? l.panels : positions)) return;
+  outer = 0;
+  ++at->g;
+}
+
+void make_runs(const Problem& p, const Layout& l, const Filter& w, std::array<Progression, 3> in,
+               int64_t chunk, const Piece& piece, std::vector<Run>* runs, int64_t* a_step,
+               int64_t* b_step) {
   runs->clear();
-  Progression in[3];
-  for (int d = 0; d < 3; ++d) in[d] = window_positions(p, d, at[d]);
   if (in[2].n == 0 || in[1].n == 0 || in[0].n == 0) return;
   if (l.pieces > 1) {
     Progression& x = in[2];
@@ -267,16 +358,23 @@ void make_runs(const Problem& p, const Layout& l, const Filter& w, const Dim3& a
     *b_step = in[2].step * (l.pack ? l.panel : w.sp[2]);
     const int64_t first = chunk * l.chunk_rows;
     const int64_t last = std::min(first + l.chunk_rows, l.window_rows);
+    // Rows of what was the window before an exchange are rows of the input now.
+    const Dim3& extent = l.swap ? p.in : p.win;
+    const auto number = [&](int dim, int64_t at) {  // of a row among those at hand, or -1
+      const int64_t from = at - (l.swap ? in[dim].at : in[dim].first);
+      const int64_t step = l.swap ? in[dim].at_step : in[dim].step;
+      const int64_t t = from / step;
+      return from >= 0 && from % step == 0 && t < in[dim].n ? t : -1;
+    };
     for (int64_t row = first; row < last; ++row) {
-      const int64_t y = row % p.win[1];
-      const int64_t z = row / p.win[1] % p.win[0];
-      const int64_t c = row / p.win[1] / p.win[0];
-      const int64_t ty = y - in[1].first;
-      const int64_t tz = z - in[0].first;
-      if (ty < 0 || ty % in[1].step != 0 || ty / in[1].step >= in[1].n) continue;
-      if (tz < 0 || tz % in[0].step != 0 || tz / in[0].step >= in[0].n) continue;
-      const int64_t iy = in[1].at + ty / in[1].step * in[1].at_step;
-      const int64_t iz = in[0].at + tz / in[0].step * in[0].at_step;
+      const int64_t ty = number(1, row % extent[1]);
+      const int64_t tz = number(0, row / extent[1] % extent[0]);
+      const int64_t c = row / extent[1] / extent[0];
+      if (ty < 0 || tz < 0) continue;
+      const int64_t y = in[1].first + ty * in[1].step;
+      const int64_t z = in[0].first + tz * in[0].step;
+      const int64_t iy = in[1].at + ty * in[1].at_step;
+      const int64_t iz = in[0].at + tz * in[0].at_step;
       const Run run{
           l.tiled
               ? (tile_slot(p, l, first, c, iy) * l.tile_cols + in[2].at - piece.q0) * l.tile_rows
@@ -337,7 +435,7 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   if (!l.chunked && p.x.n == 1 && p.x.c != 1 && p.c > 1) total *= 1.7;
   if (l.chunked && images_innermost(p)) total *= 2;
   if (l.copy_w) total += static_cast<double>(l.w_floats);
-  return total;
+  return total + static_cast<double>(l.x_floats);
 }
 
 std::string rejects(const Problem&) { return {}; }
@@ -359,12 +457,16 @@ std::string check(const Problem& problem, const Target& t, const Params& params)
     return "tile: needs two dimensions, and images next to each other";
   }
   if (params[kGradCols] < 0) return "cols: negative";
-  if (params[kGradCols] > 0 && params[kGradCols] < p.win[2] &&
+  if (params[kGradCols] > 0 && params[kGradCols] < factors(p, params).win[2] &&
       (p.chunk_rows == 0 || make_layout(p, t, params).chunk_rows > 1)) {
     return "cols: a chunk of the reduction is more than a row";
   }
   if (params[kGradSwap] != 0 && params[kGradSwap] != 1) return "swap: 0 or 1";
   if (params[kGradSwap] == 1 && p.x.n != 1) return "swap: needs images next to each other";
+  if (params[kGradMargins] != 0 && params[kGradMargins] != 1) return "margins: 0 or 1";
+  if (params[kGradMargins] == 1 && !make_layout(p, t, params).merged) {
+    return "margins: no tile of several output columns";
+  }
   if (params[kGradSwap] == 1 && (params[kGradPack] != 0 || params[kGradTile] != 0) &&
       (!is_product(p) || p.w.k != 1)) {
     return "swap: with pack or tile needs a product of two matrices with contiguous rows";
@@ -374,7 +476,23 @@ std::string check(const Problem& problem, const Target& t, const Params& params)
 
 // Each step is at another pixel of A, and runs are short: narrow tiles lose by it (measured).
 Tile tile_of(const Kernels& k, int64_t rows, int64_t columns) {
-  return best_tile(k, rows, columns, kMaxMr, kFarCycles);
+  return best_tile(k, std::max<int64_t>(rows, 1), columns, kMaxMr, kFarCycles);
+}
+
+Params with_tile(const Tile& tile, const Params& params) {
+  Params own = params;
+  own[kGradMr] = tile.mr;
+  own[kGradNv] = tile.nv;
+  return own;
+}
+
+Params with_best_tile(const Problem& p, const Target& t, const Params& params) {
+  const Problem q = factors(p, params);
+  const Params own = with_tile(tile_of(*t.kernels, q.n, q.k), params);
+  const Layout l = make_layout(p, t, own);
+  if (!l.merged) return own;
+  const Params merged = with_tile(tile_of(*t.kernels, l.rows, q.k), params);
+  return make_layout(p, t, merged).merged ? merged : own;
 }
 
 Params defaults(const Problem& problem, const Target& t) {
@@ -385,19 +503,8 @@ Params defaults(const Problem& problem, const Target& t) {
     return params;
   }
   const Problem p = thinned(problem);
-  const Tile tile = tile_of(*t.kernels, std::max<int64_t>(p.n, 1), p.k);
-  params[kGradMr] = tile.mr;
-  params[kGradNv] = tile.nv;
+  params = with_best_tile(p, t, params);
   const Layout l = make_layout(p, t, params);
-  if (l.merged) {
-    const Tile merged = tile_of(*t.kernels, l.rows, p.k);
-    params[kGradMr] = merged.mr;
-    params[kGradNv] = merged.nv;
-    if (!make_layout(p, t, params).merged) {
-      params[kGradMr] = tile.mr;
-      params[kGradNv] = tile.nv;
-    }
-  }
   // Features far apart cost more in the memory's address translation than packing does, where a
   // panel is used several times.
   const int64_t positions = p.out[0] * p.out[1] * p.out[2];
@@ -425,26 +532,30 @@ Params defaults(const Problem& problem, const Target& t) {
   if (p.chunk_rows > 0 && is_product(p) && p.x.n == 1 && p.w.k == 1 && p.n > p.k &&
       p.reduction() * (p.n - p.k) >= 2 * p.n * p.k) {
     Params other{};
-    const Tile swapped = tile_of(*t.kernels, p.k, p.n);
-    other[kGradMr] = swapped.mr;
-    other[kGradNv] = swapped.nv;
     other[kGradSwap] = other[kGradPack] = other[kGradTile] = 1;
+    other = with_best_tile(p, t, other);
     other[kGradCols] = params[kGradCols];
     if (check(problem, t, other).empty() &&
         make_layout(p, t, other).panels >= 4 * useful_threads(p, t.threads)) {
       return other;
     }
   }
-  // Half empty vectors of features against full ones of images.
-  const int64_t width = t.kernels->width;
-  if (p.x.n == 1 && 2 * p.k <= width && p.n >= 2 * p.k) {
-    const Tile swapped = tile_of(*t.kernels, p.k, p.n);
-    Params other{};
-    other[kGradMr] = swapped.mr;
-    other[kGradNv] = swapped.nv;
-    other[kGradSwap] = 1;
-    other[kGradCols] = params[kGradCols];
-    if (cost(p, t, other) < cost(p, t, params)) return other;
+  // Half empty vectors of features against full ones of images; low tiles against margins.
+  const Params plain = params;
+  const bool few = p.x.n == 1 && 2 * p.k <= t.kernels->width && p.n >= 2 * p.k;
+  for (const int64_t swap : {0, 1}) {
+    for (const int64_t margins : {0, 1}) {
+      if (swap + margins == 0 || (swap == 1 && !few) || (margins == 1 && !l.chunked)) continue;
+      Params other = swap == 1 ? Params{} : plain;
+      other[kGradSwap] = swap;
+      other[kGradMargins] = margins;
+      other[kGradTile] = 0;
+      other[kGradCols] = plain[kGradCols];
+      other = with_best_tile(p, t, other);
+      if (check(problem, t, other).empty() && cost(p, t, other) < cost(p, t, params)) {
+        params = other;
+      }
+    }
   }
   return params;
 }
@@ -456,8 +567,51 @@ int64_t workspace(const Problem& problem, const Target& t, const Params& params)
   }
   const Problem p = thinned(problem);
   const Layout l = make_layout(p, t, params);
-  return l.w_floats + l.y_floats + l.sum_floats +
-         (l.pack_floats + l.tile_floats) * useful_threads(p, t.threads);
+  const int64_t own =
+      l.shared_floats() + (l.pack_floats + l.tile_floats) * useful_threads(p, t.threads);
+  // See margins_spoil.
+  return l.margins ? std::max(own, workspace(problem, t, without_margins(params))) : own;
+}
+
+// After an exchange, the zeros of margins meet elements of the input for which the convolution has
+// no product. Whether that changes a sum. p: before margins.
+bool margins_spoil(const Problem& p, const Kernels& k, ConstPtr w) {
+  const int64_t last = (p.out[2] - 1) * p.stride[2];
+  const int64_t begin = inside(0, p.win[2], p.rhs_dilation[2], -p.pad[2], p.in[2]).begin;
+  const int64_t end = inside(0, p.win[2], p.rhs_dilation[2], last - p.pad[2], p.in[2]).end;
+  for (int64_t row = 0; row < p.g * p.c * p.win[0] * p.win[1]; ++row) {
+    const int64_t y = row % p.win[1];
+    const int64_t z = row / p.win[1] % p.win[0];
+    const int64_t c = row / p.win[1] / p.win[0] % p.c;
+    const int64_t g = row / p.win[1] / p.win[0] / p.c;
+    const ConstPtr at = w + g * p.w.g + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+    for (int64_t x = 0; x < p.win[2]; ++x) {
+      if (x == begin) x = std::max(begin, end);
+      if (x < p.win[2] && k.all_finite(at + x * p.w.sp[2], p.k) == 0) return true;
+    }
+  }
+  return false;
+}
+
+void copy_with_margins(const Problem& p, const Problem& to, const Kernels& k, const Threads& pool,
+                       ConstPtr x, Ptr copy) {
+  const int64_t left = p.pad[2] - to.pad[2];
+  pool.run(p.g * p.c * p.in[0] * p.in[1], [&](int64_t row, int64_t) {
+    const int64_t y = row % p.in[1];
+    const int64_t z = row / p.in[1] % p.in[0];
+    const int64_t c = row / p.in[1] / p.in[0] % p.c;
+    const int64_t g = row / p.in[1] / p.in[0] / p.c;
+    const Ptr begin = copy + row * to.x.sp[1];
+    const int64_t real = p.in[2] * p.n;
+    begin.zero(left * p.n);
+    const ConstPtr from = x + g * p.x.g + c * p.x.c + z * p.x.sp[0] + y * p.x.sp[1];
+    if (p.x.n == 1 && p.x.sp[2] == p.n) {
+      k.copy(begin + left * p.n, 0, from, 0, 1, 1, real);
+    } else {
+      k.copy(begin + left * p.n, p.n, from, p.x.sp[2], p.x.n, p.in[2], p.n);
+    }
+    (begin + left * p.n + real).zero(to.x.sp[1] - left * p.n - real);
+  });
 }
 
 void run(const Problem& problem, const Params& params, const Operands& o, const Execution& e) {
@@ -476,10 +630,19 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   const Threads pool = useful_pool(p, e);
 
   // What the tiles' rows and columns come from.
-  const Problem q = l.exchange ? exchanged(p) : p;
-  const ConstPtr x = l.exchange ? o.w : o.x + x_first;
-  const ConstPtr w_in_place = l.exchange ? o.x + x_first : o.w;
-  const bool swap = l.swap && !l.exchange;
+  const Problem q = factors(p, params);
+  ConstPtr x = l.swap ? o.w : o.x + x_first;
+  const ConstPtr w_in_place = l.swap ? o.x + x_first : o.w;
+  if (l.margins) {
+    const Problem plain = factors(p, without_margins(params));
+    if (l.swap && margins_spoil(plain, k, w_in_place)) {
+      run(problem, without_margins(params), o, e);
+      return;
+    }
+    const Ptr copy = e.workspace + l.w_floats + l.y_floats + l.sum_floats;
+    copy_with_margins(plain, q, k, pool, x, copy);
+    x = copy;
+  }
   Filter w{w_in_place, q.w.g, q.w.c, q.w.sp};
   if (l.copy_w) {  // [g][c][z][y][x][k]
     Ptr packed = e.workspace;
@@ -495,6 +658,9 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     w = {
         packed, p.c * window * p.k, window * p.k, {p.win[1] * p.win[2] * p.k, p.win[2] * p.k, p.k}};
   }
+  const auto thread_memory = [&](int64_t worker) {
+    return e.workspace + l.shared_floats() + worker * (l.pack_floats + l.tile_floats);
+  };
   // y seen with contiguous columns: y itself or a buffer [g][z][y][x][row][column].
   Ptr y = o.y;
   int64_t y_g = p.y.g, y_n = p.y.n;
@@ -514,12 +680,12 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
   // position, rows) where features are packed; each task owns a contiguous part and walks it once
   // per chunk, so that a chunk's rows are used while they are in the cache.
   const int64_t row_tiles = l.row_tiles;
-  const int64_t positions = l.positions[0] * l.positions[1] * l.positions[2];
-  const int64_t total = p.g * positions * l.panels * row_tiles;
+  const std::vector<Position> positions = make_positions(q, l);
+  const auto n_positions = static_cast<int64_t>(positions.size());
+  const int64_t total = p.g * n_positions * l.panels * row_tiles;
   const int64_t tasks = std::min(total, pool.count());
   pool.run(tasks, [&](int64_t task, int64_t worker) {
-    Ptr packed = e.workspace + l.w_floats + l.y_floats + l.sum_floats +
-                 worker * (l.pack_floats + l.tile_floats);
+    Ptr packed = thread_memory(worker);
     Ptr tiles = packed + l.pack_floats;
     const int64_t begin = total * task / tasks;
     const int64_t end = total * (task + 1) / tasks;
@@ -529,17 +695,14 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       const int64_t first = chunk * l.chunk_rows;
       const int64_t last = std::min(first + l.chunk_rows, l.window_rows);
       for (int64_t i = 0; i < l.pieces; ++i) {
-        const Piece piece = make_piece(p, l, i);
+        const Piece piece = make_piece(q, l, i);
         int64_t at_position = -1;
         int64_t at_panel = -1;
         int64_t at_group = -1;
-        Dim3 at{};
-        for (int64_t tile = begin; tile < end; ++tile) {
-          const int64_t t = tile % row_tiles;
-          const int64_t g = tile / row_tiles / positions / l.panels;
-          const int64_t within = tile / row_tiles % (positions * l.panels);
-          const int64_t u = l.pack ? within % positions : within / l.panels;
-          const int64_t panel = l.pack ? within / positions : within % l.panels;
+        TileAt next = tile_at(l, n_positions, begin);
+        for (int64_t tile = begin; tile < end; ++tile, advance(l, n_positions, &next)) {
+          const auto [g, u, panel, t] = next;
+          const Dim3& at = positions[u].at;
           const int64_t columns = std::min(l.panel, l.columns - panel * l.panel);
           if (l.tiled && g != at_group) {
             at_group = g;
@@ -550,25 +713,16 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
             pack_rows(q, l, k, w_in_place + g * q.w.g + panel * l.panel * q.w.k, first, last, piece,
                       columns, packed);
           }
-          if (g * positions + u != at_position) {
-            at_position = g * positions + u;
-            at = {u / l.positions[2] / l.positions[1], u / l.positions[2] % l.positions[1],
-                  u % l.positions[2]};
-            make_runs(q, l, w, at, chunk, piece, &runs, &args.a_step, &args.b_step);
-            if (swap) {
-              std::swap(args.a_step, args.b_step);
-              for (Run& run : runs) std::swap(run.a, run.b);
-            }
+          if (u != at_position) {
+            at_position = u;
+            make_runs(q, l, w, positions[u].in, chunk, piece, &runs, &args.a_step, &args.b_step);
           }
           const int64_t i0 = l.rows * t / row_tiles;
           const int64_t mr = l.rows * (t + 1) / row_tiles - i0;
-          args.a = swap      ? o.w + g * p.w.g + i0 * p.w.k
-                   : l.tiled ? tiles + t * l.slots * l.tile_cols * l.tile_rows
-                             : x + g * q.x.g + i0 * q.x.n;
-          args.a_row = swap ? p.w.k : q.x.n;
-          args.b = l.pack ? packed
-                   : swap ? x + g * p.x.g + panel * l.panel
-                          : w.data + g * w.g + panel * l.panel;
+          args.a = l.tiled ? tiles + t * l.slots * l.tile_cols * l.tile_rows
+                           : x + g * q.x.g + i0 * q.x.n;
+          args.a_row = q.x.n;
+          args.b = l.pack ? packed : w.data + g * w.g + panel * l.panel;
           args.runs = runs.data();
           args.n_runs = static_cast<int64_t>(runs.size());
           args.c = y + g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2] + i0 * y_n +
@@ -604,14 +758,14 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
       const int64_t u = task % p.pixels();
       const int64_t g = task / p.pixels();
       const Dim3 at{u / p.out[2] / p.out[1], u / p.out[2] % p.out[1], u % p.out[2]};
-      const int64_t from = g * y_g + at[0] * y_sp[0] + at[1] * y_sp[1] + at[2] * y_sp[2];
+      const Dim3 of = l.swap ? from_other_end(p, at) : at;
+      const int64_t from = g * y_g + of[0] * y_sp[0] + of[1] * y_sp[1] + of[2] * y_sp[2];
       const int64_t to = g * p.y.g + at[0] * p.y.sp[0] + at[1] * p.y.sp[1] + at[2] * p.y.sp[2];
       if (!l.swap) {
         finish_rows(rows, k, o, y + from, y_n, p.n, p.k, g, 0, to);
         return;
       }
-      Ptr turned = e.workspace + l.w_floats + l.y_floats + l.sum_floats +
-                   worker * (l.pack_floats + l.tile_floats);
+      const Ptr turned = thread_memory(worker);
       k.copy(turned, p.k, y + from, 1, p.n, p.n, p.k);
       finish_rows(rows, k, o, turned, p.k, p.n, p.k, g, 0, to);
     });
@@ -635,7 +789,10 @@ const Algorithm& algorithm_weight_grad() {
          {"tile", "1: a chunk's images are packed tile by tile; 0: read in place", {0, 1}},
          {"stream", "1: results that are stored once pass the caches by", {0, 1}},
          {"copy", "1: both operands are first copied, channels and features innermost", {0, 1}},
-         {"cols", "window positions at a time, where a row is a chunk; 0: all", {0, 1024, 4096}}},
+         {"cols", "window positions at a time, where a row is a chunk; 0: all", {0, 1024, 4096}},
+         {"margins",
+          "1: few images are copied between zeros, and tiles have several output columns; 0: no",
+          {0, 1}}},
         rejects,
         defaults,
         check,
