@@ -573,6 +573,16 @@ int64_t workspace(const Problem& problem, const Target& t, const Params& params)
   return l.margins ? std::max(own, workspace(problem, t, without_margins(params))) : own;
 }
 
+// Where a row of an operand lies, counted in the order [g][c][z][y].
+template <typename Strides>
+int64_t row_offset(const Strides& strides, const Dim3& extent, int64_t channels, int64_t row) {
+  const int64_t y = row % extent[1];
+  const int64_t z = row / extent[1] % extent[0];
+  const int64_t c = row / extent[1] / extent[0] % channels;
+  const int64_t g = row / extent[1] / extent[0] / channels;
+  return g * strides.g + c * strides.c + z * strides.sp[0] + y * strides.sp[1];
+}
+
 // After an exchange, the zeros of margins meet elements of the input for which the convolution has
 // no product. Whether that changes a sum. p: before margins.
 bool margins_spoil(const Problem& p, const Kernels& k, ConstPtr w) {
@@ -580,11 +590,7 @@ bool margins_spoil(const Problem& p, const Kernels& k, ConstPtr w) {
   const int64_t begin = inside(0, p.win[2], p.rhs_dilation[2], -p.pad[2], p.in[2]).begin;
   const int64_t end = inside(0, p.win[2], p.rhs_dilation[2], last - p.pad[2], p.in[2]).end;
   for (int64_t row = 0; row < p.g * p.c * p.win[0] * p.win[1]; ++row) {
-    const int64_t y = row % p.win[1];
-    const int64_t z = row / p.win[1] % p.win[0];
-    const int64_t c = row / p.win[1] / p.win[0] % p.c;
-    const int64_t g = row / p.win[1] / p.win[0] / p.c;
-    const ConstPtr at = w + g * p.w.g + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+    const ConstPtr at = w + row_offset(p.w, p.win, p.c, row);
     for (int64_t x = 0; x < p.win[2]; ++x) {
       if (x == begin) x = std::max(begin, end);
       if (x < p.win[2] && k.all_finite(at + x * p.w.sp[2], p.k) == 0) return true;
@@ -597,14 +603,10 @@ void copy_with_margins(const Problem& p, const Problem& to, const Kernels& k, co
                        ConstPtr x, Ptr copy) {
   const int64_t left = p.pad[2] - to.pad[2];
   pool.run(p.g * p.c * p.in[0] * p.in[1], [&](int64_t row, int64_t) {
-    const int64_t y = row % p.in[1];
-    const int64_t z = row / p.in[1] % p.in[0];
-    const int64_t c = row / p.in[1] / p.in[0] % p.c;
-    const int64_t g = row / p.in[1] / p.in[0] / p.c;
     const Ptr begin = copy + row * to.x.sp[1];
     const int64_t real = p.in[2] * p.n;
     begin.zero(left * p.n);
-    const ConstPtr from = x + g * p.x.g + c * p.x.c + z * p.x.sp[0] + y * p.x.sp[1];
+    const ConstPtr from = x + row_offset(p.x, p.in, p.c, row);
     if (p.x.n == 1 && p.x.sp[2] == p.n) {
       k.copy(begin + left * p.n, 0, from, 0, 1, 1, real);
     } else {
@@ -648,11 +650,7 @@ void run(const Problem& problem, const Params& params, const Operands& o, const 
     Ptr packed = e.workspace;
     const int64_t window = p.window();
     pool.run(p.g * p.c * p.win[0] * p.win[1], [&](int64_t task, int64_t) {
-      const int64_t y = task % p.win[1];
-      const int64_t z = task / p.win[1] % p.win[0];
-      const int64_t c = task / p.win[1] / p.win[0] % p.c;
-      const int64_t g = task / p.win[1] / p.win[0] / p.c;
-      ConstPtr from = o.w + g * p.w.g + c * p.w.c + z * p.w.sp[0] + y * p.w.sp[1];
+      const ConstPtr from = o.w + row_offset(p.w, p.win, p.c, task);
       k.copy(packed + task * p.win[2] * p.k, p.k, from, p.w.sp[2], p.w.k, p.win[2], p.k);
     });
     w = {
