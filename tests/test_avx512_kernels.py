@@ -646,6 +646,43 @@ def test_lanes_grad(kernels: Kernels, dtype: str, count: int) -> None:
                 _same(c, expected, f"{isa} cols {cols} load {load}")
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_groups_grad(kernels: Kernels, columns: int, groups: int) -> None:
+    """Against the tiles of one pixel, where the channels are expanded to lanes."""
+    full = _width("avx512", "float32")
+    rng = np.random.default_rng(groups)
+    lane = np.arange(full) % groups
+    for channels in (c for c in (1, 2, 4, 8) if c * groups <= full):
+        read = channels * groups  # floats of a pixel
+        a_step, b_step, c_row = read + 3, full + 1, channels * full + 2
+        a_row = 2 * a_step + 1
+        # Guards end at the last element that is read of either operand.
+        seen = [(4, 3 * b_step, 2), (0, 0, 3)]
+        runs = guarded(np.array(seen, np.int64))
+        last = max(4 + a_step, 2 * a_step)
+        a = _matrix(rng, "float32", last + (columns - 1) * a_row + read)
+        b = _matrix(rng, "float32", 4 * b_step + full)
+        start = problems.values(rng, ((columns - 1) * c_row + channels * full,), "float32")
+        c = guarded(start)
+        numbers = {"a_row": a_row, "c_row": c_row, "a_step": a_step, "b_step": b_step}
+        arguments = _gemm_args(a, b, c, runs, **numbers)
+        form = (columns, channels, groups)
+        kernels.emulated("groups_grad", "float32", *form, arguments, buffers=(a, b, c, runs))
+        steps = [
+            (x + s * a_step, w + s * b_step) for x, w, length in seen for s in range(length)
+        ]
+        for isa in REFERENCES:
+            expected = start.copy()
+            for u, i in itertools.product(range(columns), range(channels)):
+                to = expected[u * c_row + i * full :][:full]
+                inputs = [a[u * a_row + x + i * groups + lane] for x, _ in steps]
+                filters = [b[w : w + full] for _, w in steps]
+                one = np.ones(full, np.float32)
+                _chain(kernels, isa, [to.copy(), *inputs], [one, *filters], to)
+            _same(c, expected, f"{isa} channels {channels}")
+
+
 _SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30, -1e-30, 88.5, -103.5], np.float32)
 
 

@@ -172,7 +172,7 @@ def test_no_vector_spills_in_the_tiles(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", [t for t in ISAS if t != "baseline"])
-@pytest.mark.parametrize("name", ["lanes_tile", "lanes_grad_tile"])
+@pytest.mark.parametrize("name", ["lanes_tile", "lanes_grad_tile", "groups_grad_tile"])
 def test_no_vector_spills_in_the_lanes(target: str, name: str) -> None:
     tiles = _tiles(target, name)
     assert tiles, f"the object has no {name}"
@@ -180,8 +180,9 @@ def test_no_vector_spills_in_the_lanes(target: str, name: str) -> None:
         hot = [loop for loop in _inner_loops(code) if any("vfmadd" in line for line in loop)]
         spills = [len(_spills(loop, code)) for loop in hot]
         # AVX2 has no masks for elements of less than four bytes: parts of vectors pass the stack.
-        emulated = target == "avx2" and instance[-1] not in ("float", "double")
-        assert (min if emulated else max)(spills, default=0) == 0, f"{name}<{', '.join(instance)}>"
+        elements = name != "groups_grad_tile" and instance[-1] not in ("float", "double")
+        fewest = target == "avx2" and elements
+        assert (min if fewest else max)(spills, default=0) == 0, f"{name}<{', '.join(instance)}>"
 
 
 # Types of elements, as they are demangled.

@@ -398,6 +398,18 @@ def test_weight_gradients_of_pointwise_layers(isa: str, size, window, dilation, 
         (17, 1, 1, 2, {"size": (20, 9), "padding": ((-2, 4), (-1, 2))}),
         (9, 3, 2, 2, {"size": (11, 10), "padding": ((1, 1), (1, 1))}),
         (5, 8, 8, 1, {"size": (10, 30), "padding": ((1, 1), (1, 1))}),
+        # Groups that take turns as lanes, the last vector with fewer of them than the others.
+        (11, 2, 2, 2, {"size": (9, 31), "padding": ((1, 1), (1, 1)), "stride": (2, 2)}),
+        (7, 4, 4, 2, {"size": (33, 37), "padding": ((2, 2), (2, 2)), "rhs_dilation": (2, 2)}),
+        (5, 2, 4, 2, {"size": (10, 12), "padding": ((1, 0), (0, 1)), "rhs_dilation": (1, 2)}),
+        (9, 4, 2, 1, {"size": (12, 11), "padding": ((-1, 3), (2, -1)), "outputs": (3, 4)}),
+        (3, 8, 8, 3, {"size": (24, 39), "padding": ((2, 2), (2, 2)), "outputs": (5, 5)}),
+        (3, 3, 8, 1, {"size": (10, 12), "padding": ((1, 1), (1, 1)), "outputs": (2, 2)}),
+        (2, 16, 16, 2, {"size": (10, 30), "padding": ((1, 1), (1, 1))}),
+        (2, 11, 32, 1, {"size": (9, 14), "padding": ((0, 0), (1, 1)), "outputs": (1, 7)}),
+        (3, 8, 8, 1, {"size": (8, 8), "padding": ((7, 6), (6, 7))}),
+        (2, 8, 8, 1, {"size": (3000,), "padding": ((1, 1),), "outputs": (3,)}),
+        (3, 4, 4, 1, {"size": (4, 20, 30), "padding": ((1, 1),) * 3, "outputs": (3, 3, 3)}),
         # Operands that no second-level cache holds: channels of several vectors side by side.
         (80, 1, 1, 1, {"size": (90, 90), "padding": ((1, 1), (1, 1))}),
     ],
@@ -410,16 +422,18 @@ def test_weight_gradients_with_channels_as_lanes(
     batch: int,
     case: dict[str, Any],
 ) -> None:
-    size, stride = case["size"], case.get("stride", (1, 1))
-    dilation = case.get("rhs_dilation", (1, 1))
-    outputs = (3, 3)
+    case = dict(case)
+    size, outputs = case["size"], case.pop("outputs", (3, 3))
+    stride, dilation = (case.get(o, (1,) * len(size)) for o in ("stride", "rhs_dilation"))
+    spatial = "DHW"[3 - len(size) :]
+    lhs, rhs = (text.replace("HW", spatial) for text in layout)
     window = tuple(
         (s + sum(p) - 1 - (o - 1) * t) // d + 1
         for s, p, o, t, d in zip(size, case["padding"], outputs, stride, dilation, strict=True)
     )
     problem = problems.make(
         *(groups * images, batch, groups * features), window=window, batch_groups=groups,
-        layout=layout, out_layout="HWNC" if layout[0] == "CHWN" else "NCHW", **case
+        layout=(lhs, rhs), out_layout=spatial + "NC" if lhs[0] == "C" else lhs, **case
     )  # fmt: skip
     assert problem is not None
     assert problem.chunk_rows > 0

@@ -646,8 +646,20 @@ void run_forward(const Problem& p, const Params& params, const Operands& o, cons
 // Weight gradient (chunked reduction): "images" n are the channels of a group, the window is the
 // output gradient.
 
+// Groups whose features are the lanes of a vector in turn, so that one load spreads a channel of
+// all of them; 0: lanes are features in their order, and the input is copied for each. The channels
+// of a vector's groups lie side by side, and fit one where they are of several groups.
+int64_t interleaved_groups(const Problem& p, const Kernels& k) {
+  if (p.n == 1 || p.w.k != 1 || p.x.n != 1 || p.x.g != p.n || p.dtype != kF32) return 0;
+  const int64_t groups = std::max<int64_t>(1, k.width / p.k);
+  const bool fits =
+      groups == 1 ? p.k % k.width == 0 : k.width % p.k == 0 && groups * p.n <= k.width;
+  return fits && max_grad_channels(k, groups) > 0 ? groups : 0;
+}
+
 struct Grad {
   int64_t width, blocks, split, per_split;
+  int64_t groups;                 // that are interleaved, or 0
   int64_t rows;                   // of the window, walked in one go
   int64_t ring, columns, column;  // rows of the input kept, columns of a row, floats of a column
   int64_t outputs;                // accumulators of one output row: out_x * n
@@ -666,7 +678,8 @@ Grad make_grad(const Problem& p, const Target& t) {
   f.split = f.blocks >= t.threads ? 1 : std::min(out_rows, ceil_div(t.threads, f.blocks));
   f.per_split = ceil_div(out_rows, f.split);
   f.columns = (p.win[2] - 1) * p.rhs_dilation[2] + (p.out[2] - 1) * p.stride[2] + 1;
-  f.column = p.n * f.width;
+  f.groups = interleaved_groups(p, *t.kernels);
+  f.column = f.groups == 0 ? p.n * f.width : f.groups == 1 ? p.n : f.width;
   // Several rows of the window in one go save calls; rows of the input that they share with those
   // before are then read again. One alone keeps them, in turn.
   const int64_t reach = (p.out[1] - 1) * p.stride[1] + 1;
@@ -676,8 +689,8 @@ Grad make_grad(const Problem& p, const Target& t) {
   f.ring = (f.rows - 1) * p.rhs_dilation[1] + reach;
   f.outputs = p.out[2] * p.n;
   f.ring_floats = round_up(p.out[0] * f.ring * f.columns * f.column, 16);
-  f.temporary = round_up(temporary_floats(p, f.width, p.n, f.columns), 16);
-  f.w_floats = p.w.k == 1 ? 0 : round_up(f.rows * p.win[2] * f.width, 16);
+  f.temporary = f.groups > 0 ? 0 : round_up(temporary_floats(p, f.width, p.n, f.columns), 16);
+  f.w_floats = p.w.k == 1 && f.groups == 0 ? 0 : round_up(f.rows * p.win[2] * f.width, 16);
   f.sum_floats = round_up(f.per_split * f.outputs * f.width, 16);
   // Where the second-level cache does not hold the operands, whole pixels are read before the next:
   // a line of a pixel alone comes from memory at half the speed.
@@ -719,9 +732,12 @@ class GradTask {
   int64_t slot(int64_t uz, int64_t iy, int64_t y0) const {
     return uz * f_.ring + (f_.rows == 1 ? iy % f_.ring : iy - input_row(0, y0));
   }
+  void interleave();
   void fill(Block* b, int64_t slot, int64_t c, int64_t iz, int64_t iy) const;
+  void fill_interleaved(const Block& b, ConstPtr from, int64_t n, Ptr to) const;
   void walk(Block* b, int64_t c, int64_t z, int64_t y0, int64_t y1);
   void multiply(const Block& b, const Rows& rows, int64_t y0, int64_t first);
+  void multiply_row(const Block& b, const Rows& rows, int64_t y0, int64_t first);
 
   const Problem& p_;
   const Grad& f_;
@@ -730,9 +746,11 @@ class GradTask {
   int64_t u0_, u1_;  // output rows
   Ptr temporary_, w_row_;
   std::vector<Block> blocks_;
-  std::vector<Rows> groups_;
+  std::vector<Rows> rows_;
   std::vector<int64_t> in_row_;  // where outputs of a row read
   std::vector<int64_t> offsets_;
+  // The element that each lane takes, of the input, the window and, at last, the sums.
+  std::vector<int64_t> take_input_, take_window_, take_sums_;
   std::vector<Run> runs_;
   GemmArgs args_{};
 };
@@ -757,13 +775,14 @@ GradTask::GradTask(const Problem& p, const Grad& f, const Operands& o, const Ker
     b.sum = b.partial + f.sum_floats;
     at = b.sum + f.sum_floats;
   }
+  if (f.groups > 1) interleave();
   const int64_t tiles = ceil_div(p.out[1] * f.outputs, max_lanes(k, k.word));
-  const int64_t most = ceil_div(p.out[1], tiles);
+  const int64_t most = f.groups > 0 ? 1 : ceil_div(p.out[1], tiles);
   for (int64_t u = u0_; u < u1_;) {
     const int64_t uz = u / p.out[1];
     const int64_t begin = u - uz * p.out[1];
     const int64_t end = std::min({begin + most, p.out[1], begin + u1_ - u});
-    groups_.push_back({uz, begin, end});
+    rows_.push_back({uz, begin, end});
     u += end - begin;
   }
   for (int64_t u = 0; u < p.out[2]; ++u) {
@@ -773,8 +792,34 @@ GradTask::GradTask(const Problem& p, const Grad& f, const Operands& o, const Ker
   }
   args_.runs = runs_.data();
   args_.a_step = p.rhs_dilation[2] * f.column;
-  args_.c_row = f.width;
+  args_.a_row = p.stride[2] * f.column;
+  args_.c_row = f.groups > 0 ? p.n * f.width : f.width;
   args_.load = 1;
+}
+
+// Lane j of a block is feature j / G of its group j % G.
+void GradTask::interleave() {
+  take_input_.resize(f_.width, 0);
+  take_window_.resize(f_.width);
+  take_sums_.resize(f_.width);
+  for (int64_t group = 0; group < f_.groups; ++group) {
+    for (int64_t i = 0; i < p_.n; ++i) take_input_[i * f_.groups + group] = group * p_.n + i;
+    for (int64_t i = 0; i < p_.k; ++i) {
+      const int64_t lane = i * f_.groups + group;
+      const int64_t feature = group * p_.k + i;
+      take_window_[lane] = feature;
+      take_sums_[feature] = lane;
+    }
+  }
+}
+
+void GradTask::fill_interleaved(const Block& b, ConstPtr from, int64_t n, Ptr to) const {
+  if (f_.groups == 1) {
+    k_.copy(to, f_.column, from + b.lanes.base, p_.x.sp[2], 1, n, p_.n);
+  } else {
+    k_.expand(to, f_.column, from + b.lanes.base, p_.x.sp[2], n, take_input_.data(), 1, f_.width,
+              b.lanes.channels);
+  }
 }
 
 // Puts a row of the input into a slot of the ring, unless it is there.
@@ -789,8 +834,12 @@ void GradTask::fill(Block* b, int64_t slot, int64_t c, int64_t iz, int64_t iy) c
   if (right > left) {
     ConstPtr from =
         o_.x + c * p_.x.c + iz * p_.x.sp[0] + iy * p_.x.sp[1] + (left - p_.pad[2]) * p_.x.sp[2];
-    fill_lanes(p_, k_, b->lanes, from, p_.x.sp[2], right - left, to + left * f_.column, f_.column,
-               temporary_);
+    if (f_.groups > 0) {
+      fill_interleaved(*b, from, right - left, to + left * f_.column);
+    } else {
+      fill_lanes(p_, k_, b->lanes, from, p_.x.sp[2], right - left, to + left * f_.column, f_.column,
+                 temporary_);
+    }
   }
   (to + right * f_.column).zero((f_.columns - right) * f_.column);
 }
@@ -798,6 +847,7 @@ void GradTask::fill(Block* b, int64_t slot, int64_t c, int64_t iz, int64_t iy) c
 // Adds the window rows of args_ to the sums of some output rows; `first`: that of the first run.
 void GradTask::multiply(const Block& b, const Rows& rows, int64_t y0, int64_t first) {
   if (args_.n_runs == 0) return;
+  if (f_.groups > 0) return multiply_row(b, rows, y0, first);
   offsets_.clear();
   for (int64_t uy = rows.begin; uy < rows.end; ++uy) {
     const int64_t at = slot(rows.uz, input_row(uy, first), y0) * f_.columns * f_.column;
@@ -815,38 +865,62 @@ void GradTask::multiply(const Block& b, const Rows& rows, int64_t y0, int64_t fi
   args_.n_runs = 0;
 }
 
+// The same for one output row and interleaved groups.
+void GradTask::multiply_row(const Block& b, const Rows& rows, int64_t y0, int64_t first) {
+  const int64_t slot0 = slot(rows.uz, input_row(rows.begin, first), y0);
+  const Ptr row = b.ring + slot0 * f_.columns * f_.column;
+  const Ptr sums = b.partial + (rows.uz * p_.out[1] + rows.begin - u0_) * f_.outputs * f_.width;
+  const int64_t most = max_grad_channels(k_, f_.groups);
+  for (int64_t u = 0, columns = 0; u < p_.out[2]; u += columns) {
+    columns = p_.out[2] - u < kMaxGradColumns ? 1 : kMaxGradColumns;
+    for (int64_t i = 0, channels = most; i < p_.n; i += channels) {
+      while (channels > p_.n - i) channels /= 2;
+      args_.a = row + u * args_.a_row + i * f_.groups;
+      args_.c = sums + (u * p_.n + i) * f_.width;
+      k_.groups_grad[columns][channels][f_.groups](&args_);
+    }
+  }
+  args_.n_runs = 0;
+}
+
 // Rows [y0, y1) of the window at (c, z).
 void GradTask::walk(Block* b, int64_t c, int64_t z, int64_t y0, int64_t y1) {
   ConstPtr w = o_.w + b->number * f_.width * p_.w.k + c * p_.w.c + z * p_.w.sp[0] + y0 * p_.w.sp[1];
   int64_t w_y = p_.w.sp[1];
   args_.b_step = p_.w.sp[2];
-  if (p_.w.k != 1) {
+  if (f_.w_floats > 0) {
     args_.b_step = f_.width;
     w_y = p_.win[2] * f_.width;
     for (int64_t y = y0; y < y1; ++y) {
-      k_.copy(w_row_ + (y - y0) * w_y, f_.width, w + (y - y0) * p_.w.sp[1], p_.w.sp[2], p_.w.k,
-              p_.win[2], b->lanes.lanes);
+      const Ptr to = w_row_ + (y - y0) * w_y;
+      ConstPtr from = w + (y - y0) * p_.w.sp[1];
+      if (f_.groups > 1) {
+        k_.expand(to, f_.width, from, p_.w.sp[2], p_.win[2], take_window_.data(), 1, f_.width,
+                  b->lanes.lanes);
+      } else {
+        k_.copy(to, f_.width, from, p_.w.sp[2], p_.w.k, p_.win[2], b->lanes.lanes);
+      }
     }
     w = w_row_;
   }
   args_.a = b->ring;
   args_.cols = b->lanes.lanes;
-  for (const Rows& group : groups_) {
-    const int64_t iz = group.uz * p_.stride[0] - p_.pad[0] + z * p_.rhs_dilation[0];
+  for (const Rows& shared : rows_) {
+    const int64_t iz = shared.uz * p_.stride[0] - p_.pad[0] + z * p_.rhs_dilation[0];
     if (iz < 0 || iz >= p_.in[0]) continue;
     // Window rows, from `first` on, that the same output rows read input for.
-    Rows rows{group.uz, 0, 0};
+    Rows rows{shared.uz, 0, 0};
     int64_t first = y0;
     args_.n_runs = 0;
     for (int64_t y = y0; y < y1; ++y) {
-      Rows real = group;
+      Rows real = shared;
       while (real.begin < real.end && input_row(real.begin, y) < 0) ++real.begin;
       while (real.begin < real.end && input_row(real.end - 1, y) >= p_.in[1]) --real.end;
       if (real.begin != rows.begin || real.end != rows.end) multiply(*b, rows, y0, first);
       if (real.begin == real.end) continue;
       for (int64_t uy = real.begin; uy < real.end; ++uy) {
         const int64_t iy = input_row(uy, y);
-        fill(b, slot(group.uz, iy, y0), c, iz, iy);
+        fill(b, slot(shared.uz, iy, y0), c, iz, iy);
       }
       if (args_.n_runs == 0) {
         rows = real;
@@ -890,6 +964,10 @@ void GradTask::finish() const {
   rows.y.sp[2] = p_.y.n;
   for (const Block& b : blocks_) {
     const int64_t feature = b.number * f_.width;
+    if (f_.groups > 1) {
+      k_.expand(b.sum, f_.width, b.sum, f_.width, (u1_ - u0_) * f_.outputs, take_sums_.data(), 1,
+                f_.width, f_.width);
+    }
     for (int64_t u = u0_; u < u1_; ++u) {
       for (int64_t v = 0; v < p_.out[2]; ++v) {
         finish_rows(rows, k_, o_, b.sum + ((u - u0_) * f_.outputs + v * p_.n) * f_.width, f_.width,

@@ -4,6 +4,7 @@
 
 #include "kernels/kernels.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -61,6 +62,20 @@ constexpr void fill_sweep(Kernels& k, Dtype dtype) {
     fill_sweep<T, S, KW, SX, kForm, R - 1>(k, dtype);
   }
 }
+
+#if defined(__AVX2__)  // else fma is emulated
+// Groups of two channels or more, as many as a vector holds.
+template <int G, int C = std::min(kGroupsGradChannels, kWidth<float> / G)>
+constexpr void fill_groups_grad(Kernels& k) {
+  if constexpr (C > 0) {
+    k.groups_grad[1][C][G] = groups_grad_tile<1, C, G>;
+    k.groups_grad[3][C][G] = groups_grad_tile<3, C, G>;
+    fill_groups_grad<G, C / 2>(k);
+  } else if constexpr (4 * G <= kWidth<float>) {
+    fill_groups_grad<2 * G>(k);
+  }
+}
+#endif
 
 // Each lane its own channel.
 template <typename T, typename S>
@@ -201,6 +216,7 @@ constexpr Kernels make_float() {
   fill_elements<Float16>(k, kF16);
   fill_elements<int8_t>(k, kS8);
   fill_elements<uint8_t>(k, kU8);
+  fill_groups_grad<1>(k);
   k.stores[kBF16] = kStoreBF16;
   k.stores[kF16] = kStoreF16;
   k.stores[kS32] = k.stores[kU32] = kStoreS32;

@@ -77,6 +77,14 @@ using LanesFn = void (*)(const GemmArgs*);
 // Reads of X: whole vectors, as masked loads are no operands of products.
 using LanesGradFn = void (*)(const GemmArgs*, const int64_t* offsets);
 
+// Weight gradient of G groups whose features are a vector's lanes in turn: lane j is of group
+// j % G, and the i-th channels of all groups lie side by side, which takes one load to spread. For
+// u < KW columns of the result, i < C channels, j < W:
+//   C[u, i, j] = chain, from C, over runs t, steps s of X[u, t, s, i, j] * B[t, s, j]
+//   X = a[u * a_row + run[t].a + s * a_step + i * G + j % G],  B = b[run[t].b + s * b_step + j]
+//   C[u, i, j] = c[u * c_row + i * W + j]
+using GroupsGradFn = void (*)(const GemmArgs*);
+
 // Features as lanes, a window of KW columns swept along SX-strided output columns: for r < R output
 // rows, o < n output columns, j < cols:
 //   Y[r, o, j] = chain over columns kx < KW, runs t, channels i < channels of
@@ -173,6 +181,9 @@ inline constexpr int kMaxIndirectMr = 8;   // each row of A takes an address reg
 inline constexpr int kMaxSweep = 7;        // output rows
 inline constexpr int kMaxSweepWindow = 7;  // columns
 inline constexpr int kMaxSweepStride = 2;
+inline constexpr int kMaxGradColumns = 3;  // of the result
+inline constexpr int kMaxGradChannels = 8;
+inline constexpr int kMaxGradGroups = 8;
 inline constexpr int kMaxWindowRows = 2;
 inline constexpr int kMaxWindowPixels = 7;
 inline constexpr int kMaxWindowStride = 2;
@@ -196,6 +207,8 @@ struct Kernels {
   // word.
   LanesFn lanes[kDtypes][kMaxMr + 1];  // [P]; may be null
   LanesGradFn lanes_grad[kMaxMr + 1];  // [Q]
+  // [KW][C][G], where KW is 1 or 3, and C and G are powers of two; may be null
+  GroupsGradFn groups_grad[kMaxGradColumns + 1][kMaxGradChannels + 1][kMaxGradGroups + 1];
   // [KW][SX][R]; may be null
   SweepFn sweep[kDtypes][kSweepForms][kMaxSweepWindow + 1][kMaxSweepStride + 1][kMaxSweep + 1];
   // [SX][R][P]; may be null
@@ -269,6 +282,17 @@ static inline int max_window(const Kernels& k, Dtype dtype, int64_t stride, int6
   int pixels = kMaxWindowPixels;
   while (pixels > 0 && k.window[dtype][stride][rows][pixels] == nullptr) --pixels;
   return pixels;
+}
+
+// Channels of the widest tile of the weight gradient of so many interleaved groups, of several
+// channels each; 0: there is none.
+static inline int max_grad_channels(const Kernels& k, int64_t groups) {
+  int channels = kMaxGradChannels;
+  while (channels > 0 &&
+         (groups > kMaxGradGroups || k.groups_grad[1][channels][groups] == nullptr)) {
+    channels /= 2;
+  }
+  return channels;
 }
 
 // Whether those that read one type store results of another themselves.

@@ -291,5 +291,44 @@ void lanes_grad_tile(const GemmArgs* g, const int64_t* offsets) {
   for (int q = 0; q < Q; ++q) store(c + q * g->c_row, acc[q], tail);
 }
 
+#if defined(__AVX2__)
+// Channels of a tile of the weight gradient of interleaved groups, a power of two.
+constexpr int kGroupsGradChannels = kRegisters >= 32 ? 8 : 4;
+
+template <int KW, int C, int G>
+void groups_grad_tile(const GemmArgs* g) {
+  constexpr int W = kWidth<float>;
+  V acc[KW][C];
+  float* const c = static_cast<float*>(g->c);
+  JAXWIN_UNROLL
+  for (int u = 0; u < KW; ++u) {
+    JAXWIN_UNROLL
+    for (int i = 0; i < C; ++i) acc[u][i] = load(c + u * g->c_row + i * W);
+  }
+  for (int64_t t = 0; t < g->n_runs; ++t) {
+    const Run run = g->runs[t];
+    const float* a = static_cast<const float*>(g->a) + run.a;
+    const float* b = static_cast<const float*>(g->b) + run.b;
+    for (int64_t s = 0; s < run.len; ++s) {
+      const V w = load(b);
+      JAXWIN_UNROLL
+      for (int u = 0; u < KW; ++u) {
+        JAXWIN_UNROLL
+        for (int i = 0; i < C; ++i) {
+          acc[u][i] = fma(repeat<G>(a + u * g->a_row + i * G), w, acc[u][i]);
+        }
+      }
+      a += g->a_step;
+      b += g->b_step;
+    }
+  }
+  JAXWIN_UNROLL
+  for (int u = 0; u < KW; ++u) {
+    JAXWIN_UNROLL
+    for (int i = 0; i < C; ++i) store(c + u * g->c_row + i * W, acc[u][i]);
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace jaxwin::JAXWIN_TARGET

@@ -30,6 +30,10 @@ JAXWIN_SYMBOL(jaxwin_test_lanes_grad_)
 (int64_t word, int64_t accumulators, const jaxwin::GemmArgs* args, const int64_t* offsets) {
   JAXWIN_TABLE.lanes_grad[accumulators](args, offsets);
 }
+JAXWIN_SYMBOL(jaxwin_test_groups_grad_)
+(int64_t word, int64_t columns, int64_t channels, int64_t groups, const jaxwin::GemmArgs* args) {
+  JAXWIN_TABLE.groups_grad[columns][channels][groups](args);
+}
 JAXWIN_SYMBOL(jaxwin_test_sweep_)
 (int64_t word, int64_t dtype, int64_t form, int64_t window, int64_t stride, int64_t rows,
  const jaxwin::SweepArgs* args) {

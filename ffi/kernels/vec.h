@@ -14,6 +14,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 // Every loop over an accumulator array must be unrolled before scalar replacement, or GCC keeps
 // the array in memory (a factor of three in speed).
@@ -156,6 +157,19 @@ template <int I>
 inline V of_quad(V a) {
   return {_mm512_permute_ps(a.v, I * 0x55)};
 }
+// The G floats at p, again and again; a double is loaded in one step, two floats are not by GCC.
+template <int G>
+inline V repeat(const float* p) {
+  static_assert(G == 1 || G == 2 || G == 4 || G == 8);
+  if constexpr (G == 1) return set1(*p);
+  if constexpr (G == 2) {
+    double two;
+    std::memcpy(&two, p, sizeof(two));
+    return {_mm512_castpd_ps(_mm512_set1_pd(two))};
+  }
+  if constexpr (G == 4) return quad(p);
+  if constexpr (G == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
+}
 inline D set1(double x) { return {_mm512_set1_pd(x)}; }
 inline D load(const double* p) { return {_mm512_loadu_pd(p)}; }
 inline D load(const double* p, Mask<double> m) { return {_mm512_maskz_loadu_pd(m.m, p)}; }
@@ -278,6 +292,17 @@ inline V quad(const float* p) { return {_mm256_broadcast_ps(reinterpret_cast<con
 template <int I>
 inline V of_quad(V a) {
   return {_mm256_permute_ps(a.v, I * 0x55)};
+}
+template <int G>
+inline V repeat(const float* p) {
+  static_assert(G == 1 || G == 2 || G == 4);
+  if constexpr (G == 1) return set1(*p);
+  if constexpr (G == 2) {
+    double two;
+    std::memcpy(&two, p, sizeof(two));
+    return {_mm256_castpd_ps(_mm256_set1_pd(two))};
+  }
+  if constexpr (G == 4) return quad(p);
 }
 inline D set1(double x) { return {_mm256_set1_pd(x)}; }
 inline D load(const double* p) { return {_mm256_loadu_pd(p)}; }
