@@ -670,6 +670,11 @@ struct Grad {
   int64_t thread_floats() const { return temporary + w_floats + together * block_floats(); }
 };
 
+// Elements of the input and of the window.
+int64_t grad_operands(const Problem& p) {
+  return p.g * p.c * (p.n * p.in[0] * p.in[1] * p.in[2] + p.k * p.window());
+}
+
 Grad make_grad(const Problem& p, const Target& t) {
   Grad f{};
   f.width = t.kernels->width;
@@ -695,9 +700,8 @@ Grad make_grad(const Problem& p, const Target& t) {
   // Where the second-level cache does not hold the operands, whole pixels are read before the next:
   // a line of a pixel alone comes from memory at half the speed.
   const bool neighbours = p.w.k == 1 && p.x.g == p.n && (p.n == 1 || p.x.n == 1);
-  const int64_t operands = p.g * p.c * (p.n * p.in[0] * p.in[1] * p.in[2] + p.k * p.window());
   f.together = 1;
-  if (neighbours && operands * t.kernels->size > caches().l2) {
+  if (neighbours && grad_operands(p) * t.kernels->size > caches().l2) {
     const int64_t share = ceil_div(f.blocks, t.threads);
     const int64_t limit = caches().l2 / 4 / t.kernels->size / f.block_floats();
     f.together = ceil_div(share, ceil_div(share, std::max<int64_t>(1, limit)));
@@ -1187,6 +1191,19 @@ double lanes_cost(const Problem& p, const Target& t, const Params& params) {
   const double read = static_cast<double>(p.n * p.in[0] * p.in[1] * p.in[2] * p.c);
   if (p.chunk_rows > 0) {
     const double channels = static_cast<double>(p.n);
+    if (const int64_t groups = interleaved_groups(p, *t.kernels); groups > 0) {
+      // Copies wait for lines that lie apart, half as long for half of a line, and longer where
+      // each is on a page of its own; sums are set, added to and put in order.
+      constexpr int64_t kPage = 4096;
+      const bool far = grad_operands(p) * t.kernels->size > caches().l2;
+      const bool pages = p.x.sp[2] * t.kernels->size >= kPage;
+      const double wait = static_cast<double>(t.kernels->width) * (far || pages ? 2.1 : 1.2);
+      const int64_t lines = groups > 1 ? 1 : ceil_div(p.n, t.kernels->width);
+      const double copied = read / channels * static_cast<double>(lines) +
+                            static_cast<double>(p.c) * static_cast<double>(p.window());
+      const double sums = static_cast<double>(p.n * p.pixels()) * 40;
+      return vectors * (taps * 0.85 + copied * wait + sums);
+    }
     if (channels > 1) return vectors * taps * (1.35 + channels / 16.0);
     return vectors * (taps * 0.9 + (p.k > 1 ? read * 3.2 : 0.0));
   }

@@ -434,6 +434,13 @@ double cost(const Problem& problem, const Target& t, const Params& params) {
   // Images next to each other, channels pages apart: measured.
   if (!l.chunked && p.x.n == 1 && p.x.c != 1 && p.c > 1) total *= 1.7;
   if (l.chunked && images_innermost(p)) total *= 2;
+  // Every group reads a part of the same lines, from beyond the second-level cache: measured.
+  constexpr int64_t kLine = 64;
+  const int64_t images = p.c * p.in[0] * p.in[1] * p.in[2] * p.g * p.n;
+  if (p.g > 1 && p.x.n == 1 && p.n * t.kernels->size <= kLine &&
+      images * t.kernels->size > caches().l2) {
+    total += 3 * static_cast<double>(images);
+  }
   if (l.copy_w) total += static_cast<double>(l.w_floats);
   return total + static_cast<double>(l.x_floats);
 }
