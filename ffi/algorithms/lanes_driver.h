@@ -2,7 +2,8 @@
 //
 // The loops around the channel-as-lane micro-kernels: depthwise and narrow grouped convolutions
 // and their weight gradients. A lane is an output feature; where a group has several input
-// channels, they are expanded so that lane l of the strip holds its own group's channel.
+// channels, they are expanded so that lane l of the strip holds its own group's channel. In weight
+// gradients, groups that fill a vector take turns as its lanes instead.
 #pragma once
 
 #include "algorithms/algorithm.h"

@@ -239,7 +239,8 @@ struct Kernels {
                      int64_t src_ld, int64_t n, int64_t count);
   // dst[i * dst_ld + m * W + l] = src[i * src_ld + table[m * W + l]] for l < lanes; lanes beyond
   // hold unspecified finite-or-not values that no caller stores.
-  // Where 0 < span <= W, every index lies in [0, span).
+  // Where 0 < span <= W, every index lies in [0, W), elements from span on are not read and count
+  // as zeros, and dst may be src if multiplicity == 1 and src_ld == dst_ld >= W.
   void (*expand)(void* dst, int64_t dst_ld, const void* src, int64_t src_ld, int64_t n,
                  const int64_t* table, int64_t multiplicity, int64_t lanes, int64_t span);
   // Runs chains of fma that nothing holds up; returns the floating-point operations done.
