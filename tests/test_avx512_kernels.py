@@ -669,9 +669,7 @@ def test_groups_grad(kernels: Kernels, columns: int, groups: int) -> None:
         arguments = _gemm_args(a, b, c, runs, **numbers)
         form = (columns, channels, groups)
         kernels.emulated("groups_grad", "float32", *form, arguments, buffers=(a, b, c, runs))
-        steps = [
-            (x + s * a_step, w + s * b_step) for x, w, length in seen for s in range(length)
-        ]
+        steps = [(x + s * a_step, w + s * b_step) for x, w, length in seen for s in range(length)]
         for isa in REFERENCES:
             expected = start.copy()
             for u, i in itertools.product(range(columns), range(channels)):
